@@ -1,0 +1,192 @@
+"""One SNGM step on the variables of one device."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from keras_sngm import update_rule
+from keras_sngm.update_rule import Normalization, Rule
+
+
+class Slot(NamedTuple):
+    """A weight and what the optimizer keeps for it on this device."""
+
+    weight: tf.Variable
+    momentum: tf.Variable | None
+    average: tf.Variable | None
+    decays: bool
+
+
+class Readings(NamedTuple):
+    """The state a user may read, on this device."""
+
+    gradient_norm: tf.Variable
+    gradient_norms: tf.Variable
+    skipped_steps: tf.Variable
+
+
+class Moment(NamedTuple):
+    """What changes from step to step besides the gradient."""
+
+    learning_rate: tf.Tensor
+    first_average: tf.Tensor
+    overwrite_with_average: tf.Tensor
+
+
+class LocalStep:
+    """Reduced gradients in, variables of one device updated in place.
+
+    Called eagerly it is one function call; called inside a `tf.function` it
+    becomes a nested function. With `jit_compile` all variables are updated by
+    one XLA program, a single pass over memory.
+
+    Args:
+        rule: the hyper-parameters to compile in.
+        slots: those of all variables the optimizer was built with.
+        active: positions in `slots` of the variables that have a gradient.
+        readings: where to write what was measured.
+        jit_compile: whether to compile with XLA.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        slots: Sequence[Slot],
+        active: Sequence[int],
+        readings: Readings,
+        jit_compile: bool,
+    ) -> None:
+        self.device = slots[active[0]].weight.device
+        self._rule = rule
+        self._slots = [slots[i] for i in active]
+        self._idle = [
+            slot for i, slot in enumerate(slots) if slot.average is not None and i not in active
+        ]
+        self._positions = [[i] for i in active]
+        self._count = len(slots)
+        self._readings = readings
+        dtypes = [_arithmetic_dtype(slot.weight.dtype) for slot in self._slots]
+        self._norm_dtype = tf.float64 if tf.float64 in dtypes else tf.float32
+        if jit_compile and _is_accelerator(self.device):
+            self._normalize_and_update = _compiled(self._normalize_and_update)
+        elif jit_compile:
+            # XLA on CPUs is several times slower than the native kernel at
+            # reducing a tensor to a number, so it gets the update alone.
+            self._update = _compiled(self._update)
+        self._run = tf.function(self._run, autograph=False)
+
+    def __call__(self, gradients: Sequence[tf.Tensor | tf.IndexedSlices], moment: Moment) -> None:
+        dense = [
+            _densified(gradient, slot.weight.shape)
+            for gradient, slot in zip(gradients, self._slots, strict=True)
+        ]
+        self._run(dense, moment)
+
+    def _run(self, gradients: list[tf.Tensor], moment: Moment) -> None:
+        normalized = self._normalize_and_update(gradients, moment)
+        norms = tf.cast(normalized.norms, tf.float32)
+        self._readings.gradient_norm.assign(tf.cast(normalized.norm, tf.float32))
+        self._readings.gradient_norms.assign(
+            tf.scatter_nd(self._positions, norms, [self._count])
+        )
+        skipped = self._readings.skipped_steps
+        skipped.assign_add(tf.cast(tf.logical_not(normalized.finite), skipped.dtype))
+
+    def _normalize_and_update(self, gradients: list[tf.Tensor], moment: Moment) -> Normalization:
+        gradients = [
+            update_rule.final_gradient(
+                self._rule,
+                tf.cast(gradient, _arithmetic_dtype(slot.weight.dtype)),
+                _for_arithmetic(slot.weight),
+                slot.decays,
+            )
+            for gradient, slot in zip(gradients, self._slots, strict=True)
+        ]
+        normalized = self._normalize(gradients)
+        self._update(gradients, normalized, moment)
+        return normalized
+
+    def _normalize(self, gradients: list[tf.Tensor]) -> Normalization:
+        limits = np.finfo(self._norm_dtype.as_numpy_dtype)
+        size = sum(slot.weight.shape.num_elements() for slot in self._slots)
+        least = update_rule.trusted_range(size, float(limits.tiny), float(limits.eps))
+        rescue = 2.0 ** update_rule.rescue_exponent(int(limits.maxexp))
+        gradients = [tf.cast(gradient, self._norm_dtype) for gradient in gradients]
+
+        squares = _sums_of_squares(gradients)
+        total = tf.reduce_sum(squares)
+
+        def rescued() -> tuple[tf.Tensor, tf.Tensor]:
+            prescale = tf.cast(tf.where(total < least, rescue, 1.0 / rescue), self._norm_dtype)
+            return _sums_of_squares([gradient * prescale for gradient in gradients]), prescale
+
+        squares, prescale = tf.cond(
+            tf.logical_and(total >= least, tf.math.is_finite(total)),
+            lambda: (squares, tf.ones([], self._norm_dtype)),
+            rescued,
+        )
+        return update_rule.normalization(self._rule, squares, prescale)
+
+    def _update(
+        self, gradients: list[tf.Tensor], normalized: Normalization, moment: Moment
+    ) -> None:
+        directions = update_rule.directions(normalized, gradients)
+        for slot, direction in zip(self._slots, directions, strict=True):
+            weight, momentum = update_rule.descend(
+                self._rule,
+                _for_arithmetic(slot.weight),
+                None if slot.momentum is None else _for_arithmetic(slot.momentum),
+                direction,
+                tf.cast(moment.learning_rate, direction.dtype),
+                slot.decays,
+            )
+            if slot.momentum is not None:
+                _assign_if(normalized.finite, slot.momentum, momentum)
+            self._store(slot, weight, normalized.finite, moment)
+        for slot in self._idle:
+            self._store(slot, _for_arithmetic(slot.weight), normalized.finite, moment)
+
+    def _store(self, slot: Slot, weight: tf.Tensor, finite: tf.Tensor, moment: Moment) -> None:
+        """Write a new weight, and where averages are kept, its average."""
+        if slot.average is not None:
+            average = update_rule.moving_average(
+                self._rule, _for_arithmetic(slot.average), weight, moment.first_average
+            )
+            _assign_if(finite, slot.average, average)
+            weight = tf.where(moment.overwrite_with_average, average, weight)
+        _assign_if(finite, slot.weight, weight)
+
+
+def _compiled(function):
+    return tf.function(function, jit_compile=True, autograph=False)
+
+
+def _densified(gradient: tf.Tensor | tf.IndexedSlices, shape: tf.TensorShape) -> tf.Tensor:
+    # Duplicate rows of a sparse gradient must be added before a norm is taken,
+    # and the momentum is dense anyway.
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.ensure_shape(tf.convert_to_tensor(gradient), shape)
+    return gradient
+
+
+def _sums_of_squares(tensors: list[tf.Tensor]) -> tf.Tensor:
+    return 2.0 * tf.stack([tf.nn.l2_loss(tensor) for tensor in tensors])
+
+
+def _is_accelerator(device: str) -> bool:
+    return tf.DeviceSpec.from_string(device).device_type not in (None, "CPU")
+
+
+def _arithmetic_dtype(dtype: tf.DType) -> tf.DType:
+    """16-bit variables are stored in 16 bits and computed with in 32."""
+    return tf.float64 if dtype == tf.float64 else tf.float32
+
+
+def _for_arithmetic(variable: tf.Variable) -> tf.Tensor:
+    return tf.cast(variable, _arithmetic_dtype(variable.dtype))
+
+
+def _assign_if(condition: tf.Tensor, variable: tf.Variable, value: tf.Tensor) -> None:
+    variable.assign(tf.where(condition, tf.cast(value, variable.dtype), variable))

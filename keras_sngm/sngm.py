@@ -1,0 +1,278 @@
+"""SNGM: stochastic normalized gradient descent with momentum."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import keras
+
+from keras_sngm.backend import BackendOptimizer
+from keras_sngm.update_rule import Rule
+from keras_sngm.weight_decay import Exclusions
+
+
+@keras.saving.register_keras_serializable(package="keras_sngm")
+class SNGM(BackendOptimizer):
+    r"""Stochastic normalized gradient descent with momentum, for large batches.
+
+    Update rule for all trainable variables `w` together, with mini-batch
+    gradient `g` and momentum `u`, which starts at zero:
+
+    ```python
+    u = momentum * u + g / norm(g)
+    w = w - learning_rate * u
+    ```
+
+    `norm(g)` is one Euclidean norm over every variable, not one per variable.
+    When `nesterov=True`, the second line becomes:
+
+    ```python
+    w = w - learning_rate * (momentum * u + g / norm(g))
+    ```
+
+    Since the gradient enters with length 1, the learning rate is a *length in
+    weight space*: without weight decay no step moves the weights further than
+    `learning_rate / (1 - momentum)`, and multiplying the loss by a positive
+    constant changes nothing. Learning rates of momentum SGD do not carry over.
+
+    A gradient of zero adds nothing to the momentum, which goes on by itself.
+    A gradient that is not finite skips the step: weights, momentum and moving
+    averages stay as they are and `skipped_steps` goes up by one; `iterations`,
+    and with it a learning rate schedule, goes on.
+
+    Args:
+        learning_rate: A float, a `keras.optimizers.schedules.LearningRateSchedule`
+            instance, or a callable that takes no arguments and returns the
+            actual value to use. It is applied after the momentum, so that a
+            schedule acts on the whole step. Defaults to `0.1`.
+        momentum: Float in the range [0, 1). With `0.0` no momentum is kept.
+            Defaults to `0.9`.
+        nesterov: Boolean. Whether to apply Nesterov momentum. Defaults to
+            `False`.
+        weight_decay: Float or `None`. If set, weight decay is applied.
+        decoupled_weight_decay: Boolean. If `True`, the weights are multiplied
+            by `1 - learning_rate * weight_decay` before each update, as Keras'
+            own optimizers do. If `False`, `weight_decay * w` is added to the
+            gradient before it is clipped and normalized, as if the loss had the
+            term `weight_decay / 2 * norm(w) ** 2`. Defaults to `True`.
+        clipnorm: Float. If set, the gradient of each variable is individually
+            clipped so that its norm is no higher than this value, before the
+            global norm is taken.
+        clipvalue: Float. If set, each element of the gradient is clipped to be
+            no higher than this value in magnitude, before the global norm is
+            taken.
+        global_clipnorm: Float. If set, the whole gradient is clipped so that
+            its norm is no higher than this value. The normalization that
+            follows undoes this, so only `gradient_norm` shows it.
+        use_ema: Boolean, defaults to `False`. If `True`, an exponential moving
+            average of the weights is kept.
+        ema_momentum: Float, defaults to `0.99`. Only used if `use_ema=True`:
+            `average = ema_momentum * average + (1 - ema_momentum) * w`.
+        ema_overwrite_frequency: Int or `None`, defaults to `None`. Only used if
+            `use_ema=True`. Every `ema_overwrite_frequency` updates the weights
+            are overwritten by their average. If `None`, this happens only at
+            the end of `fit()`, or when you call
+            `optimizer.finalize_variable_values()`.
+        loss_scale_factor: Float or `None`. If set, the loss is multiplied by it
+            before gradients are computed, and the gradients by its inverse.
+        gradient_accumulation_steps: Int of at least 2, or `None`. If set,
+            variables are updated once every that many steps, with the mean of
+            the gradients since the last update.
+        jit_compile: `True`, `False` or `"auto"`. Whether the update is compiled
+            with XLA, all variables in one program; `"auto"` does so wherever
+            XLA is supported. Under a distribution strategy and in eager loops,
+            too. Defaults to `"auto"`.
+        name: String. The name of the optimizer. Defaults to `"sngm"`.
+
+    Attributes:
+        gradient_norm: Variable, float32 scalar: the norm that the last gradient
+            was divided by, that is of the gradient summed over replicas, after
+            weight decay (if coupled) and clipping.
+        gradient_norms: Variable, float32 vector: the same per trainable
+            variable, in the order the optimizer was built with; 0 where a
+            variable had no gradient. Exists once the optimizer is built.
+        skipped_steps: Variable, integer scalar: how many steps were skipped.
+
+    Raises:
+        ValueError: if an argument is out of its range or unknown, or if more
+            than one of `clipnorm`, `clipvalue` and `global_clipnorm` is set.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    >>> model.compile(optimizer=SNGM(learning_rate=0.1), loss="mse")
+    >>> history = model.fit(np.ones((8, 2)), np.ones((8, 1)), verbose=0)
+    >>> int(model.optimizer.skipped_steps)
+    0
+
+    Reference:
+
+    - [Zhao, Shi, Xie, Li, 2024](https://arxiv.org/abs/2007.13985), Science
+      China Information Sciences 67(11):212101.
+    """
+
+    def __init__(
+        self,
+        learning_rate: float | keras.optimizers.schedules.LearningRateSchedule | Callable = 0.1,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        weight_decay: float | None = None,
+        decoupled_weight_decay: bool = True,
+        clipnorm: float | None = None,
+        clipvalue: float | None = None,
+        global_clipnorm: float | None = None,
+        use_ema: bool = False,
+        ema_momentum: float = 0.99,
+        ema_overwrite_frequency: int | None = None,
+        loss_scale_factor: float | None = None,
+        gradient_accumulation_steps: int | None = None,
+        jit_compile: bool | str = "auto",
+        name: str = "sngm",
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(momentum, float) or not 0.0 <= momentum < 1.0:
+            raise ValueError(
+                "`momentum` must be a float in the range [0, 1). "
+                f"Received: momentum={momentum}"
+            )
+        if isinstance(learning_rate, float) and not 0.0 <= learning_rate < math.inf:
+            raise ValueError(
+                "`learning_rate` must be finite and not negative. "
+                f"Received: learning_rate={learning_rate}"
+            )
+        _check_number("weight_decay", weight_decay, zero_allowed=True)
+        _check_number("clipnorm", clipnorm)
+        _check_number("clipvalue", clipvalue)
+        _check_number("global_clipnorm", global_clipnorm)
+        _check_number("loss_scale_factor", loss_scale_factor)
+        if gradient_accumulation_steps is not None and (
+            not isinstance(gradient_accumulation_steps, int) or gradient_accumulation_steps < 2
+        ):
+            raise ValueError(
+                "`gradient_accumulation_steps` must be an integer >= 2 or None. "
+                f"Received: gradient_accumulation_steps={gradient_accumulation_steps}"
+            )
+        if jit_compile not in (True, False, "auto"):
+            raise ValueError(
+                '`jit_compile` must be True, False or "auto". '
+                f"Received: jit_compile={jit_compile}"
+            )
+        super().__init__(
+            learning_rate=learning_rate,
+            name=name,
+            weight_decay=weight_decay,
+            clipnorm=clipnorm,
+            clipvalue=clipvalue,
+            global_clipnorm=global_clipnorm,
+            use_ema=use_ema,
+            ema_momentum=ema_momentum,
+            ema_overwrite_frequency=ema_overwrite_frequency,
+            loss_scale_factor=loss_scale_factor,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            **kwargs,
+        )
+        self.momentum = momentum
+        self.nesterov = nesterov
+        self.decoupled_weight_decay = decoupled_weight_decay
+        self.jit_compile = jit_compile
+        self._weight_decay_exclusions = Exclusions()
+        self.gradient_norm = self.add_variable(
+            (), dtype="float32", aggregation="only_first_replica", name="gradient_norm"
+        )
+        self.skipped_steps = self.add_variable(
+            (), dtype="int", aggregation="only_first_replica", name="skipped_steps"
+        )
+
+    def build(self, variables: Sequence[keras.Variable]) -> None:
+        """Create the optimizer's variables.
+
+        Args:
+            variables: list of the model's trainable variables.
+        """
+        if self.built:
+            return
+        super().build(variables)
+        self.momentums = []
+        if self.momentum != 0.0:
+            self.momentums = self.add_optimizer_variables(variables, "momentum")
+        self.gradient_norms = self.add_variable(
+            (len(variables),),
+            dtype="float32",
+            aggregation="only_first_replica",
+            name="gradient_norms",
+        )
+
+    def exclude_from_weight_decay(
+        self,
+        var_list: Iterable[keras.Variable] | None = None,
+        var_names: Iterable[str] | None = None,
+    ) -> None:
+        """Exclude variables from weight decay. Call it before `build`.
+
+        The exclusions are saved with the optimizer. A second call replaces
+        those of the first.
+
+        Args:
+            var_list: A list of variables to exclude.
+            var_names: A list of strings. A variable is excluded if one of them,
+                taken as a regular expression, is found in its name. For
+                example, `var_names=["bias"]` excludes all bias variables.
+
+        Raises:
+            ValueError: if the optimizer is already built.
+        """
+        if self.built:
+            raise ValueError(
+                "`exclude_from_weight_decay()` can only be configured before "
+                "the optimizer is built."
+            )
+        self._weight_decay_exclusions = Exclusions(var_list or (), var_names or ())
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        config.update(
+            {
+                "momentum": self.momentum,
+                "nesterov": self.nesterov,
+                "decoupled_weight_decay": self.decoupled_weight_decay,
+                "jit_compile": self.jit_compile,
+            }
+        )
+        if self._weight_decay_exclusions:
+            config["weight_decay_exclusions"] = self._weight_decay_exclusions.get_config()
+        return config
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> "SNGM":
+        config = dict(config)
+        exclusions = config.pop("weight_decay_exclusions", {})
+        optimizer = super().from_config(config, custom_objects=custom_objects)
+        optimizer._weight_decay_exclusions = Exclusions(**exclusions)
+        return optimizer
+
+    def _rule(self) -> Rule:
+        return Rule(
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+            weight_decay=self.weight_decay,
+            decoupled_weight_decay=self.decoupled_weight_decay,
+            clipnorm=self.clipnorm,
+            clipvalue=self.clipvalue,
+            global_clipnorm=self.global_clipnorm,
+            ema_momentum=self.ema_momentum,
+        )
+
+    def _decays(self) -> tuple[bool, ...]:
+        return self._weight_decay_exclusions.decays(self._trainable_variables)
+
+
+def _check_number(name: str, value: Any, zero_allowed: bool = False) -> None:
+    """Refuse what is neither `None` nor a finite positive number."""
+    if value is None:
+        return
+    is_number = isinstance(value, (int, float)) and math.isfinite(value)
+    if not is_number or value < 0 or (value == 0 and not zero_allowed):
+        wanted = "not negative" if zero_allowed else "positive"
+        raise ValueError(f"`{name}` must be a finite number, {wanted}. Received: {name}={value}")

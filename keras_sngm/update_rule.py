@@ -1,0 +1,156 @@
+"""The arithmetic of one SNGM step as pure functions of tensors.
+
+With mini-batch gradient g over all variables w together, momentum u, learning
+rate eta and momentum coefficient beta:
+
+    u <- beta * u + g / norm(g)
+    w <- w - eta * u
+
+(Zhao, Shi, Xie, Li, "Stochastic normalized gradient descent with momentum for
+large-batch training", https://arxiv.org/abs/2007.13985, Algorithm 1.)
+
+Nothing here holds state or knows where a tensor lives.
+"""
+
+from typing import Any, NamedTuple
+
+from keras import ops
+
+Tensor = Any
+
+
+class Rule(NamedTuple):
+    """The hyper-parameters that stay constant while a step is compiled."""
+
+    momentum: float
+    nesterov: bool
+    weight_decay: float | None
+    decoupled_weight_decay: bool
+    clipnorm: float | None
+    clipvalue: float | None
+    global_clipnorm: float | None
+    ema_momentum: float
+
+
+class Normalization(NamedTuple):
+    """How to turn the gradient into a direction, and what was measured on it."""
+
+    prescale: Tensor
+    """The power of two that keeps the squares in range; 1 on the usual path."""
+    multiplier: Tensor
+    """direction = (gradient * prescale) * multiplier; one scalar for all
+    variables, or a vector with one per variable."""
+    norms: Tensor
+    """Euclidean norm of each variable's gradient after clipping."""
+    norm: Tensor
+    """Euclidean norm of the whole gradient after clipping."""
+    finite: Tensor
+    """Whether the step may be taken."""
+
+
+def final_gradient(rule: Rule, gradient: Tensor, weight: Tensor, decays: bool) -> Tensor:
+    """Add coupled weight decay to the gradient, then clip it by value."""
+    if decays and rule.weight_decay is not None and not rule.decoupled_weight_decay:
+        gradient = gradient + rule.weight_decay * weight
+    if rule.clipvalue is not None:
+        gradient = ops.clip(gradient, -rule.clipvalue, rule.clipvalue)
+    return gradient
+
+
+def trusted_range(size: int, tiny: float, epsilon: float) -> float:
+    """The least sum of `size` squares that underflow cannot have spoilt.
+
+    Every square below `tiny`, the smallest normal number, may have been lost.
+    From the returned value upwards all of them together stay below rounding.
+    """
+    return max(size, 1) * tiny / epsilon
+
+
+def rescue_exponent(largest_exponent: int) -> int:
+    """The k for which 2^k or 2^-k brings any gradient's squares into range.
+
+    `largest_exponent` is that of the dtype (128 for float32). A sum of squares
+    that overflowed belongs to a norm of at least 2^(largest_exponent / 2);
+    after 2^-k its square is far from underflow, and so is, the other way
+    round, one that was too small to trust after 2^k.
+    """
+    return 3 * largest_exponent // 4
+
+
+def normalization(rule: Rule, squares: Tensor, prescale: Tensor) -> Normalization:
+    """From one sum of squares per variable to the factors that normalize.
+
+    Args:
+        squares: vector, the sum of squares of each variable's gradient after
+            multiplication by `prescale`.
+        prescale: scalar, a power of two.
+    """
+    finite = ops.isfinite(ops.sum(squares))
+    norms = ops.sqrt(squares)
+    if rule.clipnorm is None:
+        norm = ops.sqrt(ops.sum(squares))
+        multiplier = _reciprocal(norm)
+    else:
+        limit = rule.clipnorm * prescale
+        clipped = _at_most(limit, norms)
+        norm = _norm_of_norms(clipped)
+        multiplier = _reciprocal(norm)
+        multiplier = ops.where(norms > limit, limit * multiplier / norms, multiplier)
+        norms = clipped
+    if rule.global_clipnorm is not None:
+        # A factor common to all variables vanishes in g / norm(g): only the
+        # measured norms change.
+        clipped = _at_most(rule.global_clipnorm * prescale, norm)
+        norms, norm = norms * _reciprocal(norm) * clipped, clipped
+    return Normalization(prescale, multiplier, norms / prescale, norm / prescale, finite)
+
+
+def directions(normalized: Normalization, gradients: list[Tensor]) -> list[Tensor]:
+    """g / norm(g), one tensor per variable, in the dtype of each gradient."""
+    multipliers = [normalized.multiplier] * len(gradients)
+    if len(normalized.multiplier.shape) == 1:
+        multipliers = ops.unstack(normalized.multiplier)
+    return [
+        gradient
+        * ops.cast(normalized.prescale, gradient.dtype)
+        * ops.cast(multiplier, gradient.dtype)
+        for gradient, multiplier in zip(gradients, multipliers, strict=True)
+    ]
+
+
+def descend(
+    rule: Rule,
+    weight: Tensor,
+    momentum: Tensor | None,
+    direction: Tensor,
+    learning_rate: Tensor,
+    decays: bool,
+) -> tuple[Tensor, Tensor]:
+    """The update itself: returns the new weight and the new momentum."""
+    velocity = direction if momentum is None else rule.momentum * momentum + direction
+    step = rule.momentum * velocity + direction if rule.nesterov else velocity
+    if decays and rule.weight_decay is not None and rule.decoupled_weight_decay:
+        weight = weight * (1.0 - learning_rate * rule.weight_decay)
+    return weight - learning_rate * step, velocity
+
+
+def moving_average(rule: Rule, average: Tensor, weight: Tensor, first: Tensor) -> Tensor:
+    """Exponential moving average of the weights; the first one is the weight."""
+    blend = rule.ema_momentum * average + (1.0 - rule.ema_momentum) * weight
+    return ops.where(first, weight, blend)
+
+
+def _reciprocal(norm: Tensor) -> Tensor:
+    """1 / norm, and 0 for a zero gradient: then the momentum coasts."""
+    return ops.where(norm == 0.0, ops.zeros_like(norm), 1.0 / norm)
+
+
+def _at_most(limit: Tensor, norms: Tensor) -> Tensor:
+    """Norms after clipping; infinity and NaN stay, so that they can be seen."""
+    return ops.where(ops.isfinite(norms), ops.minimum(norms, limit), norms)
+
+
+def _norm_of_norms(norms: Tensor) -> Tensor:
+    """sqrt(sum(norms ** 2)) for norms of any magnitude."""
+    largest = ops.max(norms)
+    return largest * ops.sqrt(ops.sum(ops.square(norms * _reciprocal(largest))))
