@@ -112,14 +112,14 @@ class LocalStep:
         limits = np.finfo(self._norm_dtype.as_numpy_dtype)
         size = sum(slot.weight.shape.num_elements() for slot in self._slots)
         least = update_rule.trusted_range(size, float(limits.tiny), float(limits.eps))
-        rescue = 2.0 ** update_rule.rescue_exponent(int(limits.maxexp))
+        rescue = tf.constant(2.0 ** update_rule.rescue_exponent(limits.maxexp), self._norm_dtype)
         gradients = [tf.cast(gradient, self._norm_dtype) for gradient in gradients]
 
         squares = _sums_of_squares(gradients)
         total = tf.reduce_sum(squares)
 
         def rescued() -> tuple[tf.Tensor, tf.Tensor]:
-            prescale = tf.cast(tf.where(total < least, rescue, 1.0 / rescue), self._norm_dtype)
+            prescale = tf.where(total < least, rescue, 1.0 / rescue)
             return _sums_of_squares([gradient * prescale for gradient in gradients]), prescale
 
         squares, prescale = tf.cond(

@@ -1,0 +1,88 @@
+"""Data for the examples, as `tf.data` datasets of (input, label) pairs."""
+
+import os
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+IMAGE_SIZE = (32, 32)
+
+
+class Task(NamedTuple):
+    """A classification task. Choose on `validation`, report on `test`."""
+
+    train: tf.data.Dataset
+    validation: tf.data.Dataset
+    test: tf.data.Dataset
+    input_shape: tuple[int, ...]
+    classes: int
+
+
+def load(name: str, quick: bool = False) -> Task:
+    """Load MNIST-1D, or any image-classification dataset of tensorflow-datasets."""
+    return mnist1d(quick) if name == "mnist1d" else images(name, quick)
+
+
+def mnist1d(quick: bool = False) -> Task:
+    """4,000 samples to train, 4,000 to validate, 10,000 to test, made on this machine.
+
+    With `quick`, a tenth of each.
+    """
+    sizes = [400, 400, 1_000] if quick else [4_000, 4_000, 10_000]
+    x, y = _generated_mnist1d(sum(sizes))
+    ends = np.cumsum(sizes)
+    splits = [
+        tf.data.Dataset.from_tensor_slices((x[end - size : end], y[end - size : end]))
+        for size, end in zip(sizes, ends, strict=True)
+    ]
+    return Task(*splits, input_shape=(40, 1), classes=10)
+
+
+def _generated_mnist1d(samples: int) -> tuple[np.ndarray, np.ndarray]:
+    home = pathlib.Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()
+    cached = home / "datasets" / f"mnist1d-{samples}.npz"
+    if not cached.exists():
+        from mnist1d.data import get_dataset_args, make_dataset
+
+        print(f"Generating {samples} samples of MNIST-1D into {cached} ...", flush=True)
+        arguments = get_dataset_args()
+        arguments.num_samples = samples
+        arguments.train_split = 1.0
+        made = make_dataset(arguments)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        partial = cached.with_suffix(f".{os.getpid()}.npz")
+        np.savez_compressed(
+            partial, x=made["x"][..., None].astype("float32"), y=made["y"].astype("int32")
+        )
+        partial.replace(cached)
+    with np.load(cached) as file:
+        return file["x"], file["y"]
+
+
+def images(name: str, quick: bool = False) -> Task:
+    """Images of any size, scaled to 32x32 and [-1, 1]; the last tenth of train validates.
+
+    With `quick`, the first hundredth of each split.
+    """
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder(name)
+    builder.download_and_prepare()
+    test = "test" if "test" in builder.info.splits else "validation"
+    splits = ["train[:90%]", "train[90%:]", test]
+    if quick:
+        splits = ["train[:1%]", "train[-1%:]", f"{test}[:1%]"]
+    datasets = builder.as_dataset(split=splits, as_supervised=True)
+    channels = builder.info.features["image"].shape[-1]
+    return Task(
+        *(dataset.map(_scaled, num_parallel_calls=tf.data.AUTOTUNE) for dataset in datasets),
+        input_shape=(*IMAGE_SIZE, channels),
+        classes=builder.info.features["label"].num_classes,
+    )
+
+
+def _scaled(image: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    image = tf.image.resize(image, IMAGE_SIZE)
+    return image / 127.5 - 1.0, label

@@ -1,0 +1,321 @@
+"""Trains one network with SNGM, momentum SGD and LAMB at a large batch.
+
+Momentum SGD at a small batch is the reference. Every method trains for the same
+number of epochs, at the learning rate that was best for it on validation data.
+
+    python examples/large_batch.py                       the main job
+    python examples/large_batch.py --quick               a smoke run
+    python examples/large_batch.py --tune                the search for the learning rates
+    python examples/large_batch.py --dataset cifar10     a ResNet-20 on images
+    python examples/large_batch.py --strategy mirrored   on all visible devices
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import data
+import keras
+import matplotlib.pyplot as plt
+import models
+import numpy as np
+import tensorflow as tf
+from baselines import Lamb, MomentumSGD
+from tqdm import tqdm
+
+from keras_sngm import SNGM, GradientNormLogger
+
+WEIGHT_DECAY = 1e-4
+DECAY_POWER = 1.1
+TUNING_SEEDS = (100, 101, 102)
+
+
+class Method(NamedTuple):
+    """An optimizer at a batch size.
+
+    `tuned` is the k for which the learning rate 2^(k/2) was best on the
+    validation data of MNIST-1D (`--tune`).
+    """
+
+    name: str
+    large_batch: bool
+    make: Callable[[Any], keras.optimizers.Optimizer]
+    tuned: int
+
+
+def sngm(schedule: Any) -> keras.optimizers.Optimizer:
+    return SNGM(schedule, weight_decay=WEIGHT_DECAY, decoupled_weight_decay=False)
+
+
+def momentum_sgd(schedule: Any) -> keras.optimizers.Optimizer:
+    return MomentumSGD(schedule, momentum=0.9, coupled_weight_decay=WEIGHT_DECAY)
+
+
+def lamb(schedule: Any) -> keras.optimizers.Optimizer:
+    return Lamb(schedule, coupled_weight_decay=WEIGHT_DECAY)
+
+
+METHODS = (
+    Method("SNGM", True, sngm, tuned=-2),
+    Method("momentum SGD", True, momentum_sgd, tuned=-3),
+    Method("LAMB", True, lamb, tuned=-9),
+    Method("momentum SGD", False, momentum_sgd, tuned=-6),
+)
+
+
+class Run(NamedTuple):
+    """What one training run gave."""
+
+    method: str
+    batch_size: int
+    learning_rate: float
+    seed: int
+    steps: int
+    seconds: float
+    test_accuracy: float
+    optimizer_floats_per_parameter: float
+    val_accuracy: list[float]
+    grad_norm: list[float]
+
+
+class Trainer:
+    """Trains one fresh model after another on a task, under one progress bar."""
+
+    def __init__(
+        self, task: data.Task, epochs: int, strategy: tf.distribute.Strategy, bar: tqdm
+    ) -> None:
+        self.task = task
+        self.epochs = epochs
+        self.strategy = strategy
+        self.bar = bar
+        self.train_size = int(task.train.cardinality())
+
+    def run(self, method: Method, batch_size: int, learning_rate: float, seed: int) -> Run:
+        self.bar.set_description(f"{method.name}, batch {batch_size}, lr {learning_rate:.4g}")
+        keras.utils.set_random_seed(seed)
+        steps = self.epochs * (self.train_size // batch_size)
+        model = self._model(method, learning_rate, steps)
+        begin = time.perf_counter()
+        history = model.fit(
+            self._batches(batch_size),
+            epochs=self.epochs,
+            validation_data=_evaluation_batches(self.task.validation),
+            callbacks=[GradientNormLogger(), _Advance(self.bar)],
+            shuffle=False,  # `_batches` shuffles
+            verbose=0,
+        ).history
+        seconds = time.perf_counter() - begin
+        _, accuracy = model.evaluate(_evaluation_batches(self.task.test), verbose=0)
+        return Run(
+            method.name,
+            batch_size,
+            learning_rate,
+            seed,
+            steps,
+            seconds,
+            accuracy,
+            _floats(model.optimizer.variables) / _floats(model.trainable_variables),
+            history["val_accuracy"],
+            history["grad_norm"],
+        )
+
+    def _model(self, method: Method, learning_rate: float, steps: int) -> keras.Model:
+        schedule = keras.optimizers.schedules.PolynomialDecay(
+            learning_rate, steps, end_learning_rate=0.0, power=DECAY_POWER
+        )
+        with self.strategy.scope():
+            model = models.for_input(self.task.input_shape, self.task.classes)
+            model.compile(
+                optimizer=method.make(schedule),
+                loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+                metrics=["accuracy"],
+            )
+        return model
+
+    def _batches(self, batch_size: int) -> tf.data.Dataset:
+        # A last, smaller batch would weigh as much as a whole one in SNGM.
+        train = self.task.train.cache().shuffle(min(self.train_size, 50_000))
+        return train.batch(batch_size, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
+
+
+class _Advance(keras.callbacks.Callback):
+    def __init__(self, bar: tqdm) -> None:
+        super().__init__()
+        self.bar = bar
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        self.bar.update()
+
+
+def _evaluation_batches(dataset: tf.data.Dataset) -> tf.data.Dataset:
+    return dataset.batch(1_000).cache()
+
+
+def _floats(variables: Sequence[keras.Variable]) -> int:
+    return sum(math.prod(v.shape) for v in variables)
+
+
+def compare(trainer: Trainer, arguments: argparse.Namespace) -> list[Run]:
+    """Every method at its tuned learning rate, over the seeds."""
+    return [
+        trainer.run(method, _batch_size(method, arguments), 2.0 ** (method.tuned / 2), seed)
+        for method in METHODS
+        for seed in range(arguments.seeds)
+    ]
+
+
+def tune(trainer: Trainer, arguments: argparse.Namespace) -> list[Run]:
+    """A grid of learning rates in powers of sqrt(2) for every method.
+
+    It is seven points wide and is extended until the best one, by mean
+    validation accuracy at the end of training, is not at its edge.
+    """
+    runs = []
+    for method in METHODS:
+        scores: dict[int, float] = {}
+        wanted = set(range(method.tuned - 3, method.tuned + 4))
+        while wanted:
+            for k in sorted(wanted):
+                tried = [
+                    trainer.run(method, _batch_size(method, arguments), 2.0 ** (k / 2), seed)
+                    for seed in TUNING_SEEDS
+                ]
+                scores[k] = float(np.mean([run.val_accuracy[-1] for run in tried]))
+                runs += tried
+            best = max(scores, key=scores.__getitem__)
+            wanted = {best - 1, best + 1} - set(scores)
+            trainer.bar.total += len(wanted) * len(TUNING_SEEDS) * trainer.epochs
+    return runs
+
+
+def _batch_size(method: Method, arguments: argparse.Namespace) -> int:
+    return arguments.batch_size if method.large_batch else arguments.small_batch_size
+
+
+def grouped(runs: Sequence[Run], *fields: str) -> dict[tuple, list[Run]]:
+    """The runs that agree in the named fields, together."""
+    groups: dict[tuple, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(tuple(getattr(run, field) for field in fields), []).append(run)
+    return groups
+
+
+def print_comparison(runs: Sequence[Run]) -> None:
+    print(
+        "\n| method | batch | learning rate | test accuracy, % | steps "
+        "| optimizer floats per parameter | seconds per run |\n|---|---|---|---|---|---|---|"
+    )
+    for (name, batch_size), group in grouped(runs, "method", "batch_size").items():
+        print(
+            f"| {name} | {batch_size:,} | {group[0].learning_rate:.4g} "
+            f"| {_spread([100 * run.test_accuracy for run in group])} | {group[0].steps:,} "
+            f"| {group[0].optimizer_floats_per_parameter:.1f} "
+            f"| {np.mean([run.seconds for run in group]):.1f} |"
+        )
+
+
+def print_tuning(runs: Sequence[Run]) -> None:
+    """Marks the best learning rate of each method with a star."""
+    for (name, batch_size), group in grouped(runs, "method", "batch_size").items():
+        rates = sorted(grouped(group, "learning_rate").items())
+        final = [[100 * run.val_accuracy[-1] for run in at_rate] for _, at_rate in rates]
+        best = int(np.argmax([np.mean(values) for values in final]))
+        print(f"\n{name}, batch {batch_size:,}\n| learning rate | validation accuracy, % |\n|---|---|")
+        for i, (((rate,), _), values) in enumerate(zip(rates, final, strict=True)):
+            print(f"| {rate:.4g}{' *' if i == best else ''} | {_spread(values)} |")
+
+
+def _spread(values: Sequence[float]) -> str:
+    deviation = np.std(values, ddof=1) if len(values) > 1 else 0.0
+    return f"{np.mean(values):.1f} ± {deviation:.1f}"
+
+
+def draw(runs: Sequence[Run], path: pathlib.Path) -> None:
+    """Validation accuracy and gradient norm by epoch; bands span the seeds."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for (name, batch_size), group in grouped(runs, "method", "batch_size").items():
+        for panel, field, scale in zip(panels, ("val_accuracy", "grad_norm"), (100, 1), strict=True):
+            curves = scale * np.array([getattr(run, field) for run in group])
+            epochs = np.arange(1, curves.shape[1] + 1)
+            (line,) = panel.plot(epochs, curves.mean(0), label=f"{name}, batch {batch_size:,}")
+            panel.fill_between(
+                epochs, curves.min(0), curves.max(0), color=line.get_color(), alpha=0.2, lw=0
+            )
+    panels[0].set(xlabel="epoch", ylabel="validation accuracy, %")
+    panels[1].set(xlabel="epoch", ylabel="gradient norm, mean over the epoch", yscale="log")
+    for panel in panels:
+        panel.grid(alpha=0.3)
+    panels[0].legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def save(runs: Sequence[Run], arguments: argparse.Namespace, path: pathlib.Path) -> None:
+    settings = {key: str(value) for key, value in vars(arguments).items()}
+    path.write_text(
+        json.dumps({"settings": settings, "runs": [run._asdict() for run in runs]}, indent=1)
+    )
+
+
+def strategy_named(name: str) -> tf.distribute.Strategy:
+    if name == "none":
+        return tf.distribute.get_strategy()
+    devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")
+    return tf.distribute.MirroredStrategy([device.name for device in devices])
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--dataset",
+        default="mnist1d",
+        help="mnist1d, or any image-classification dataset of tensorflow-datasets",
+    )
+    parser.add_argument("--strategy", default="none", choices=["none", "mirrored"])
+    parser.add_argument("--tune", action="store_true", help="search the learning rates")
+    parser.add_argument("--quick", action="store_true", help="little data, two epochs, one seed")
+    parser.add_argument("--batch-size", type=int, help="default 1000 (quick: 100)")
+    parser.add_argument("--small-batch-size", type=int, help="default 128 (quick: 32)")
+    parser.add_argument("--epochs", type=int, help="default 60 (quick: 2)")
+    parser.add_argument("--seeds", type=int, help="default 3 (quick: 1)")
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("results/large_batch"))
+    arguments = parser.parse_args(argv)
+    defaults = {"batch_size": 1000, "small_batch_size": 128, "epochs": 60, "seeds": 3}
+    if arguments.quick:
+        defaults = {"batch_size": 100, "small_batch_size": 32, "epochs": 2, "seeds": 1}
+    for name, value in defaults.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse(argv)
+    task = data.load(arguments.dataset, arguments.quick)
+    experiment = tune if arguments.tune else compare
+    runs_expected = len(METHODS) * (7 * len(TUNING_SEEDS) if arguments.tune else arguments.seeds)
+    with tqdm(total=runs_expected * arguments.epochs, unit="epoch", dynamic_ncols=True) as bar:
+        trainer = Trainer(task, arguments.epochs, strategy_named(arguments.strategy), bar)
+        runs = experiment(trainer, arguments)
+
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    results = arguments.output / f"{experiment.__name__}.json"
+    save(runs, arguments, results)
+    if arguments.tune:
+        print_tuning(runs)
+        print(f"\nWrote {results}")
+    else:
+        print_comparison(runs)
+        picture = arguments.output / "compare.png"
+        draw(runs, picture)
+        print(f"\nWrote {results} and {picture}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""SNGM in plain NumPy and float64, to be read beside the paper.
+
+Algorithm 1 of arXiv 2007.13985, in its notation: weights w, mini-batch
+gradient g, momentum u, learning rate eta and momentum coefficient beta.
+"""
+
+import numpy as np
+
+
+class ReferenceSNGM:
+    """Takes steps on a list of arrays, in place."""
+
+    def __init__(
+        self,
+        weights,
+        momentum=0.9,
+        nesterov=False,
+        weight_decay=0.0,
+        decoupled_weight_decay=True,
+        clipnorm=np.inf,
+        clipvalue=np.inf,
+        global_clipnorm=np.inf,
+    ):
+        self.w = [np.array(weight, "float64") for weight in weights]
+        self.u = [np.zeros_like(weight) for weight in self.w]
+        self.beta = momentum
+        self.nesterov = nesterov
+        self.weight_decay = weight_decay
+        self.decoupled = decoupled_weight_decay
+        self.clipnorm = clipnorm
+        self.clipvalue = clipvalue
+        self.global_clipnorm = global_clipnorm
+        self.gradient_norm = 0.0
+
+    def step(self, gradients, eta):
+        g = [np.array(gradient, "float64") for gradient in gradients]
+        if not self.decoupled:
+            g = [gi + self.weight_decay * wi for gi, wi in zip(g, self.w)]
+        g = [np.clip(gi, -self.clipvalue, self.clipvalue) for gi in g]
+        g = [gi * min(1.0, self.clipnorm / max(norm([gi]), 1e-300)) for gi in g]
+        g = [gi * min(1.0, self.global_clipnorm / max(norm(g), 1e-300)) for gi in g]
+
+        self.gradient_norm = norm(g)
+        if not np.isfinite(self.gradient_norm):
+            return
+        unit = [gi / (self.gradient_norm or 1.0) for gi in g]
+
+        if self.decoupled:
+            self.w = [wi * (1.0 - eta * self.weight_decay) for wi in self.w]
+        for i, gi in enumerate(unit):
+            self.u[i] = self.beta * self.u[i] + gi
+            ahead = self.beta * self.u[i] + gi if self.nesterov else self.u[i]
+            self.w[i] = self.w[i] - eta * ahead
+
+
+def norm(arrays):
+    """One Euclidean norm over all arrays."""
+    return np.sqrt(sum(np.sum(array * array) for array in arrays))
