@@ -36,10 +36,10 @@ class Normalization(NamedTuple):
     """How to turn the gradient into a direction, and what was measured on it."""
 
     prescale: Tensor
-    """The power of two that keeps the squares in range; 1 on the usual path."""
-    multiplier: Tensor
-    """direction = (gradient * prescale) * multiplier; one scalar for all
-    variables, or a vector with one per variable."""
+    """The power of two that brought the squares into range."""
+    divisor: Tensor
+    """direction = gradient * prescale / divisor; one scalar for all variables,
+    or a vector with one per variable."""
     norms: Tensor
     """Euclidean norm of each variable's gradient after clipping."""
     norm: Tensor
@@ -83,38 +83,40 @@ def normalization(rule: Rule, squares: Tensor, prescale: Tensor) -> Normalizatio
     Args:
         squares: vector, the sum of squares of each variable's gradient after
             multiplication by `prescale`.
-        prescale: scalar, a power of two.
+        prescale: scalar, a power of two, 1 on the usual path.
     """
     finite = ops.isfinite(ops.sum(squares))
     norms = ops.sqrt(squares)
     if rule.clipnorm is None:
         norm = ops.sqrt(ops.sum(squares))
-        multiplier = _reciprocal(norm)
+        divisor = _nonzero(norm)
     else:
         limit = rule.clipnorm * prescale
         clipped = _at_most(limit, norms)
         norm = _norm_of_norms(clipped)
-        multiplier = _reciprocal(norm)
-        multiplier = ops.where(norms > limit, limit * multiplier / norms, multiplier)
+        divisor = _nonzero(norm) * ops.where(norms > limit, norms / limit, 1.0)
         norms = clipped
     if rule.global_clipnorm is not None:
         # A factor common to all variables vanishes in g / norm(g): only the
         # measured norms change.
         clipped = _at_most(rule.global_clipnorm * prescale, norm)
-        norms, norm = norms * _reciprocal(norm) * clipped, clipped
-    return Normalization(prescale, multiplier, norms / prescale, norm / prescale, finite)
+        norms = ops.where(finite, norms / _nonzero(norm) * clipped, norms)
+        norm = clipped
+    return Normalization(prescale, divisor, norms / prescale, norm / prescale, finite)
 
 
 def directions(normalized: Normalization, gradients: list[Tensor]) -> list[Tensor]:
     """g / norm(g), one tensor per variable, in the dtype of each gradient."""
-    multipliers = [normalized.multiplier] * len(gradients)
-    if len(normalized.multiplier.shape) == 1:
-        multipliers = ops.unstack(normalized.multiplier)
+    divisors = [normalized.divisor] * len(gradients)
+    if len(normalized.divisor.shape) == 1:
+        divisors = ops.unstack(normalized.divisor)
+    # A division, not a product with the reciprocal: graph optimizers would
+    # multiply the two scalars first, and 1 / norm(g) can underflow.
     return [
         gradient
         * ops.cast(normalized.prescale, gradient.dtype)
-        * ops.cast(multiplier, gradient.dtype)
-        for gradient, multiplier in zip(gradients, multipliers, strict=True)
+        / ops.cast(divisor, gradient.dtype)
+        for gradient, divisor in zip(gradients, divisors, strict=True)
     ]
 
 
@@ -140,9 +142,9 @@ def moving_average(rule: Rule, average: Tensor, weight: Tensor, first: Tensor) -
     return ops.where(first, weight, blend)
 
 
-def _reciprocal(norm: Tensor) -> Tensor:
-    """1 / norm, and 0 for a zero gradient: then the momentum coasts."""
-    return ops.where(norm == 0.0, ops.zeros_like(norm), 1.0 / norm)
+def _nonzero(norm: Tensor) -> Tensor:
+    """1 for a norm of 0, so that a zero gradient gives a zero direction."""
+    return ops.where(norm == 0.0, ops.ones_like(norm), norm)
 
 
 def _at_most(limit: Tensor, norms: Tensor) -> Tensor:
@@ -153,4 +155,4 @@ def _at_most(limit: Tensor, norms: Tensor) -> Tensor:
 def _norm_of_norms(norms: Tensor) -> Tensor:
     """sqrt(sum(norms ** 2)) for norms of any magnitude."""
     largest = ops.max(norms)
-    return largest * ops.sqrt(ops.sum(ops.square(norms * _reciprocal(largest))))
+    return largest * ops.sqrt(ops.sum(ops.square(norms / _nonzero(largest))))

@@ -50,10 +50,10 @@ def train(optimizer, variables, gradients_by_step, jit_compile=None):
 def assert_close(variables, arrays, tolerance):
     """Compare by Euclidean norm, variable by variable."""
     for variable, array in zip(variables, arrays, strict=True):
-        value = keras.ops.convert_to_numpy(variable).astype("float64")
+        value = variable.numpy().astype("float64")
         error = np.linalg.norm(value - array) / np.linalg.norm(array)
         assert error <= tolerance, f"{variable.name}: relative error {error:.2e}"
 
 
 def values_of(variables):
-    return [keras.ops.convert_to_numpy(variable) for variable in variables]
+    return [variable.numpy() for variable in variables]

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 import tensorflow as tf
-from problems import SHAPES, STEPS, assert_close, random_arrays, random_gradients, train, variables_of
+from problems import (SHAPES, STEPS, assert_close, random_arrays, random_gradients, train, values_of, variables_of)
 from reference import ReferenceSNGM
 
 from keras_sngm import SNGM
@@ -28,7 +28,7 @@ def compare_with_reference(mode, tolerance=1e-5, dtypes="float32", scale=1.0, ra
     jit_compile, outer = MODES[mode]
     start = random_arrays()
     variables = variables_of(start, dtypes)
-    start = [keras.ops.convert_to_numpy(v).astype("float64") for v in variables]
+    start = [v.numpy().astype("float64") for v in variables]
     gradients = random_gradients(scale=scale)
     optimizer = SNGM(rate, jit_compile=jit_compile, **options)
     reference = ReferenceSNGM(start, **options)
@@ -154,7 +154,7 @@ def test_accumulated_micro_batches_train_like_the_whole_batch(mode, k):
         assert int(optimizer.iterations) == len(means)
         trained.append((variables, optimizer))
     (whole, _), (accumulated, optimizer) = trained
-    assert_close(accumulated, [np.array(v, "float64") for v in whole], 1e-6)
+    assert_close(accumulated, values_of(whole), 1e-6)
     np.testing.assert_allclose(
         optimizer.gradient_norm, np.sqrt(sum(np.sum(m * m) for m in means[-1])), rtol=1e-6
     )

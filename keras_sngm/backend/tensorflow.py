@@ -40,8 +40,7 @@ class BackendOptimizer(keras.optimizers.Optimizer):
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """Replace the weights by their averages, unless no step has been taken yet."""
-        updates = keras.ops.convert_to_numpy(self.iterations)
-        if updates > keras.ops.convert_to_numpy(self.skipped_steps):
+        if self.iterations.numpy() > self.skipped_steps.numpy():
             super().finalize_variable_values(var_list)
 
     def _backend_apply_gradients(
