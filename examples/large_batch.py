@@ -18,15 +18,15 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import data
 import keras
 import matplotlib.pyplot as plt
-import models
 import numpy as np
 import tensorflow as tf
-from baselines import Lamb, MomentumSGD
 from tqdm import tqdm
 
+import data
+import models
+from baselines import Lamb, MomentumSGD
 from keras_sngm import SNGM, GradientNormLogger
 
 WEIGHT_DECAY = 1e-4
@@ -62,8 +62,8 @@ def lamb(schedule: Any) -> keras.optimizers.Optimizer:
 METHODS = (
     Method("SNGM", True, sngm, tuned=-2),
     Method("momentum SGD", True, momentum_sgd, tuned=-3),
-    Method("LAMB", True, lamb, tuned=-9),
-    Method("momentum SGD", False, momentum_sgd, tuned=-6),
+    Method("LAMB", True, lamb, tuned=-8),
+    Method("momentum SGD", False, momentum_sgd, tuned=-4),
 )
 
 
@@ -224,7 +224,9 @@ def print_tuning(runs: Sequence[Run]) -> None:
         rates = sorted(grouped(group, "learning_rate").items())
         final = [[100 * run.val_accuracy[-1] for run in at_rate] for _, at_rate in rates]
         best = int(np.argmax([np.mean(values) for values in final]))
-        print(f"\n{name}, batch {batch_size:,}\n| learning rate | validation accuracy, % |\n|---|---|")
+        print(
+            f"\n{name}, batch {batch_size:,}\n| learning rate | validation accuracy, % |\n|---|---|"
+        )
         for i, (((rate,), _), values) in enumerate(zip(rates, final, strict=True)):
             print(f"| {rate:.4g}{' *' if i == best else ''} | {_spread(values)} |")
 
@@ -238,7 +240,9 @@ def draw(runs: Sequence[Run], path: pathlib.Path) -> None:
     """Validation accuracy and gradient norm by epoch; bands span the seeds."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for (name, batch_size), group in grouped(runs, "method", "batch_size").items():
-        for panel, field, scale in zip(panels, ("val_accuracy", "grad_norm"), (100, 1), strict=True):
+        for panel, field, scale in zip(
+            panels, ("val_accuracy", "grad_norm"), (100, 1), strict=True
+        ):
             curves = scale * np.array([getattr(run, field) for run in group])
             epochs = np.arange(1, curves.shape[1] + 1)
             (line,) = panel.plot(epochs, curves.mean(0), label=f"{name}, batch {batch_size:,}")

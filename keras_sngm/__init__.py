@@ -2,7 +2,6 @@
 
 from keras_sngm.callbacks import GradientNormLogger
 from keras_sngm.sngm import SNGM
+from keras_sngm.version import __version__
 
-__version__ = "0.1.0"
-
-__all__ = ["SNGM", "GradientNormLogger"]
+__all__ = ["SNGM", "GradientNormLogger", "__version__"]

@@ -132,8 +132,7 @@ class SNGM(BackendOptimizer):
     ) -> None:
         if not isinstance(momentum, float) or not 0.0 <= momentum < 1.0:
             raise ValueError(
-                "`momentum` must be a float in the range [0, 1). "
-                f"Received: momentum={momentum}"
+                f"`momentum` must be a float in the range [0, 1). Received: momentum={momentum}"
             )
         if isinstance(learning_rate, float) and not 0.0 <= learning_rate < math.inf:
             raise ValueError(
@@ -154,8 +153,7 @@ class SNGM(BackendOptimizer):
             )
         if jit_compile not in (True, False, "auto"):
             raise ValueError(
-                '`jit_compile` must be True, False or "auto". '
-                f"Received: jit_compile={jit_compile}"
+                f'`jit_compile` must be True, False or "auto". Received: jit_compile={jit_compile}'
             )
         super().__init__(
             learning_rate=learning_rate,
@@ -239,7 +237,9 @@ class SNGM(BackendOptimizer):
             }
         )
         if self._weight_decay_exclusions:
-            config["weight_decay_exclusions"] = self._weight_decay_exclusions.get_config()
+            config["weight_decay_exclusions"] = self._weight_decay_exclusions.get_config(
+                self._trainable_variables if self.built else []
+            )
         return config
 
     @classmethod

@@ -110,12 +110,11 @@ def directions(normalized: Normalization, gradients: list[Tensor]) -> list[Tenso
     divisors = [normalized.divisor] * len(gradients)
     if len(normalized.divisor.shape) == 1:
         divisors = ops.unstack(normalized.divisor)
+    dtype = normalized.divisor.dtype
     # A division, not a product with the reciprocal: graph optimizers would
     # multiply the two scalars first, and 1 / norm(g) can underflow.
     return [
-        gradient
-        * ops.cast(normalized.prescale, gradient.dtype)
-        / ops.cast(divisor, gradient.dtype)
+        ops.cast(ops.cast(gradient, dtype) * normalized.prescale / divisor, gradient.dtype)
         for gradient, divisor in zip(gradients, divisors, strict=True)
     ]
 

@@ -6,10 +6,11 @@ from typing import Any
 
 
 class Exclusions:
-    """Variables excluded from weight decay, in a form that survives saving.
+    """Variables excluded from weight decay, in a form that can be saved.
 
     Args:
-        variables: variables, or paths of variables as `get_config` gives them.
+        variables: the excluded variables themselves, or what `get_config` has
+            made of them.
         names: regular expressions; a variable is excluded if one of them is
             found in its name.
     """
@@ -21,35 +22,61 @@ class Exclusions:
     def __bool__(self) -> bool:
         return bool(self._variables or self._names)
 
-    def get_config(self) -> dict[str, list[str]]:
-        """The same exclusions with paths instead of variables."""
-        paths = [v if isinstance(v, str) else _path(v) for v in self._variables]
-        return {"variables": paths, "names": self._names}
-
     def decays(self, variables: Sequence[Any]) -> tuple[bool, ...]:
         """For each of the variables, whether weight decay applies to it.
 
         Raises:
-            ValueError: if a saved path fits several variables.
+            ValueError: if a saved exclusion does not fit exactly one variable.
         """
-        excluded = [self._find(variable, variables) for variable in self._variables]
+        excluded = set(self._positions(variables))
         return tuple(
-            not any(v is variable for variable in excluded)
-            and not any(re.search(name, v.name) for name in self._names)
-            for v in variables
+            i not in excluded and not any(re.search(name, v.name) for name in self._names)
+            for i, v in enumerate(variables)
         )
 
-    def _find(self, variable: Any, candidates: Sequence[Any]) -> Any:
-        if not isinstance(variable, str):
-            return variable
-        found = [v for v in candidates if _path(v) == variable]
-        if len(found) > 1:
-            raise ValueError(
-                f"The variable '{variable}', saved as excluded from weight decay, is not the "
-                "only one of that path. Give the layers of the model different names. "
-                f"Received: variables={[_path(v) for v in candidates]}"
-            )
-        return found[0] if found else None
+    def get_config(self, variables: Sequence[Any]) -> dict[str, list[Any]]:
+        """The exclusions as plain data.
+
+        Args:
+            variables: those the optimizer is built with, or nothing yet. Once
+                they are known, exclusions are saved as positions among them,
+                as the rest of the optimizer's state is. Paths are the second
+                best: Keras changes them when it loads a model.
+        """
+        entries: list[Any] = (
+            self._positions(variables)
+            if variables
+            else [v if isinstance(v, (int, str)) else _path(v) for v in self._variables]
+        )
+        return {"variables": entries, "names": list(self._names)}
+
+    def _positions(self, variables: Sequence[Any]) -> list[int]:
+        positions: list[int] = []
+        for entry in self._variables:
+            if isinstance(entry, str):
+                positions.append(_position_of_path(entry, variables))
+            elif isinstance(entry, int):
+                positions.append(entry)
+            else:
+                positions += [i for i, v in enumerate(variables) if v is entry]
+        return positions
+
+
+def _position_of_path(path: str, variables: Sequence[Any]) -> int:
+    """Where the one variable is whose path ends in `path`, or the other way round."""
+    paths = [_path(v) for v in variables]
+    fitting = [i for i, p in enumerate(paths) if p == path]
+    fitting = fitting or [
+        i for i, p in enumerate(paths) if f"/{p}".endswith(f"/{path}") or path.endswith(f"/{p}")
+    ]
+    if len(fitting) != 1:
+        raise ValueError(
+            f"The variable '{path}', which this optimizer was saved as excluding from weight "
+            f"decay, fits {len(fitting)} of the model's variables instead of one. "
+            "Call `exclude_from_weight_decay()` again. "
+            f"Received: variables={paths}"
+        )
+    return fitting[0]
 
 
 def _path(variable: Any) -> str:

@@ -19,4 +19,5 @@ def run_python(*arguments, **environment):
         check=False,
     )
     assert result.returncode == 0, result.stderr
+    assert "retracing" not in result.stderr, result.stderr
     return result.stdout

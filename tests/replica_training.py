@@ -100,9 +100,7 @@ def main(replicas, output):
         output,
         norms=recorder.norms,
         replicas_agree=all(
-            np.array_equal(part.numpy(), parts[0].numpy())
-            for parts in components
-            for part in parts
+            np.array_equal(part.numpy(), parts[0].numpy()) for parts in components for part in parts
         ),
         replicas=len(components[0]),
         xla_calls=calls_of_xla_programs(strategy, model),

@@ -5,11 +5,11 @@ import gc
 import numpy as np
 import pytest
 import tensorflow as tf
-from problems import random_arrays, random_gradients, tensors_of, variables_of
-from processes import run_python
 from tensorflow.python.eager import context
 
 from keras_sngm import SNGM, update_rule
+from problems import random_arrays, random_gradients, tensors_of, variables_of
+from processes import run_python
 
 
 def function_names():
@@ -57,9 +57,7 @@ def test_a_step_in_a_graph_contains_one_xla_program(jit_compile, expected):
 def test_later_steps_add_no_trace(monkeypatch, jit_compile, sparse):
     traces = []
     descend = update_rule.descend
-    monkeypatch.setattr(
-        update_rule, "descend", lambda *args: traces.append(args) or descend(*args)
-    )
+    monkeypatch.setattr(update_rule, "descend", lambda *args: traces.append(args) or descend(*args))
     variables = variables_of([np.zeros((9, 2))])
     optimizer = SNGM(jit_compile=jit_compile)
     functions = set()
@@ -96,7 +94,9 @@ for step in range(int(sys.argv[1])):
 
 
 def test_auto_does_not_compile_under_op_determinism():
-    run_python("-c", """
+    run_python(
+        "-c",
+        """
 import tensorflow as tf
 from tensorflow.python.eager import context
 from keras_sngm import SNGM
@@ -109,7 +109,8 @@ assert names
 assert not any(
     context.context().get_function_def(name).attr["_XlaMustCompile"].b for name in names
 )
-""")
+""",
+    )
 
 
 def test_hyper_parameters_can_be_changed_between_eager_steps():

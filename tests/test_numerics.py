@@ -4,6 +4,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+
+from keras_sngm import SNGM
 from problems import (
     assert_close,
     random_arrays,
@@ -14,8 +16,6 @@ from problems import (
     variables_of,
 )
 from reference import ReferenceSNGM
-
-from keras_sngm import SNGM
 
 MODES = [(False, None), (True, None), ("auto", True)]
 mode = pytest.mark.parametrize("jit_compile, outer", MODES, ids=["eager", "xla", "xla-function"])
@@ -37,7 +37,6 @@ def test_a_step_is_never_longer_than_its_bound(jit_compile, outer, momentum, nes
     always = random_arrays(seed=3)
     optimizer.build(variables)
 
-
     def apply(gradients):
         optimizer.apply(gradients, variables)
 
@@ -57,9 +56,7 @@ def test_scaling_the_loss_changes_nothing(jit_compile, outer, exponent):
     trained = []
     for scale in (1.0, 2.0**exponent):
         variables = variables_of(random_arrays())
-        train(
-            SNGM(0.1, jit_compile=jit_compile), variables, random_gradients(scale=scale), outer
-        )
+        train(SNGM(0.1, jit_compile=jit_compile), variables, random_gradients(scale=scale), outer)
         trained.append(values_of(variables))
     for plain, scaled in zip(*trained, strict=True):
         np.testing.assert_allclose(scaled, plain, rtol=1e-5, atol=1e-6)
@@ -102,6 +99,17 @@ def test_float64_variables_get_a_float64_norm(jit_compile, outer, scale):
     variable = keras.Variable(np.zeros(4), dtype="float64")
     train(SNGM(0.5, jit_compile=jit_compile), [variable], [[np.full(4, scale)]], outer)
     np.testing.assert_allclose(variable, np.full(4, -0.25), rtol=1e-14)
+
+
+@mode
+@pytest.mark.parametrize("scale", [1e200, 1e-200])
+def test_float32_variables_beside_float64_ones(jit_compile, outer, scale):
+    """Gradients far outside of float32 in one variable leave the other one sound."""
+    variables = variables_of([np.zeros(4), np.zeros(2)], ["float64", "float32"])
+    gradients = [[np.full(4, scale), np.zeros(2)]]
+    train(SNGM(0.5, jit_compile=jit_compile), variables, gradients, outer)
+    np.testing.assert_allclose(variables[0].numpy(), np.full(4, -0.25), rtol=1e-14)
+    np.testing.assert_array_equal(variables[1].numpy(), [0.0, 0.0])
 
 
 @mode

@@ -6,10 +6,19 @@ import numpy as np
 import optax
 import pytest
 import tensorflow as tf
-from problems import (SHAPES, STEPS, assert_close, random_arrays, random_gradients, train, values_of, variables_of)
-from reference import ReferenceSNGM
 
 from keras_sngm import SNGM
+from problems import (
+    SHAPES,
+    STEPS,
+    assert_close,
+    random_arrays,
+    random_gradients,
+    train,
+    values_of,
+    variables_of,
+)
+from reference import ReferenceSNGM
 
 # How a step is run: SNGM's own jit_compile, and that of the tf.function around it.
 MODES = {
@@ -23,7 +32,9 @@ SCHEDULE = keras.optimizers.schedules.PolynomialDecay(0.5, STEPS, 0.0, power=1.1
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-2, "bfloat16": 1.5e-1}
 
 
-def compare_with_reference(mode, tolerance=1e-5, dtypes="float32", scale=1.0, rate=SCHEDULE, **options):
+def compare_with_reference(
+    mode, tolerance=1e-5, dtypes="float32", scale=1.0, rate=SCHEDULE, **options
+):
     """60 steps beside the reference; returns both optimizers."""
     jit_compile, outer = MODES[mode]
     start = random_arrays()
@@ -147,9 +158,7 @@ def test_accumulated_micro_batches_train_like_the_whole_batch(mode, k):
     trained = []
     for gradients, steps in ((means, None), (micro, k)):
         variables = variables_of(random_arrays())
-        optimizer = SNGM(
-            0.1, jit_compile=jit_compile, gradient_accumulation_steps=steps, **options
-        )
+        optimizer = SNGM(0.1, jit_compile=jit_compile, gradient_accumulation_steps=steps, **options)
         train(optimizer, variables, gradients, outer)
         assert int(optimizer.iterations) == len(means)
         trained.append((variables, optimizer))

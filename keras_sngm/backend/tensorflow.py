@@ -66,9 +66,7 @@ class BackendOptimizer(keras.optimizers.Optimizer):
             return
         self._accumulate(active, strategy, gradients)
         is_last = (self._iterations + 1) % self.gradient_accumulation_steps == 0
-        tf.cond(
-            is_last, lambda: self._update_with_accumulated(active, strategy), lambda: None
-        )
+        tf.cond(is_last, lambda: self._update_with_accumulated(active, strategy), lambda: None)
 
     def _accumulate(
         self, active: tuple[int, ...], strategy: tf.distribute.Strategy, gradients: list[Any]

@@ -1,7 +1,8 @@
 """One SNGM step on the variables of one device."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -69,13 +70,16 @@ class LocalStep:
         self._readings = readings
         dtypes = [_arithmetic_dtype(slot.weight.dtype) for slot in self._slots]
         self._norm_dtype = tf.float64 if tf.float64 in dtypes else tf.float32
-        if jit_compile and _is_accelerator(self.device):
-            self._normalize_and_update = _compiled(self._normalize_and_update)
+        on_accelerator = _is_accelerator(self.device)
+        # XLA on CPUs is several times slower than the native kernel at reducing
+        # a tensor to a number, so there it gets the update alone.
+        self._normalize_and_update = self._normalize_then_update
+        self._update = self._update_all
+        if jit_compile and on_accelerator:
+            self._normalize_and_update = _function(self._normalize_then_update, jit_compile=True)
         elif jit_compile:
-            # XLA on CPUs is several times slower than the native kernel at
-            # reducing a tensor to a number, so it gets the update alone.
-            self._update = _compiled(self._update)
-        self._run = tf.function(self._run, autograph=False)
+            self._update = _function(self._update_all, jit_compile=True)
+        self._run = _function(self._run_and_read)
 
     def __call__(self, gradients: Sequence[tf.Tensor | tf.IndexedSlices], moment: Moment) -> None:
         dense = [
@@ -84,17 +88,15 @@ class LocalStep:
         ]
         self._run(dense, moment)
 
-    def _run(self, gradients: list[tf.Tensor], moment: Moment) -> None:
+    def _run_and_read(self, gradients: list[tf.Tensor], moment: Moment) -> None:
         normalized = self._normalize_and_update(gradients, moment)
         norms = tf.cast(normalized.norms, tf.float32)
         self._readings.gradient_norm.assign(tf.cast(normalized.norm, tf.float32))
-        self._readings.gradient_norms.assign(
-            tf.scatter_nd(self._positions, norms, [self._count])
-        )
+        self._readings.gradient_norms.assign(tf.scatter_nd(self._positions, norms, [self._count]))
         skipped = self._readings.skipped_steps
         skipped.assign_add(tf.cast(tf.logical_not(normalized.finite), skipped.dtype))
 
-    def _normalize_and_update(self, gradients: list[tf.Tensor], moment: Moment) -> Normalization:
+    def _normalize_then_update(self, gradients: list[tf.Tensor], moment: Moment) -> Normalization:
         gradients = [
             update_rule.final_gradient(
                 self._rule,
@@ -129,7 +131,7 @@ class LocalStep:
         )
         return update_rule.normalization(self._rule, squares, prescale)
 
-    def _update(
+    def _update_all(
         self, gradients: list[tf.Tensor], normalized: Normalization, moment: Moment
     ) -> None:
         directions = update_rule.directions(normalized, gradients)
@@ -159,8 +161,11 @@ class LocalStep:
         _assign_if(finite, slot.weight, weight)
 
 
-def _compiled(function):
-    return tf.function(function, jit_compile=True, autograph=False)
+def _function(method: Callable[..., Any], jit_compile: bool | None = None) -> Callable[..., Any]:
+    # TensorFlow counts traces by code object, and would warn that a method is
+    # retraced when it is traced once for each of several devices. A partial
+    # has no code object and counts for itself.
+    return tf.function(functools.partial(method), jit_compile=jit_compile, autograph=False)
 
 
 def _densified(gradient: tf.Tensor | tf.IndexedSlices, shape: tf.TensorShape) -> tf.Tensor:

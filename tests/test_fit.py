@@ -1,0 +1,234 @@
+"""SNGM in everything a Keras user trains with."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_sngm import SNGM, GradientNormLogger
+from problems import assert_close, values_of
+
+X = np.random.default_rng(0).standard_normal((48, 6)).astype("float32")
+Y = np.tanh(X.sum(axis=1, keepdims=True))
+
+
+def build_model(seed=0, model_class=keras.Model, **first_layer):
+    keras.utils.set_random_seed(seed)
+    inputs = keras.Input((6,))
+    x = keras.layers.Dense(5, activation="tanh", **first_layer)(inputs)
+    return model_class(inputs, keras.layers.Dense(1)(x))
+
+
+def fit(model, epochs=2, **kwargs):
+    return model.fit(X, Y, batch_size=8, epochs=epochs, shuffle=False, verbose=0, **kwargs)
+
+
+def trained(optimizer=None, model=None, epochs=2, callbacks=None, **compile_options):
+    model = model or build_model()
+    model.compile(optimizer=optimizer or SNGM(), loss="mse", **compile_options)
+    fit(model, epochs, callbacks=callbacks)
+    return model
+
+
+def assert_same_weights(model, other, tolerance=1e-5):
+    assert_close(model.weights, values_of(other.weights), tolerance)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return trained()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"run_eagerly": True},
+        {"jit_compile": True},
+        {"jit_compile": False},
+        {"steps_per_execution": 3},
+        {"steps_per_execution": 4, "jit_compile": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("jit_compile", [True, False])
+def test_ways_to_compile_a_model(expected, options, jit_compile):
+    assert_same_weights(trained(SNGM(jit_compile=jit_compile), **options), expected)
+
+
+def test_training_lowers_the_loss():
+    model = build_model()
+    model.compile(optimizer=SNGM(0.02), loss="mse")
+    losses = fit(model, epochs=20).history["loss"]
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_custom_train_step(expected):
+    class Custom(keras.Model):
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                loss = self.compute_loss(x, y, self(x, training=True))
+            gradients = tape.gradient(loss, self.trainable_variables)
+            self.optimizer.apply_gradients(zip(gradients, self.trainable_variables))
+            return {"loss": loss}
+
+    assert_same_weights(trained(model=build_model(model_class=Custom)), expected)
+
+
+@pytest.mark.parametrize("in_graph", [False, True])
+@pytest.mark.parametrize("build_first", [False, True])
+def test_custom_loop(expected, in_graph, build_first):
+    model = build_model()
+    optimizer = SNGM()
+    if build_first:
+        optimizer.build(model.trainable_variables)
+
+    def step(x, y):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((model(x) - y) ** 2)
+        gradients = tape.gradient(loss, model.trainable_variables)
+        return optimizer.apply_gradients(zip(gradients, model.trainable_variables))
+
+    step = tf.function(step) if in_graph else step
+    for _ in range(2):
+        for i in range(0, len(X), 8):
+            step(tf.constant(X[i : i + 8]), tf.constant(Y[i : i + 8]))
+    assert_same_weights(model, expected)
+    assert int(optimizer.iterations) == 12
+
+
+class Halving(keras.callbacks.Callback):
+    """Plain assignment to the learning rate, as users do it."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.model.optimizer.learning_rate = 0.1 / 2**epoch
+
+
+@pytest.mark.parametrize(
+    "learning_rate, callbacks",
+    [
+        (keras.optimizers.schedules.PiecewiseConstantDecay([5, 11], [0.1, 0.05, 0.025]), []),
+        (0.3, [keras.callbacks.LearningRateScheduler(lambda epoch, _: 0.1 / 2**epoch)]),
+        (0.3, [Halving()]),
+        (
+            0.1,
+            [
+                keras.callbacks.ReduceLROnPlateau(
+                    monitor="loss", factor=0.5, patience=0, min_delta=1e6, cooldown=0
+                )
+            ],
+        ),
+    ],
+    ids=["schedule", "LearningRateScheduler", "assignment", "ReduceLROnPlateau"],
+)
+def test_learning_rates_that_change(learning_rate, callbacks):
+    """All of these mean 0.1, 0.05, 0.025 in three epochs."""
+    if isinstance(callbacks[0] if callbacks else None, keras.callbacks.ReduceLROnPlateau):
+        # The first epoch is its best; each later one is no improvement.
+        rates = [0.1, 0.1, 0.05]
+    else:
+        rates = [0.1, 0.05, 0.025]
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([5, 11], rates)
+    model = trained(SNGM(learning_rate), epochs=3, callbacks=callbacks)
+    assert_same_weights(model, trained(SNGM(schedule), epochs=3))
+
+
+def test_callable_learning_rate():
+    rate = tf.Variable(0.1)
+    model = trained(SNGM(lambda: rate))
+    assert_same_weights(model, trained(SNGM(0.1)))
+    rate.assign(0.0)
+    before = values_of(model.weights)
+    fit(model)
+    assert_close(model.weights, before, 0.0)
+
+
+def test_frozen_layers_stay_as_they_are():
+    model = build_model()
+    model.layers[1].trainable = False
+    before = values_of(model.layers[1].weights)
+    trained(model=model)
+    for value, expected in zip(values_of(model.layers[1].weights), before, strict=True):
+        np.testing.assert_array_equal(value, expected)
+    assert model.optimizer.gradient_norms.shape == (2,)
+
+
+def test_variables_without_gradient_stay_as_they_are():
+    used, unused = keras.Variable([1.0, 1.0]), keras.Variable([2.0])
+    optimizer = SNGM(0.5, use_ema=True)
+    with pytest.warns(UserWarning, match="Gradients do not exist"):
+        optimizer.apply_gradients([(None, unused), (tf.constant([3.0, 4.0]), used)])
+    np.testing.assert_allclose(used, [0.7, 0.6], rtol=1e-6)
+    np.testing.assert_allclose(optimizer.gradient_norms, [0.0, 5.0])
+    optimizer.finalize_variable_values([unused, used])
+    np.testing.assert_allclose(unused, [2.0])
+
+
+def test_a_subset_of_the_variables_can_be_updated():
+    first, second = keras.Variable([1.0]), keras.Variable([2.0])
+    optimizer = SNGM(0.5)
+    optimizer.build([first, second])
+    optimizer.apply([tf.ones(1)], [second])
+    optimizer.apply([tf.ones(1)], [first])
+    np.testing.assert_allclose([first.numpy(), second.numpy()], [[0.5], [1.5]])
+
+
+def test_unknown_variables_are_refused():
+    optimizer = SNGM()
+    optimizer.build([keras.Variable([1.0])])
+    with pytest.raises(ValueError, match="Unknown variable"):
+        optimizer.apply([tf.ones(1)], [keras.Variable([1.0])])
+
+
+@pytest.mark.parametrize("policy, tolerance", [("mixed_float16", 2e-2), ("mixed_bfloat16", 1e-1)])
+def test_mixed_precision(expected, policy, tolerance):
+    keras.mixed_precision.set_dtype_policy(policy)
+    try:
+        model = build_model()
+    finally:
+        keras.mixed_precision.set_dtype_policy("float32")
+    trained(model=model, callbacks=[GradientNormLogger()])
+    assert_same_weights(model, expected, tolerance)
+
+
+@pytest.mark.parametrize("factor", [2.0**-20, 3.0, 2.0**20])
+def test_the_loss_scale_changes_nothing(expected, factor):
+    model = trained(SNGM(loss_scale_factor=factor))
+    assert_same_weights(model, expected)
+    np.testing.assert_allclose(
+        model.optimizer.gradient_norm, expected.optimizer.gradient_norm, rtol=1e-4
+    )
+
+
+def test_constraints_hold():
+    model = trained(model=build_model(kernel_constraint=keras.constraints.MaxNorm(0.5, axis=0)))
+    norms = np.linalg.norm(model.layers[1].kernel.numpy(), axis=0)
+    assert (norms <= 0.5 + 1e-6).all()
+    assert np.isclose(norms, 0.5).any()
+
+
+def test_embeddings_train_in_fit():
+    tokens = np.random.default_rng(0).integers(0, 11, (48, 5))
+    models = []
+    for run_eagerly in (False, True):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential(
+            [keras.layers.Embedding(11, 4), keras.layers.Flatten(), keras.layers.Dense(1)]
+        )
+        model.compile(optimizer=SNGM(), loss="mse", run_eagerly=run_eagerly)
+        model.fit(tokens, Y, batch_size=8, epochs=2, shuffle=False, verbose=0)
+        models.append(model)
+    assert_same_weights(*models)
+
+
+def test_excluded_variables_do_not_decay():
+    kept, decayed = keras.Variable([1.0], name="bias"), keras.Variable([1.0], name="kernel")
+    named = keras.Variable([1.0], name="gain")
+    optimizer = SNGM(0.5, weight_decay=0.5, momentum=0.0)
+    optimizer.exclude_from_weight_decay(var_list=[named], var_names=["bias"])
+    variables = [kept, decayed, named]
+    optimizer.build(variables)
+    optimizer.apply([tf.zeros(1)] * 3, variables)
+    np.testing.assert_allclose([v.numpy()[0] for v in variables], [1.0, 0.75, 1.0])
+    with pytest.raises(ValueError, match="before"):
+        optimizer.exclude_from_weight_decay(var_names=["kernel"])

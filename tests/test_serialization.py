@@ -1,0 +1,180 @@
+"""Nothing is lost when an optimizer is saved."""
+
+import pickle
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_sngm import SNGM
+from problems import random_arrays, random_gradients, train, values_of, variables_of
+from processes import TESTS, run_python
+from resumed_training import RESUMABLE, X, Y, build_model
+
+EVERYTHING = {
+    "learning_rate": 0.25,
+    "momentum": 0.5,
+    "nesterov": True,
+    "weight_decay": 0.125,
+    "decoupled_weight_decay": False,
+    "clipnorm": 2.0,
+    "use_ema": True,
+    "ema_momentum": 0.75,
+    "ema_overwrite_frequency": 3,
+    "loss_scale_factor": 4.0,
+    "gradient_accumulation_steps": 2,
+    "jit_compile": False,
+    "name": "mine",
+}
+
+
+@pytest.mark.parametrize("clip", ["clipnorm", "clipvalue", "global_clipnorm"])
+def test_config_holds_every_argument(clip):
+    arguments = {**EVERYTHING, "clipnorm": None, clip: 2.0}
+    config = SNGM(**arguments).get_config()
+    assert {name: config[name] for name in arguments} == arguments
+    assert SNGM.from_config(config).get_config() == config
+
+
+def test_schedules_survive():
+    schedule = keras.optimizers.schedules.PolynomialDecay(0.5, 100, power=1.1)
+    restored = SNGM.from_config(SNGM(schedule).get_config())
+    assert float(restored.learning_rate) == 0.5
+    assert restored.get_config() == SNGM(schedule).get_config()
+
+
+def test_keras_can_deserialize_it_by_name():
+    optimizer = keras.saving.deserialize_keras_object(
+        keras.saving.serialize_keras_object(SNGM(**EVERYTHING))
+    )
+    assert isinstance(optimizer, SNGM)
+    assert optimizer.get_config() == SNGM(**EVERYTHING).get_config()
+    assert keras.saving.get_registered_name(SNGM) == "keras_sngm>SNGM"
+
+
+def model_with_exclusions(name):
+    model = keras.Sequential(
+        [keras.Input((2,)), keras.layers.Dense(2, name="a"), keras.layers.Dense(2, name="b")],
+        name=name,
+    )
+    optimizer = SNGM(0.5, momentum=0.0, weight_decay=1.0)
+    optimizer.exclude_from_weight_decay(var_list=[model.layers[0].kernel], var_names=["bias"])
+    return model, optimizer
+
+
+def means_after_a_step_of_decay(optimizer, model):
+    variables = model.trainable_variables
+    for v in variables:
+        v.assign(tf.ones_like(v))
+    optimizer.apply([tf.zeros(v.shape) for v in variables], variables)
+    return [float(np.mean(v.numpy())) for v in variables]
+
+
+@pytest.mark.parametrize("built", [False, True])
+@pytest.mark.parametrize("name", ["same", "other", "longer/same"])
+def test_exclusions_from_weight_decay_survive(built, name):
+    """Keras renames variables when it loads a model, and so do users."""
+    model, optimizer = model_with_exclusions("same")
+    if built:
+        optimizer.build(model.trainable_variables)
+    restored = SNGM.from_config(optimizer.get_config())
+    assert restored.get_config() == optimizer.get_config()
+    other, _ = model_with_exclusions("same")
+    for v in other.trainable_variables:
+        v._path = v.path.replace("same", name)
+    if name == "other" and not built:
+        with pytest.raises(ValueError, match="'same/a/kernel'.* fits 0 of"):
+            means_after_a_step_of_decay(restored, other)
+    else:
+        assert means_after_a_step_of_decay(restored, other) == [1.0, 1.0, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("train_first", [False, True])
+def test_exclusions_survive_in_a_saved_model(tmp_path, train_first):
+    model, optimizer = model_with_exclusions("model")
+    model.compile(optimizer=optimizer, loss="mse")
+    if train_first:
+        model.train_on_batch(np.ones((2, 2)), np.ones((2, 2)))
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert means_after_a_step_of_decay(loaded.optimizer, loaded) == [1.0, 1.0, 0.5, 1.0]
+
+
+def test_a_saved_exclusion_that_fits_two_variables_is_refused():
+    model, optimizer = model_with_exclusions("same")
+    restored = SNGM.from_config(optimizer.get_config())
+    twin, _ = model_with_exclusions("same")
+    variables = model.trainable_variables + twin.trainable_variables
+    with pytest.raises(ValueError, match="'same/a/kernel'.* fits 2 of"):
+        restored.apply([tf.zeros(v.shape) for v in variables], variables)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resumed")
+    run_python(TESTS / "resumed_training.py", "begin", folder)
+    run_python(TESTS / "resumed_training.py", "resume", folder)
+    return folder
+
+
+@pytest.mark.parametrize("form", RESUMABLE)
+def test_training_resumed_in_a_fresh_process_is_the_same_to_the_bit(folder, form):
+    with np.load(folder / "uninterrupted.npz") as expected, np.load(folder / f"{form}.npz") as got:
+        assert len(got.files) == len(expected.files) > 10
+        for name in expected.files:
+            np.testing.assert_array_equal(got[name], expected[name])
+
+
+def test_backup_and_restore_resumes_to_the_bit(tmp_path):
+    class Interrupt(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 2:
+                raise KeyboardInterrupt
+
+    def fit(*callbacks):
+        keras.utils.set_random_seed(0)
+        model = build_model()
+        model.fit(X, Y, batch_size=8, epochs=4, shuffle=False, verbose=0, callbacks=callbacks)
+        return values_of([*model.variables, *model.optimizer.variables])
+
+    expected = fit()
+    with pytest.raises(KeyboardInterrupt):
+        fit(keras.callbacks.BackupAndRestore(tmp_path / "backup"), Interrupt())
+    resumed = fit(keras.callbacks.BackupAndRestore(tmp_path / "backup"))
+    for value, other in zip(resumed, expected, strict=True):
+        np.testing.assert_array_equal(value, other)
+
+
+def test_pickles_like_keras_own_optimizers():
+    for optimizer in (keras.optimizers.SGD(0.25, momentum=0.5), SNGM(**EVERYTHING)):
+        restored = pickle.loads(pickle.dumps(optimizer))
+        assert type(restored) is type(optimizer)
+        assert restored.get_config() == optimizer.get_config()
+
+
+def test_a_model_pickles_with_its_training_state():
+    model = build_model()
+    model.fit(X, Y, batch_size=8, verbose=0)
+    restored = pickle.loads(pickle.dumps(model))
+    for value, other in zip(
+        values_of(restored.optimizer.variables), values_of(model.optimizer.variables), strict=True
+    ):
+        np.testing.assert_array_equal(value, other)
+
+
+def test_weights_of_the_optimizer_can_be_set():
+    trained = []
+    gradients = random_gradients(steps=6)
+    variables = variables_of(random_arrays())
+    optimizer = SNGM()
+    train(optimizer, variables, gradients[:3])
+    copy = variables_of(values_of(variables))
+    other = SNGM()
+    other.build(copy)
+    other.set_weights(values_of(optimizer.variables))
+    for each, on in ((optimizer, variables), (other, copy)):
+        train(each, on, gradients[3:])
+        trained.append(values_of(on))
+    for value, same in zip(*trained, strict=True):
+        np.testing.assert_array_equal(value, same)
