@@ -64,13 +64,26 @@ def _generated_mnist1d(samples: int) -> tuple[np.ndarray, np.ndarray]:
 def images(name: str, quick: bool = False) -> Task:
     """Images of any size, scaled to 32x32 and [-1, 1]; the last tenth of train validates.
 
-    With `quick`, the first hundredth of each split.
+    With `quick`, a hundredth of each split.
+
+    Raises:
+        ValueError: if the dataset has no images with labels, or nothing to test on.
     """
     import tensorflow_datasets as tfds
 
     builder = tfds.builder(name)
+    if not {"image", "label"} <= set(builder.info.features):
+        raise ValueError(
+            "The dataset must have the features `image` and `label`. "
+            f"Received: name={name} with features {list(builder.info.features)}"
+        )
     builder.download_and_prepare()
-    test = "test" if "test" in builder.info.splits else "validation"
+    test = next((split for split in ("test", "validation") if split in builder.info.splits), None)
+    if test is None:
+        raise ValueError(
+            "The dataset must have a split `test` or `validation` beside `train`. "
+            f"Received: name={name} with splits {list(builder.info.splits)}"
+        )
     splits = ["train[:90%]", "train[90%:]", test]
     if quick:
         splits = ["train[:1%]", "train[-1%:]", f"{test}[:1%]"]

@@ -38,6 +38,9 @@ class GradientNormLogger(keras.callbacks.Callback):
 
     Example:
 
+    >>> import keras
+    >>> import numpy as np
+    >>> from keras_sngm import SNGM, GradientNormLogger
     >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     >>> model.compile(optimizer=SNGM(), loss="mse")
     >>> history = model.fit(

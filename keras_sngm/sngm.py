@@ -99,6 +99,9 @@ class SNGM(BackendOptimizer):
 
     Example:
 
+    >>> import keras
+    >>> import numpy as np
+    >>> from keras_sngm import SNGM
     >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     >>> model.compile(optimizer=SNGM(learning_rate=0.1), loss="mse")
     >>> history = model.fit(np.ones((8, 2)), np.ones((8, 1)), verbose=0)

@@ -80,7 +80,7 @@ def main(replicas, output):
     keras.utils.set_random_seed(0)
     with strategy.scope():
         model = build_model()
-        schedule = keras.optimizers.schedules.CosineDecay(0.1, 24)
+        schedule = keras.optimizers.schedules.CosineDecay(0.1, 16)
         model.compile(optimizer=SNGM(schedule, jit_compile=True), loss="mse")
     recorder = RecordNorms()
     x, y = problem()
@@ -89,7 +89,7 @@ def main(replicas, output):
         x,
         y,
         batch_size=BATCH,
-        epochs=6,
+        epochs=4,
         shuffle=False,
         verbose=0,
         callbacks=[GradientNormLogger(), recorder],

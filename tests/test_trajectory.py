@@ -55,8 +55,7 @@ def compare_with_reference(
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("momentum", [0.9, 0.99])
+@pytest.mark.parametrize("momentum, nesterov", [(0.9, False), (0.9, True), (0.99, False)])
 def test_agrees_with_the_reference(mode, momentum, nesterov):
     compare_with_reference(mode, momentum=momentum, nesterov=nesterov)
 
@@ -106,7 +105,7 @@ def test_options_agree_with_the_reference(mode, options):
     compare_with_reference(mode, **options)
 
 
-@pytest.mark.parametrize("clipnorm", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("clipnorm", [1e-6, 1e6])
 @pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])
 def test_clipping_agrees_with_the_reference_at_any_scale(clipnorm, scale):
     optimizer, reference = compare_with_reference("eager-xla", scale=scale, clipnorm=clipnorm)

@@ -1,0 +1,131 @@
+"""The examples run, and say what they measured."""
+
+import json
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+
+import data
+import large_batch
+import models
+from processes import TESTS, run_python
+
+SCRIPT = TESTS.parent / "examples" / "large_batch.py"
+
+
+@pytest.fixture(autouse=True)
+def keras_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
+    monkeypatch.setenv("MPLBACKEND", "agg")
+
+
+def saved_runs(path):
+    return json.loads(path.read_text())["runs"]
+
+
+def test_the_main_job_from_the_command_line(tmp_path):
+    printed = run_python(SCRIPT, "--quick", "--strategy", "mirrored", "--output", tmp_path)
+    for row in (
+        "| SNGM | 100 |",
+        "| momentum SGD | 100 |",
+        "| LAMB | 100 |",
+        "| momentum SGD | 32 |",
+    ):
+        assert row in printed
+    assert str(tmp_path / "compare.json") in printed
+    assert str(tmp_path / "compare.png") in printed
+    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
+    runs = saved_runs(tmp_path / "compare.json")
+    assert [run["method"] for run in runs] == ["SNGM", "momentum SGD", "LAMB", "momentum SGD"]
+    assert [run["steps"] for run in runs] == [8, 8, 8, 24]
+    assert [run["optimizer_floats_per_parameter"] for run in runs] == pytest.approx(
+        [1, 1, 2, 1], abs=0.01
+    )
+    for run in runs:
+        assert len(run["val_accuracy"]) == len(run["grad_norm"]) == 2
+        assert min(run["grad_norm"]) > 0
+        assert 0 <= run["test_accuracy"] <= 1
+
+
+def test_quick_runs_of_methods_differ_only_in_the_optimizer(tmp_path):
+    """Same seed, same batch: the first epoch starts at the same gradient."""
+    arguments = ["--quick", "--epochs", "1", "--batch-size", "400", "--small-batch-size", "400"]
+    large_batch.main([*arguments, "--output", str(tmp_path)])
+    norms = [run["grad_norm"][0] for run in saved_runs(tmp_path / "compare.json")]
+    np.testing.assert_allclose(norms, norms[0], rtol=1e-4)
+
+
+def test_tuning_extends_its_grid_until_the_best_is_inside(tmp_path, monkeypatch, capsys):
+    """With an accuracy that peaks at 2^-6, four steps from where the grid begins."""
+
+    def run(self, method, batch_size, learning_rate, seed):
+        accuracy = 1 - abs(np.log2(learning_rate) + 6) / 100
+        return large_batch.Run(
+            method.name, batch_size, learning_rate, seed, 1, 0.0, 0.0, 1.0, [accuracy], [1.0]
+        )
+
+    monkeypatch.setattr(large_batch.Trainer, "run", run)
+    large_batch.main(["--quick", "--tune", "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert printed.count("| 0.01562 * |") == len(large_batch.METHODS)
+    runs = saved_runs(tmp_path / "tune.json")
+    for method in large_batch.METHODS:
+        tried = {
+            round(2 * np.log2(run["learning_rate"])) for run in runs if run["method"] == method.name
+        }
+        assert {-13, -12, -11} <= tried
+    assert {run["seed"] for run in runs} == set(large_batch.TUNING_SEEDS)
+
+
+@pytest.mark.parametrize("name, shape", [("cifar10", (32, 32, 3)), ("mnist", (32, 32, 1))])
+def test_any_image_dataset_of_tfds(tmp_path, name, shape):
+    with tfds.testing.mock_data(num_examples=400):
+        task = data.images(name)
+        assert task.input_shape == shape
+        assert task.classes == 10
+        assert len(task.train) == len(task.validation) == len(task.test) == 400
+        image, _ = next(iter(task.train))
+        assert image.shape == shape
+        assert float(np.min(image)) >= -1
+        assert float(np.max(image)) <= 1
+
+
+@pytest.mark.parametrize(
+    "name, problem", [("ag_news_subset", "`image` and `label`"), ("tf_flowers", "a split `test`")]
+)
+def test_datasets_that_do_not_fit_are_refused(name, problem):
+    with tfds.testing.mock_data(num_examples=4), pytest.raises(ValueError, match=problem):
+        data.load(name)
+
+
+def test_the_main_job_on_images(tmp_path, capsys):
+    with tfds.testing.mock_data(num_examples=16):
+        sizes = ["--epochs", "1", "--batch-size", "8", "--small-batch-size", "4"]
+        large_batch.main(
+            ["--quick", "--dataset", "cifar10", *sizes, "--output", str(tmp_path)],
+        )
+    assert "| SNGM | 8 |" in capsys.readouterr().out
+    assert [run["steps"] for run in saved_runs(tmp_path / "compare.json")] == [2, 2, 2, 4]
+
+
+def test_mnist1d_is_generated_once(capsys):
+    first = data.mnist1d(quick=True)
+    assert "Generating" in capsys.readouterr().out
+    second = data.mnist1d(quick=True)
+    assert "Generating" not in capsys.readouterr().out
+    assert [len(d) for d in (first.train, first.validation, first.test)] == [400, 400, 1000]
+    for a, b in zip(first.train, second.train):
+        np.testing.assert_array_equal(a[0], b[0])
+
+
+def test_networks_are_those_of_the_papers():
+    net = models.conv_net_1d((40, 1), 10)
+    assert net.count_params() == 5 * 25 + 25 + 2 * (3 * 25 * 25 + 25) + 5 * 25 * 10 + 10
+    # He et al. give 0.27 million parameters and 20 weighted layers.
+    resnet = models.resnet20((32, 32, 3), 10)
+    assert sum(np.prod(w.shape) for w in resnet.trainable_weights) == pytest.approx(
+        0.27e6, rel=0.02
+    )
+    weighted = [layer for layer in resnet.layers if "conv2d" in layer.name or "dense" in layer.name]
+    assert len(weighted) == 20
