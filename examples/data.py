@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -62,38 +63,39 @@ def _generated_mnist1d(samples: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def images(name: str, quick: bool = False) -> Task:
-    """Images of any size, scaled to 32x32 and [-1, 1]; the last tenth of train validates.
+    """Images of any size, scaled to 32x32 and [-1, 1].
 
-    With `quick`, a hundredth of each split.
+    With `quick`, the first hundredth of each split.
 
     Raises:
-        ValueError: if the dataset has no images with labels, or nothing to test on.
+        ValueError: if the dataset does not consist of images with labels.
     """
     import tensorflow_datasets as tfds
 
     builder = tfds.builder(name)
-    if not {"image", "label"} <= set(builder.info.features):
+    features = builder.info.features
+    if not {"image", "label"} <= set(features):
         raise ValueError(
             "The dataset must have the features `image` and `label`. "
-            f"Received: name={name} with features {list(builder.info.features)}"
+            f"Received: name={name} with features {list(features)}"
         )
     builder.download_and_prepare()
-    test = next((split for split in ("test", "validation") if split in builder.info.splits), None)
-    if test is None:
-        raise ValueError(
-            "The dataset must have a split `test` or `validation` beside `train`. "
-            f"Received: name={name} with splits {list(builder.info.splits)}"
-        )
-    splits = ["train[:90%]", "train[90%:]", test]
+    datasets = tfds.load(name, split=_splits(builder.info.splits), as_supervised=True)
     if quick:
-        splits = ["train[:1%]", "train[-1%:]", f"{test}[:1%]"]
-    datasets = builder.as_dataset(split=splits, as_supervised=True)
-    channels = builder.info.features["image"].shape[-1]
+        datasets = [dataset.take(int(dataset.cardinality()) // 100) for dataset in datasets]
     return Task(
         *(dataset.map(_scaled, num_parallel_calls=tf.data.AUTOTUNE) for dataset in datasets),
-        input_shape=(*IMAGE_SIZE, channels),
-        classes=builder.info.features["label"].num_classes,
+        input_shape=(*IMAGE_SIZE, features["image"].shape[-1]),
+        classes=features["label"].num_classes,
     )
+
+
+def _splits(available: Iterable[str]) -> list[str]:
+    """Names of what to train, validate and test on."""
+    for held_out in ("test", "validation"):
+        if held_out in available:
+            return ["train[:90%]", "train[90%:]", held_out]
+    return ["train[:80%]", "train[80%:90%]", "train[90%:]"]
 
 
 def _scaled(image: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

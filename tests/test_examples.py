@@ -91,16 +91,30 @@ def test_any_image_dataset_of_tfds(tmp_path, name, shape):
         assert float(np.max(image)) <= 1
 
 
+def test_datasets_without_images_are_refused():
+    with (
+        tfds.testing.mock_data(num_examples=4),
+        pytest.raises(ValueError, match=r"`image` and `label`.*ag_news_subset"),
+    ):
+        data.load("ag_news_subset")
+
+
 @pytest.mark.parametrize(
-    "name, problem", [("ag_news_subset", "`image` and `label`"), ("tf_flowers", "a split `test`")]
+    "available, tested_on",
+    [
+        (["train", "test", "validation"], "test"),
+        (["train", "validation"], "validation"),
+        (["train"], "train[90%:]"),
+    ],
 )
-def test_datasets_that_do_not_fit_are_refused(name, problem):
-    with tfds.testing.mock_data(num_examples=4), pytest.raises(ValueError, match=problem):
-        data.load(name)
+def test_splits_do_not_overlap(available, tested_on):
+    train, validation, test = data._splits(available)
+    assert test == tested_on
+    assert train.split(":")[1] == validation.split("[")[1].split(":")[0] + "]"
 
 
 def test_the_main_job_on_images(tmp_path, capsys):
-    with tfds.testing.mock_data(num_examples=16):
+    with tfds.testing.mock_data(num_examples=1600):
         sizes = ["--epochs", "1", "--batch-size", "8", "--small-batch-size", "4"]
         large_batch.main(
             ["--quick", "--dataset", "cifar10", *sizes, "--output", str(tmp_path)],
