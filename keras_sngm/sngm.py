@@ -256,6 +256,11 @@ class SNGM(BackendOptimizer):
         return optimizer
 
     def _rule(self) -> Rule:
+        if self.momentum != 0.0 and not self.momentums:
+            raise ValueError(
+                "This optimizer was built with `momentum=0.0` and keeps none. "
+                f"Create a new one. Received: momentum={self.momentum}"
+            )
         return Rule(
             momentum=self.momentum,
             nesterov=self.nesterov,

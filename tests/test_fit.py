@@ -232,3 +232,26 @@ def test_excluded_variables_do_not_decay():
     np.testing.assert_allclose([v.numpy()[0] for v in variables], [1.0, 0.75, 1.0])
     with pytest.raises(ValueError, match="before"):
         optimizer.exclude_from_weight_decay(var_names=["kernel"])
+
+
+def test_momentum_cannot_be_switched_on_after_building():
+    optimizer = SNGM(momentum=0.0)
+    optimizer.build([keras.Variable([1.0])])
+    optimizer.momentum = 0.9
+    with pytest.raises(ValueError, match="built with `momentum=0.0`.*Received: momentum=0.9"):
+        optimizer.apply([tf.ones(1)])
+
+
+def test_cross_replica_context_is_refused():
+    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+        optimizer, variable = SNGM(), keras.Variable([1.0])
+        with pytest.raises(RuntimeError, match="replica context"):
+            optimizer.apply([tf.ones(1)], [variable])
+
+
+def test_a_trained_model_can_be_exported(tmp_path):
+    model = trained()
+    model.export(tmp_path / "exported", verbose=False)
+    exported = tf.saved_model.load(tmp_path / "exported")
+    np.testing.assert_allclose(exported.serve(X), model(X), rtol=1e-6)
+    tf.saved_model.save(model, str(tmp_path / "saved"))
