@@ -193,6 +193,7 @@ class SNGM(BackendOptimizer):
         if self.built:
             return
         super().build(variables)
+        self._weight_decay_exclusions = self._weight_decay_exclusions.located_in(variables)
         self.momentums = []
         if self.momentum != 0.0:
             self.momentums = self.add_optimizer_variables(variables, "momentum")
@@ -240,9 +241,7 @@ class SNGM(BackendOptimizer):
             }
         )
         if self._weight_decay_exclusions:
-            config["weight_decay_exclusions"] = self._weight_decay_exclusions.get_config(
-                self._trainable_variables if self.built else []
-            )
+            config["weight_decay_exclusions"] = self._weight_decay_exclusions.get_config()
         return config
 
     @classmethod
@@ -272,8 +271,8 @@ class SNGM(BackendOptimizer):
             ema_momentum=self.ema_momentum,
         )
 
-    def _decays(self) -> tuple[bool, ...]:
-        return self._weight_decay_exclusions.decays(self._trainable_variables)
+    def _decays(self, variables: Sequence[keras.Variable]) -> tuple[bool, ...]:
+        return self._weight_decay_exclusions.decays(variables)
 
 
 def _check_number(name: str, value: Any, zero_allowed: bool = False) -> None:

@@ -16,11 +16,11 @@ class Exclusions:
     """
 
     def __init__(self, variables: Iterable[Any] = (), names: Iterable[str] = ()) -> None:
-        self._variables = list(variables)
+        self._entries = list(variables)
         self._names = list(names)
 
     def __bool__(self) -> bool:
-        return bool(self._variables or self._names)
+        return bool(self._entries or self._names)
 
     def decays(self, variables: Sequence[Any]) -> tuple[bool, ...]:
         """For each of the variables, whether weight decay applies to it.
@@ -28,38 +28,37 @@ class Exclusions:
         Raises:
             ValueError: if a saved exclusion does not fit exactly one variable.
         """
-        excluded = set(self._positions(variables))
+        excluded = set(self.located_in(variables)._entries)
         return tuple(
             i not in excluded and not any(re.search(name, v.name) for name in self._names)
             for i, v in enumerate(variables)
         )
 
-    def get_config(self, variables: Sequence[Any]) -> dict[str, list[Any]]:
-        """The exclusions as plain data.
+    def located_in(self, variables: Sequence[Any]) -> "Exclusions":
+        """The same exclusions, with positions in place of variables.
 
-        Args:
-            variables: those the optimizer is built with, or nothing yet. Once
-                they are known, exclusions are saved as positions among them,
-                as the rest of the optimizer's state is. Paths are the second
-                best: Keras changes them when it loads a model.
+        Raises:
+            ValueError: if a saved exclusion does not fit exactly one variable.
         """
-        entries: list[Any] = (
-            self._positions(variables)
-            if variables
-            else [v if isinstance(v, (int, str)) else _path(v) for v in self._variables]
-        )
-        return {"variables": entries, "names": list(self._names)}
-
-    def _positions(self, variables: Sequence[Any]) -> list[int]:
         positions: list[int] = []
-        for entry in self._variables:
-            if isinstance(entry, str):
-                positions.append(_position_of_path(entry, variables))
-            elif isinstance(entry, int):
+        for entry in self._entries:
+            if isinstance(entry, int):
                 positions.append(entry)
+            elif isinstance(entry, str):
+                positions.append(_position_of_path(entry, variables))
             else:
                 positions += [i for i, v in enumerate(variables) if v is entry]
-        return positions
+        return Exclusions(positions, self._names)
+
+    def get_config(self) -> dict[str, list[Any]]:
+        """The exclusions as plain data.
+
+        Variables are saved as their position among those the optimizer was
+        built with, once it is known, as all of the optimizer's state is. Paths
+        are the second best: Keras changes them when it loads a model.
+        """
+        entries = [v if isinstance(v, (int, str)) else _path(v) for v in self._entries]
+        return {"variables": entries, "names": list(self._names)}
 
 
 def _position_of_path(path: str, variables: Sequence[Any]) -> int:

@@ -35,7 +35,7 @@ class BackendOptimizer(keras.optimizers.Optimizer):
     def _rule(self) -> Rule:
         raise NotImplementedError
 
-    def _decays(self) -> Sequence[bool]:
+    def _decays(self, variables: Sequence[Any]) -> Sequence[bool]:
         raise NotImplementedError
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
@@ -145,7 +145,7 @@ class BackendOptimizer(keras.optimizers.Optimizer):
                 self._trainable_variables,
                 self.momentums or [None] * count,
                 self._model_variables_moving_average if self.use_ema else [None] * count,
-                self._decays(),
+                self._decays(self._trainable_variables),
                 strict=True,
             )
         ]

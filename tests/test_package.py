@@ -1,0 +1,68 @@
+"""The rooms of the house, and what the README promises of the package."""
+
+import ast
+import importlib.metadata
+import pathlib
+import re
+
+import keras
+import pytest
+
+from keras_sngm import __version__
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "keras_sngm"
+OUTSIDE_BACKEND = sorted(PACKAGE.glob("*.py"))
+
+# What each module may import of this package: arrows point one way.
+ALLOWED = {
+    "__init__": {"keras_sngm.callbacks", "keras_sngm.sngm", "keras_sngm.version"},
+    "sngm": {"keras_sngm.backend", "keras_sngm.update_rule", "keras_sngm.weight_decay"},
+    "update_rule": set(),
+    "callbacks": set(),
+    "version": set(),
+    "weight_decay": set(),
+    "backend/__init__": {"keras_sngm.backend.tensorflow", "keras_sngm.backend.unsupported"},
+    "backend/tensorflow": {"keras_sngm.backend.tensorflow_step", "keras_sngm.update_rule"},
+    "backend/tensorflow_step": {"keras_sngm", "keras_sngm.update_rule"},
+    "backend/unsupported": set(),
+}
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+@pytest.mark.parametrize("module", ALLOWED)
+def test_arrows_point_one_way(module):
+    own = {name for name in imports_of(PACKAGE / f"{module}.py") if "keras_sngm" in name}
+    assert own <= ALLOWED[module]
+
+
+def test_every_module_has_its_room():
+    modules = {str(p.relative_to(PACKAGE).with_suffix("")) for p in PACKAGE.rglob("*.py")}
+    assert modules == set(ALLOWED)
+
+
+@pytest.mark.parametrize("path", OUTSIDE_BACKEND, ids=lambda path: path.stem)
+def test_private_names_of_keras_stay_in_the_backend(path):
+    private = {name for name in dir(keras.optimizers.SGD()) if re.match("_[a-z]", name)}
+    used = {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
+    assert not used & private
+    assert not any(name.startswith("tensorflow") for name in imports_of(path))
+
+
+def test_the_package_depends_on_keras_alone():
+    required = importlib.metadata.requires("keras-sngm")
+    assert [needed for needed in required if "extra" not in needed] == ["keras>=3.10"]
+    assert __version__ in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_links_in_the_readme_lead_somewhere():
+    targets = re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / "README.md").read_text())
+    assert targets
+    assert all((ROOT / target).exists() for target in targets)
