@@ -113,6 +113,35 @@ assert not any(
     )
 
 
+def test_auto_does_not_compile_on_macos_gpus(monkeypatch):
+    monkeypatch.setattr("platform.system", lambda: "Darwin")
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind=None: [f"{kind}:0"])
+    before = function_names()
+    step(SNGM(), variables_of(random_arrays()), 0)
+    assert not compiled_by_xla(function_names() - before)
+
+
+def test_auto_does_not_compile_over_several_devices():
+    """An embedding on the CPU beside a model on the GPU, for one."""
+    run_python(
+        "-c",
+        """
+import numpy as np
+import tensorflow as tf
+from keras_sngm import SNGM
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+variables = []
+for device in ("CPU:0", "CPU:1"):
+    with tf.device(device):
+        variables.append(tf.Variable([0.0]))
+assert variables[0].device != variables[1].device
+SNGM(1.0).apply([tf.constant([3.0]), tf.constant([4.0])], variables)
+np.testing.assert_allclose([v.numpy() for v in variables], [[-0.6], [-0.8]], rtol=1e-6)
+""",
+    )
+
+
 def test_hyper_parameters_can_be_changed_between_eager_steps():
     variable = tf.Variable([0.0])
     optimizer = SNGM(1.0, momentum=0.5)

@@ -156,11 +156,13 @@ def test_a_non_finite_gradient_skips_the_step(jit_compile, outer, bad, clip):
     first, poisoned, third = random_gradients(steps=3)
     poisoned[2][1, 1] = bad
     train(optimizer, variables, [first], outer)
+    variables[1].assign([-0.0, 0.0, 1.0])
+    optimizer.momentums[1].assign([0.0, -0.0, 1.0])
     before = state_of(optimizer, variables)
 
     train(optimizer, variables, [poisoned], outer)
     for now, then in zip(state_of(optimizer, variables), before, strict=True):
-        np.testing.assert_array_equal(now, then)
+        assert now.tobytes() == then.tobytes()
     assert int(optimizer.skipped_steps) == 1
     assert not np.isfinite(optimizer.gradient_norm)
     assert list(np.isfinite(optimizer.gradient_norms)) == [True, True, False, True, True]

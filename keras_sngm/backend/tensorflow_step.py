@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_sngm import update_rule
-from keras_sngm.update_rule import Normalization, Rule
+from keras_sngm.update_rule import Coefficients, Normalization, Rule
 
 
 class Slot(NamedTuple):
@@ -135,30 +135,40 @@ class LocalStep:
         self, gradients: list[tf.Tensor], normalized: Normalization, moment: Moment
     ) -> None:
         directions = update_rule.directions(normalized, gradients)
+        by = {
+            dtype: update_rule.coefficients(
+                self._rule,
+                tf.cast(moment.learning_rate, dtype),
+                moment.first_average,
+                normalized.finite,
+            )
+            for dtype in (tf.float32, tf.float64)
+        }
+        overwrite = tf.logical_and(moment.overwrite_with_average, normalized.finite)
         for slot, direction in zip(self._slots, directions, strict=True):
             weight, momentum = update_rule.descend(
                 self._rule,
+                by[direction.dtype],
                 _for_arithmetic(slot.weight),
                 None if slot.momentum is None else _for_arithmetic(slot.momentum),
                 direction,
-                tf.cast(moment.learning_rate, direction.dtype),
                 slot.decays,
             )
             if slot.momentum is not None:
-                _assign_if(normalized.finite, slot.momentum, momentum)
-            self._store(slot, weight, normalized.finite, moment)
+                _assign(slot.momentum, momentum)
+            _store(slot, weight, by[direction.dtype], overwrite)
         for slot in self._idle:
-            self._store(slot, _for_arithmetic(slot.weight), normalized.finite, moment)
+            weight = _for_arithmetic(slot.weight)
+            _store(slot, weight, by[weight.dtype], overwrite)
 
-    def _store(self, slot: Slot, weight: tf.Tensor, finite: tf.Tensor, moment: Moment) -> None:
-        """Write a new weight, and where averages are kept, its average."""
-        if slot.average is not None:
-            average = update_rule.moving_average(
-                self._rule, _for_arithmetic(slot.average), weight, moment.first_average
-            )
-            _assign_if(finite, slot.average, average)
-            weight = tf.where(moment.overwrite_with_average, average, weight)
-        _assign_if(finite, slot.weight, weight)
+
+def _store(slot: Slot, weight: tf.Tensor, by: Coefficients, overwrite: tf.Tensor) -> None:
+    """Write a new weight, and where averages are kept, its average."""
+    if slot.average is not None:
+        average = update_rule.moving_average(by, _for_arithmetic(slot.average), weight)
+        _assign(slot.average, average)
+        weight = tf.where(overwrite, average, weight)
+    _assign(slot.weight, weight)
 
 
 def _function(method: Callable[..., Any], jit_compile: bool | None = None) -> Callable[..., Any]:
@@ -193,5 +203,5 @@ def _for_arithmetic(variable: tf.Variable) -> tf.Tensor:
     return tf.cast(variable, _arithmetic_dtype(variable.dtype))
 
 
-def _assign_if(condition: tf.Tensor, variable: tf.Variable, value: tf.Tensor) -> None:
-    variable.assign(tf.where(condition, tf.cast(value, variable.dtype), variable))
+def _assign(variable: tf.Variable, value: tf.Tensor) -> None:
+    variable.assign(tf.cast(value, variable.dtype))
