@@ -52,8 +52,9 @@ class GradientNormLogger(keras.callbacks.Callback):
 
     def __init__(self, log_dir: str | None = None) -> None:
         super().__init__()
+        if log_dir is not None:
+            _tensorboard()
         self.log_dir = log_dir
-        self._summaries = None if log_dir is None else _tensorboard()
         self._writer: Any = None
         self._norms = _DeviceSeries()
         self._steps = _DeviceSeries()
@@ -64,8 +65,12 @@ class GradientNormLogger(keras.callbacks.Callback):
                 "`GradientNormLogger` needs a model compiled with the optimizer "
                 f"`keras_sngm.SNGM`. Received: model.optimizer={self.model.optimizer}"
             )
-        if self._summaries is not None:
-            self._writer = self._summaries.Writer(str(self.log_dir))
+        if self.log_dir is not None:
+            self._writer = _tensorboard().Writer(str(self.log_dir))
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        # An epoch that was interrupted may have left some behind.
+        self._norms, self._steps = _DeviceSeries(), _DeviceSeries()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         optimizer = self._optimizer()

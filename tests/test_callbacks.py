@@ -157,6 +157,18 @@ def test_nothing_is_fetched_inside_an_epoch():
     assert fetches_in_an_epoch(GradientNormLogger(), fetch) == without + len(X) / BATCH
 
 
+def test_an_interrupted_epoch_leaves_nothing_behind(tmp_path):
+    def interrupt(batch, logs):
+        if batch == 2:
+            raise KeyboardInterrupt
+
+    logger = GradientNormLogger(log_dir=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        fit(build_model(), logger, keras.callbacks.LambdaCallback(on_train_batch_end=interrupt))
+    history = fit(build_model(), logger).history
+    np.testing.assert_allclose(history["grad_norm"], norms_from_scratch().mean(axis=1), rtol=1e-5)
+
+
 def test_training_is_not_changed():
     plain, logged = build_model(), build_model()
     fit(plain)
