@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from keras_sngm import SNGM
+from keras_sngm.backend import tensorflow_step
 from problems import (
     SHAPES,
     STEPS,
@@ -103,6 +104,17 @@ def test_agrees_with_the_reference_in_mixed_dtypes(mode):
 )
 def test_options_agree_with_the_reference(mode, options):
     compare_with_reference(mode, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"clipnorm": 1.5, "weight_decay": 0.5, "decoupled_weight_decay": False}, {"scale": 1e30}],
+    ids=str,
+)
+def test_the_step_of_accelerators_agrees_with_the_reference(monkeypatch, options):
+    """There XLA gets the norm as well as the update. It runs on a CPU, too."""
+    monkeypatch.setattr(tensorflow_step, "_is_accelerator", lambda device: True)
+    compare_with_reference("eager-xla", **options)
 
 
 @pytest.mark.parametrize("clipnorm", [1e-6, 1e6])
