@@ -53,7 +53,9 @@ def final_gradient(rule: Rule, gradient: Tensor, weight: Tensor, decays: bool) -
     if decays and rule.weight_decay is not None and not rule.decoupled_weight_decay:
         gradient = gradient + rule.weight_decay * weight
     if rule.clipvalue is not None:
-        gradient = ops.clip(gradient, -rule.clipvalue, rule.clipvalue)
+        # Infinity stays, so that the step is skipped.
+        clipped = ops.clip(gradient, -rule.clipvalue, rule.clipvalue)
+        gradient = ops.where(ops.isfinite(gradient), clipped, gradient)
     return gradient
 
 

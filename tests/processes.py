@@ -8,12 +8,17 @@ import sys
 TESTS = pathlib.Path(__file__).parent
 
 
+def importing_project(**environment):
+    """Environment variables for a process that imports this project."""
+    path = [TESTS.parent, TESTS, TESTS.parent / "examples", os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, **environment, "PYTHONPATH": os.pathsep.join(map(str, path))}
+
+
 def run_python(*arguments, **environment):
     """Run Python with this project importable; returns what it printed."""
-    path = [TESTS.parent, TESTS, TESTS.parent / "examples", os.environ.get("PYTHONPATH", "")]
     result = subprocess.run(
         [sys.executable, *map(str, arguments)],
-        env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(map(str, path))},
+        env=importing_project(**environment),
         capture_output=True,
         text=True,
         check=False,

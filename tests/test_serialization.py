@@ -118,7 +118,6 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.xdist_group("resumed")
 @pytest.mark.parametrize("form", RESUMABLE)
 def test_training_resumed_in_a_fresh_process_is_the_same_to_the_bit(folder, form):
     with np.load(folder / "uninterrupted.npz") as expected, np.load(folder / f"{form}.npz") as got:

@@ -1,21 +1,38 @@
-"""How one SNGM step runs on TensorFlow, under any distribution strategy.
+"""How SNGM runs on TensorFlow: one update for the whole model, on any number of replicas.
 
-Keras calls the optimizer once per replica. Everything here happens in the
-cross-replica context, which is entered once: there, and only there, may a
-`tf.cond` decide whether the replicas communicate.
+Keras calls the optimizer once per replica. A step there is to
+
+1. undo the loss scale,
+2. accumulate, where that is asked for: k - 1 of k calls end here and communicate nothing,
+3. sum up the gradients of all replicas,
+4. update the variables of each device, see `tensorflow_step`.
 """
 
-import functools
+import itertools
 import platform
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
-from tensorflow.python.distribute import distribute_utils
 from tensorflow.python.framework.config import is_op_determinism_enabled
 
-from keras_sngm.backend.tensorflow_step import LocalStep, Moment, Readings, Slot
+from keras_sngm.backend.tensorflow_replicas import (
+    AllReplicas,
+    OwnReplica,
+    Replicas,
+    check_strategy,
+    check_variables,
+    must_leave_the_replica,
+    native_variable,
+)
+from keras_sngm.backend.tensorflow_step import (
+    LocalStep,
+    Moment,
+    Readings,
+    Slot,
+    arithmetic_dtype,
+)
 from keras_sngm.update_rule import Rule
 
 
@@ -29,8 +46,38 @@ class BackendOptimizer(keras.optimizers.Optimizer):
     jit_compile: bool | str
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_strategy(type(self).__name__, tf.distribute.get_strategy())
         super().__init__(*args, **kwargs)
         self._local_steps = _Cache()
+
+    def build(self, variables: Sequence[Any]) -> None:
+        check_variables(type(self).__name__, self._distribution_strategy, variables)
+        # Keras' accumulators would be saved from the first replica alone.
+        steps: int | None = self.gradient_accumulation_steps
+        self.gradient_accumulation_steps = None
+        super().build(variables)
+        self.gradient_accumulation_steps = steps
+        if steps is not None:
+            self._accumulated_gradients = [self._add_accumulator(v) for v in variables]
+
+    def _add_accumulator(self, variable: Any) -> keras.Variable:
+        """Every replica's own sum; their total is what is read and saved."""
+        native = native_variable(variable)
+        with (
+            keras.name_scope(self.name, caller=self),
+            self._distribution_strategy.extended.colocate_vars_with(native),
+        ):
+            accumulator = keras.Variable(
+                keras.initializers.Zeros(),
+                shape=tuple(variable.shape),
+                dtype=arithmetic_dtype(native.dtype).name,
+                trainable=False,
+                aggregation="sum",
+                synchronization="on_read",
+                name=f"{variable.name.replace(':', '_')}_gradient_accumulator",
+            )
+        self._track_variable(accumulator)
+        return accumulator
 
     def _rule(self) -> Rule:
         raise NotImplementedError
@@ -43,70 +90,123 @@ class BackendOptimizer(keras.optimizers.Optimizer):
         if self.iterations.numpy() > self.skipped_steps.numpy():
             super().finalize_variable_values(var_list)
 
-    def _backend_apply_gradients(
-        self, grads: Sequence[Any], trainable_variables: Sequence[Any]
-    ) -> None:
-        replica = tf.distribute.get_replica_context()
-        if replica is None:
-            raise RuntimeError(
-                f"`{type(self).__name__}` must be applied in a replica context, "
-                "that is inside a function passed to `strategy.run`."
-            )
-        active = tuple(self._get_variable_index(v) for v in trainable_variables)
-        step = tf.autograph.experimental.do_not_convert(
-            functools.partial(self._cross_replica_step, active)
-        )
-        replica.merge_call(step, args=(list(grads),))
+    def apply(self, grads: Iterable[Any], trainable_variables: Iterable[Any] | None = None) -> None:
+        """Update the variables, or accumulate their gradients.
 
-    def _cross_replica_step(
-        self, active: tuple[int, ...], strategy: tf.distribute.Strategy, gradients: list[Any]
-    ) -> None:
-        if self.gradient_accumulation_steps is None:
-            self._reduce_and_update(active, strategy, gradients)
+        Keras' own `apply` would divide by the loss scale in a way that fails
+        for sparse gradients, apply constraints after micro-batches and skipped
+        steps too, and count in a way that XLA on several GPUs forbids.
+
+        Args:
+            grads: gradients, as many as there are variables; `None` where there
+                is none.
+            trainable_variables: the variables that they belong to. May be left
+                out once the optimizer is built.
+
+        Raises:
+            ValueError: if gradients and variables do not fit each other or the
+                optimizer, or if no step can be taken here.
+        """
+        gradients = list(grads)
+        if not gradients:
             return
-        self._accumulate(active, strategy, gradients)
-        is_last = (self._iterations + 1) % self.gradient_accumulation_steps == 0
-        tf.cond(is_last, lambda: self._update_with_accumulated(active, strategy), lambda: None)
+        with keras.name_scope(self.name, caller=self):
+            variables = self._variables_of(gradients, trainable_variables)
+            gradients, variables = self._filter_empty_gradients(gradients, variables)
+            gradients, variables = self._overwrite_variables_directly_with_gradients(
+                gradients, variables
+            )
+            self._step(gradients, variables)
+
+    def _variables_of(
+        self, gradients: list[Any], trainable_variables: Iterable[Any] | None
+    ) -> list[Any]:
+        if trainable_variables is not None:
+            variables = list(trainable_variables)
+            if not self.built:
+                self.build(variables)
+            self._check_variables_are_known(variables)
+        elif self.built:
+            variables = self._trainable_variables
+        else:
+            raise ValueError(
+                "Gradients can be passed without variables once the optimizer is built. "
+                "Call `optimizer.build(trainable_variables)` first."
+            )
+        if len(gradients) != len(variables):
+            raise ValueError(
+                "There must be one gradient, or None, for every variable. "
+                f"Received: {len(gradients)} gradients for {len(variables)} variables"
+            )
+        return variables
+
+    def _step(self, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
+        active = tuple(self._get_variable_index(v) for v in variables)
+        gradients = [self._unscaled(gradient) for gradient in gradients]
+        if must_leave_the_replica(type(self).__name__, self._distribution_strategy):
+            tf.distribute.get_replica_context().merge_call(
+                tf.autograph.experimental.do_not_convert(
+                    lambda strategy, gradients: self._step_on(
+                        AllReplicas(strategy), active, gradients
+                    )
+                ),
+                args=(gradients,),
+            )
+        else:
+            self._step_on(OwnReplica(tf.distribute.get_replica_context()), active, gradients)
+
+    def _unscaled(self, gradient: Any) -> Any:
+        if self.loss_scale_factor is None:
+            return gradient
+        # Not in 16 bits: there a small gradient would become zero.
+        gradient = tf.cast(gradient, arithmetic_dtype(gradient.dtype))
+        if isinstance(gradient, tf.IndexedSlices):
+            values = gradient.values / self.loss_scale_factor
+            return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
+        return gradient / self.loss_scale_factor
+
+    def _step_on(self, replicas: Replicas, active: tuple[int, ...], gradients: list[Any]) -> None:
+        if not active:
+            pass
+        elif self.gradient_accumulation_steps is None:
+            self._reduce_and_update(replicas, active, gradients)
+        else:
+            self._accumulate(replicas, active, gradients)
+            is_last = (self._iterations + 1) % self.gradient_accumulation_steps == 0
+            tf.cond(is_last, lambda: self._update_with_accumulated(replicas, active), lambda: None)
+        for part in replicas.parts(self._iterations):
+            with tf.device(part.device):
+                part.assign_add(1)
 
     def _accumulate(
-        self, active: tuple[int, ...], strategy: tf.distribute.Strategy, gradients: list[Any]
+        self, replicas: Replicas, active: tuple[int, ...], gradients: list[Any]
     ) -> None:
         for i, gradient in zip(active, gradients, strict=True):
-            accumulators = _local_results(strategy, self._accumulated_gradients[i])
-            for accumulator, part in zip(
-                accumulators, strategy.experimental_local_results(gradient), strict=True
-            ):
+            accumulators = replicas.parts(self._accumulated_gradients[i])
+            for accumulator, part in zip(accumulators, replicas.parts(gradient), strict=True):
                 with tf.device(accumulator.device):
                     _add(accumulator, part)
 
-    def _update_with_accumulated(
-        self, active: tuple[int, ...], strategy: tf.distribute.Strategy
-    ) -> None:
+    def _update_with_accumulated(self, replicas: Replicas, active: tuple[int, ...]) -> None:
         means = []
         for i in active:
             parts = []
-            for accumulator in _local_results(strategy, self._accumulated_gradients[i]):
+            for accumulator in replicas.parts(self._accumulated_gradients[i]):
                 with tf.device(accumulator.device):
                     parts.append(accumulator / self.gradient_accumulation_steps)
-            means.append(distribute_utils.regroup(tuple(parts)))
-        self._reduce_and_update(active, strategy, means)
-        for accumulator in self._accumulated_gradients:
-            for part in _local_results(strategy, accumulator):
-                with tf.device(part.device):
-                    part.assign(tf.zeros_like(part))
+            means.append(replicas.joined(parts))
+        self._reduce_and_update(replicas, active, means)
+        for part in itertools.chain(*map(replicas.parts, self._accumulated_gradients)):
+            with tf.device(part.device):
+                part.assign(tf.zeros_like(part))
 
     def _reduce_and_update(
-        self, active: tuple[int, ...], strategy: tf.distribute.Strategy, gradients: list[Any]
+        self, replicas: Replicas, active: tuple[int, ...], gradients: list[Any]
     ) -> None:
-        # A gradient is its own destination: with the variable there TensorFlow
-        # would reduce them one by one.
-        reduced = strategy.extended.batch_reduce_to(
-            tf.distribute.ReduceOp.SUM, [(gradient, gradient) for gradient in gradients]
-        )
-        per_variable = [strategy.experimental_local_results(gradient) for gradient in reduced]
+        per_variable = [replicas.parts(gradient) for gradient in replicas.sums(gradients)]
         moment = self._moment()
         for replica, local_gradients in enumerate(zip(*per_variable, strict=True)):
-            step = self._local_step(active, strategy, replica)
+            step = self._local_step(replicas, replica, active)
             with tf.device(step.device):
                 step(local_gradients, moment)
 
@@ -116,31 +216,47 @@ class BackendOptimizer(keras.optimizers.Optimizer):
         if self.use_ema and self.ema_overwrite_frequency:
             overwrite = (updates + 1) % self.ema_overwrite_frequency == 0
         return Moment(
-            learning_rate=tf.convert_to_tensor(self.learning_rate),
+            learning_rate=tf.convert_to_tensor(self._learning_rate_of_update()),
             first_average=tf.equal(updates, tf.convert_to_tensor(self.skipped_steps)),
             overwrite_with_average=overwrite,
         )
 
-    def _local_step(
-        self, active: tuple[int, ...], strategy: tf.distribute.Strategy, replica: int
-    ) -> LocalStep:
+    def _learning_rate_of_update(self) -> Any:
+        schedule = self._learning_rate
+        if self.gradient_accumulation_steps and isinstance(
+            schedule, keras.optimizers.schedules.LearningRateSchedule
+        ):
+            # Schedules count micro-batches. At the first one of those that make
+            # up this update, a schedule k times as long as that for whole
+            # batches gives the same rates.
+            return schedule(self._iterations - (self.gradient_accumulation_steps - 1))
+        return self.learning_rate
+
+    def _local_step(self, replicas: Replicas, replica: int, active: tuple[int, ...]) -> LocalStep:
+        def local(variable: Any) -> Any:
+            return None if variable is None else replicas.parts(variable)[replica]
+
         # Hyper-parameters are part of the key, so that assigning to one of
         # them takes effect as it does in Keras: when Python runs again.
         rule = self._rule()
+        device = local(self._trainable_variables[active[0]]).device
         return self._local_steps.get_or_make(
-            (rule, self.jit_compile, active, replica),
-            lambda: self._make_local_step(rule, active, strategy, replica),
+            (rule, self.jit_compile, active, device),
+            lambda: self._make_local_step(rule, active, local),
         )
 
     def _make_local_step(
-        self, rule: Rule, active: tuple[int, ...], strategy: tf.distribute.Strategy, replica: int
+        self, rule: Rule, active: tuple[int, ...], local: Callable[[Any], Any]
     ) -> LocalStep:
-        def local(variable: Any) -> tf.Variable | None:
-            return None if variable is None else _local_results(strategy, variable)[replica]
-
         count = len(self._trainable_variables)
         slots = [
-            Slot(local(weight), local(momentum), local(average), decays)
+            Slot(
+                local(weight),
+                local(momentum),
+                local(average),
+                decays,
+                getattr(weight, "constraint", None),
+            )
             for weight, momentum, average, decays in zip(
                 self._trainable_variables,
                 self.momentums or [None] * count,
@@ -168,12 +284,6 @@ class _Cache:
         if key not in self._entries:
             self._entries[key] = make()
         return self._entries[key]
-
-
-def _local_results(strategy: tf.distribute.Strategy, variable: Any) -> tuple[tf.Variable, ...]:
-    """The components of a variable on this machine's replicas."""
-    native = variable.value if isinstance(variable, keras.Variable) else variable
-    return strategy.experimental_local_results(native)
 
 
 def _add(accumulator: tf.Variable, gradient: Any) -> None:

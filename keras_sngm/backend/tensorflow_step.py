@@ -18,6 +18,7 @@ class Slot(NamedTuple):
     momentum: tf.Variable | None
     average: tf.Variable | None
     decays: bool
+    constraint: Callable[[tf.Tensor], tf.Tensor] | None
 
 
 class Readings(NamedTuple):
@@ -68,7 +69,7 @@ class LocalStep:
         self._positions = [[i] for i in active]
         self._count = len(slots)
         self._readings = readings
-        dtypes = [_arithmetic_dtype(slot.weight.dtype) for slot in self._slots]
+        dtypes = [arithmetic_dtype(slot.weight.dtype) for slot in self._slots]
         self._norm_dtype = tf.float64 if tf.float64 in dtypes else tf.float32
         on_accelerator = _is_accelerator(self.device)
         # XLA on CPUs is several times slower than the native kernel at reducing
@@ -90,6 +91,7 @@ class LocalStep:
 
     def _run_and_read(self, gradients: list[tf.Tensor], moment: Moment) -> None:
         normalized = self._normalize_and_update(gradients, moment)
+        self._constrain(normalized.finite)
         norms = tf.cast(normalized.norms, tf.float32)
         self._readings.gradient_norm.assign(tf.cast(normalized.norm, tf.float32))
         self._readings.gradient_norms.assign(tf.scatter_nd(self._positions, norms, [self._count]))
@@ -100,7 +102,7 @@ class LocalStep:
         gradients = [
             update_rule.final_gradient(
                 self._rule,
-                tf.cast(gradient, _arithmetic_dtype(slot.weight.dtype)),
+                tf.cast(gradient, arithmetic_dtype(slot.weight.dtype)),
                 _for_arithmetic(slot.weight),
                 slot.decays,
             )
@@ -109,6 +111,13 @@ class LocalStep:
         normalized = self._normalize(gradients)
         self._update(gradients, normalized, moment)
         return normalized
+
+    def _constrain(self, taken: tf.Tensor) -> None:
+        # Constraints are the user's code: XLA need not be able to compile them.
+        for slot in self._slots:
+            if slot.constraint is not None:
+                weight = tf.convert_to_tensor(slot.weight)
+                slot.weight.assign(tf.where(taken, slot.constraint(weight), weight))
 
     def _normalize(self, gradients: list[tf.Tensor]) -> Normalization:
         limits = np.finfo(self._norm_dtype.as_numpy_dtype)
@@ -194,13 +203,13 @@ def _is_accelerator(device: str) -> bool:
     return tf.DeviceSpec.from_string(device).device_type not in (None, "CPU")
 
 
-def _arithmetic_dtype(dtype: tf.DType) -> tf.DType:
+def arithmetic_dtype(dtype: tf.DType) -> tf.DType:
     """16-bit variables are stored in 16 bits and computed with in 32."""
     return tf.float64 if dtype == tf.float64 else tf.float32
 
 
 def _for_arithmetic(variable: tf.Variable) -> tf.Tensor:
-    return tf.cast(variable, _arithmetic_dtype(variable.dtype))
+    return tf.cast(variable, arithmetic_dtype(variable.dtype))
 
 
 def _assign(variable: tf.Variable, value: tf.Tensor) -> None:

@@ -1,0 +1,148 @@
+"""The replicas a step is taken on, and how they sum up their gradients.
+
+Under a `tf.distribute` strategy one optimizer has weights on several devices.
+Where TensorFlow can leave the replicas and act on all of them at once, it must
+be done: there, and only there, may a `tf.cond` decide whether they communicate.
+Where it cannot, each replica acts for itself. Both look the same to a step.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import keras
+import tensorflow as tf
+from tensorflow.python.distribute import distribute_utils, values_util
+from tensorflow.python.framework.ops import get_default_graph
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+
+_SYNCHRONOUS = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy)
+_SUPPORTED = (*_SYNCHRONOUS, tf.distribute.OneDeviceStrategy)
+
+
+class Replicas(Protocol):
+    """Those replicas that the code in hand acts for."""
+
+    def parts(self, value: Any) -> tuple[Any, ...]:
+        """What a variable or a gradient is on each of the replicas."""
+
+    def joined(self, parts: Sequence[Any]) -> Any:
+        """The gradient that has these parts."""
+
+    def sums(self, gradients: Sequence[Any]) -> list[Any]:
+        """Each gradient, summed over all replicas of all machines."""
+
+
+class AllReplicas:
+    """All replicas of this machine, from the cross-replica context."""
+
+    def __init__(self, strategy: tf.distribute.Strategy) -> None:
+        self._strategy = strategy
+
+    def parts(self, value: Any) -> tuple[Any, ...]:
+        return self._strategy.experimental_local_results(native_variable(value))
+
+    def joined(self, parts: Sequence[Any]) -> Any:
+        return distribute_utils.regroup(tuple(parts))
+
+    def sums(self, gradients: Sequence[Any]) -> list[Any]:
+        # A gradient is its own destination: with the variable there TensorFlow
+        # would reduce them one by one.
+        return self._strategy.extended.batch_reduce_to(
+            tf.distribute.ReduceOp.SUM, [(gradient, gradient) for gradient in gradients]
+        )
+
+
+class OwnReplica:
+    """One replica, from its own context."""
+
+    def __init__(self, context: tf.distribute.ReplicaContext) -> None:
+        self._context = context
+
+    def parts(self, value: Any) -> tuple[Any, ...]:
+        parts = self._context.strategy.experimental_local_results(native_variable(value))
+        return (parts[values_util.get_current_replica_id_as_int() if len(parts) > 1 else 0],)
+
+    def joined(self, parts: Sequence[Any]) -> Any:
+        (part,) = parts
+        return part
+
+    def sums(self, gradients: Sequence[Any]) -> list[Any]:
+        if self._context.num_replicas_in_sync == 1:
+            return list(gradients)
+        return self._context.all_reduce(tf.distribute.ReduceOp.SUM, list(gradients))
+
+
+def must_leave_the_replica(optimizer: str, home: tf.distribute.Strategy) -> bool:
+    """Whether the step belongs in the cross-replica context, entered by `merge_call`.
+
+    Args:
+        optimizer: its name, for messages.
+        home: the strategy that it was created under.
+
+    Raises:
+        RuntimeError: outside of a replica context.
+        ValueError: where no step can be taken.
+    """
+    context = tf.distribute.get_replica_context()
+    if context is None:
+        raise RuntimeError(
+            f"`{optimizer}` must be applied in a replica context, "
+            "that is inside a function passed to `strategy.run`."
+        )
+    if context.strategy is not home:
+        raise ValueError(
+            f"`{optimizer}` must be created in the scope of the strategy that it is applied under: "
+            f"`with strategy.scope(): optimizer = {optimizer}(...)`. "
+            f"Received: created under {_name(home)}, applied under {_name(context.strategy)}"
+        )
+    if tf.__internal__.distribute.strategy_supports_no_merge_call():
+        return False
+    if context.num_replicas_in_sync > 1 and GraphOrParentsInXlaContext(get_default_graph()):
+        raise ValueError(
+            "`jit_compile=True` cannot compile a training step on several devices unless all of "
+            'them are GPUs. Set `model.compile(jit_compile="auto")` or leave it out, or drop it '
+            f"from your own `tf.function`: `{optimizer}` compiles its update by itself. "
+            f"Received: jit_compile=True under {_name(context.strategy)}"
+        )
+    return True
+
+
+def check_strategy(optimizer: str, strategy: tf.distribute.Strategy) -> None:
+    """Refuse strategies that no step is known to be right under."""
+    if tf.distribute.has_strategy() and not isinstance(strategy, _SUPPORTED):
+        supported = ", ".join(f"`tf.distribute.{s}`" for s in _supported_names())
+        raise ValueError(
+            f"`{optimizer}` runs without a strategy and under {supported}. "
+            f"Received: strategy={_name(strategy)}"
+        )
+
+
+def check_variables(
+    optimizer: str, strategy: tf.distribute.Strategy, variables: Sequence[Any]
+) -> None:
+    """Refuse variables that were not created under the optimizer's strategy."""
+    expected = strategy if isinstance(strategy, _SYNCHRONOUS) else None
+    for variable in variables:
+        owner = getattr(native_variable(variable), "distribute_strategy", None)
+        if owner is not expected:
+            raise ValueError(
+                f"`{optimizer}` and the variables it is built with must be created in the scope "
+                "of the same strategy: `with strategy.scope(): ...`. Received: an optimizer "
+                f"created under {_name(strategy)}, the variable '{variable.name}' created under "
+                f"{_name(owner)}"
+            )
+
+
+def native_variable(value: Any) -> Any:
+    return value.value if isinstance(value, keras.Variable) else value
+
+
+def _supported_names() -> list[str]:
+    # `MultiWorkerMirroredStrategy` has another name inside of TensorFlow.
+    return ["OneDeviceStrategy", "MirroredStrategy", "MultiWorkerMirroredStrategy"]
+
+
+def _name(strategy: tf.distribute.Strategy | None) -> str:
+    if strategy is None or type(strategy).__name__ == "_DefaultDistributionStrategy":
+        return "no strategy"
+    return type(strategy).__name__

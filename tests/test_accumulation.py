@@ -1,0 +1,111 @@
+"""The number of micro-batches does not change what is learned."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_sngm import SNGM
+from problems import assert_close, random_arrays, random_gradients, values_of, variables_of
+from reference import ReferenceSNGM
+
+UPDATES, BATCH = 6, 24
+AVERAGED = {"use_ema": True, "ema_momentum": 0.8}
+
+
+def dense():
+    return [
+        keras.layers.Dense(5, activation="tanh", kernel_constraint=keras.constraints.MaxNorm(0.7)),
+        keras.layers.Dense(1),
+    ]
+
+
+def embedding():
+    return [keras.layers.Embedding(7, 3), keras.layers.Flatten(), keras.layers.Dense(1)]
+
+
+def data(layers):
+    generator = np.random.default_rng(0)
+    shape = (UPDATES * BATCH, 6)
+    tokens = generator.integers(0, 7, shape).astype("int32")
+    x = tokens if layers is embedding else generator.standard_normal(shape).astype("float32")
+    return x, np.sin(x.sum(1, keepdims=True))
+
+
+def trained(layers, micro_batches, rate=0.1, **options):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(layers())
+    if micro_batches > 1:
+        options["gradient_accumulation_steps"] = micro_batches
+    optimizer = SNGM(rate, **options)
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    model.compile(optimizer=optimizer, loss="mse")
+    x, y = data(layers)
+    model.fit(x, y, batch_size=BATCH // micro_batches, shuffle=False, verbose=0)
+    return model
+
+
+def cosine(steps):
+    return keras.optimizers.schedules.CosineDecay(0.1, steps)
+
+
+@pytest.mark.parametrize("micro_batches", [2, 8])
+@pytest.mark.parametrize(
+    "layers, options",
+    [
+        (dense, {}),
+        (dense, {"weight_decay": 0.1, "nesterov": True}),
+        (dense, {"weight_decay": 0.1, "decoupled_weight_decay": False, "clipnorm": 0.1}),
+        (dense, {"clipvalue": 0.1, **AVERAGED}),
+        (dense, {"ema_overwrite_frequency": 2, "global_clipnorm": 0.1, **AVERAGED}),
+        (dense, {"loss_scale_factor": 1024.0}),
+        (embedding, {}),
+        (embedding, {"loss_scale_factor": 3.0, "clipnorm": 0.1}),
+    ],
+    ids=str,
+)
+def test_micro_batches_train_like_the_whole_batch(layers, options, micro_batches):
+    accumulated = trained(layers, micro_batches, **options)
+    whole = trained(layers, 1, **options)
+    assert_close(accumulated.weights, values_of(whole.weights), 1e-5)
+    assert_close(accumulated.optimizer.momentums, values_of(whole.optimizer.momentums), 1e-5)
+    np.testing.assert_allclose(
+        accumulated.optimizer.gradient_norms, whole.optimizer.gradient_norms, rtol=1e-4
+    )
+    assert int(accumulated.optimizer.iterations) == int(whole.optimizer.iterations) == UPDATES
+
+
+@pytest.mark.parametrize("micro_batches", [2, 3])
+def test_a_schedule_counts_micro_batches(micro_batches):
+    """One k times as long gives the same rates."""
+    accumulated = trained(dense, micro_batches, cosine(micro_batches * UPDATES))
+    whole = trained(dense, 1, cosine(UPDATES))
+    assert_close(accumulated.weights, values_of(whole.weights), 1e-5)
+
+
+def test_nothing_moves_until_the_last_micro_batch():
+    variables = variables_of(random_arrays())
+    optimizer = SNGM(0.1, gradient_accumulation_steps=3, use_ema=True, weight_decay=0.1)
+    optimizer.build(variables)
+    gradients = random_gradients(steps=3)
+    for micro_batch in gradients[:2]:
+        optimizer.apply([tf.constant(g, "float32") for g in micro_batch], variables)
+        assert_close(variables, random_arrays(), 1e-7)
+        assert float(optimizer.gradient_norm) == 0.0
+    optimizer.apply([tf.constant(g, "float32") for g in gradients[2]], variables)
+    reference = ReferenceSNGM(random_arrays(), weight_decay=0.1)
+    reference.step([sum(gs) / 3 for gs in zip(*gradients)], 0.1)
+    assert_close(variables, reference.w, 1e-6)
+    assert all(not np.any(v.numpy()) for v in optimizer._accumulated_gradients)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_16_bit_gradients_are_accumulated_in_32_bits(dtype):
+    """1,000 micro-batches of 0.01 would stop at a lower sum in 16 bits."""
+    variables = variables_of([[0.0, 0.0]], dtype)
+    optimizer = SNGM(1.0, momentum=0.0, gradient_accumulation_steps=1000)
+    optimizer.build(variables)
+    step = tf.function(lambda g: optimizer.apply([g], variables))
+    for _ in range(1000):
+        step(tf.constant([0.01, 0.01], dtype))
+    np.testing.assert_allclose(optimizer.gradient_norm, 0.01 * 2**0.5, rtol=5e-3)
