@@ -95,7 +95,7 @@ class Option(NamedTuple):
     def data(self) -> tuple[np.ndarray, np.ndarray]:
         generator = np.random.default_rng(0)
         x = generator.standard_normal((SAMPLES, FEATURES)).astype("float32")
-        y = np.sin(x.sum(axis=1, keepdims=True))
+        y = 2.0 + np.sin(x.sum(axis=1, keepdims=True))
         if self.layers in (embedding, everything):
             x = generator.integers(0, TOKENS, x.shape).astype("int32")
         if self.bad:

@@ -20,7 +20,16 @@ from tensorflow.python.distribute.mirrored_run import _MirroredReplicaContext
 from tensorflow.python.distribute.mirrored_strategy import MirroredExtended
 
 from keras_sngm import SNGM
-from replica_options import BATCH, EPOCHS, FAULTS, OPTIONS, Option, Outcome, has_bad_sample
+from replica_options import (
+    BATCH,
+    EPOCHS,
+    FAULTS,
+    OPTIONS,
+    STEPS_PER_EPOCH,
+    Option,
+    Outcome,
+    has_bad_sample,
+)
 
 
 class CountedReduction(tf.distribute.ReductionToOneDevice):
@@ -96,16 +105,15 @@ def fit(strategy: tf.distribute.Strategy, option: Option, optimizer: type) -> Ou
     with strategy.scope():
         model = option.model(optimizer)
     recorder = Recorder(strategy) if optimizer is SNGM else keras.callbacks.Callback()
-    x, y = option.data()
+    # One iterator for all epochs: TensorFlow waits for seconds to delete one.
+    batches = tf.data.Dataset.from_tensor_slices(option.data()).batch(BATCH).repeat()
     counted = getattr(strategy.extended, "_cross_device_ops", None)
     counts = isinstance(counted, CountedReduction)
     reductions, sparse = (int(counted.calls), counted.sparse_values) if counts else (0, 0)
     model.fit(
-        x,
-        y,
-        batch_size=BATCH,
+        batches,
         epochs=EPOCHS,
-        shuffle=False,
+        steps_per_epoch=STEPS_PER_EPOCH,
         verbose=0,
         callbacks=[*(make() for make in option.callbacks), recorder],
     )

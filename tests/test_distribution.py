@@ -8,7 +8,6 @@ import pytest
 from processes import TESTS, run_python
 from replica_options import EPOCHS, FAULTS, OPTIONS, STEPS_PER_EPOCH
 
-
 replicas = pytest.mark.parametrize("replicas", [1, 2, 4])
 
 

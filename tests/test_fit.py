@@ -242,13 +242,6 @@ def test_momentum_cannot_be_switched_on_after_building():
         optimizer.apply([tf.ones(1)])
 
 
-def test_cross_replica_context_is_refused():
-    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
-        optimizer, variable = SNGM(), keras.Variable([1.0])
-        with pytest.raises(RuntimeError, match="replica context"):
-            optimizer.apply([tf.ones(1)], [variable])
-
-
 def test_a_trained_model_can_be_exported(tmp_path):
     model = trained()
     model.export(tmp_path / "exported", verbose=False)

@@ -9,6 +9,7 @@ import keras
 import pytest
 
 from keras_sngm import __version__
+from replica_options import FAULTS, OPTIONS
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "keras_sngm"
@@ -65,6 +66,15 @@ def test_the_package_depends_on_keras_alone():
     required = importlib.metadata.requires("keras-sngm")
     assert [needed for needed in required if "extra" not in needed] == ["keras>=3.10"]
     assert __version__ in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_readme_has_a_row_for_every_option():
+    rows = re.findall(
+        r"^\| (.+) \| \[.*\]\(tests/test_distribution.py\) \| .+ \|$",
+        (ROOT / "README.md").read_text(),
+        re.MULTILINE,
+    )
+    assert rows[: len(OPTIONS) + len(FAULTS)] == [*OPTIONS, *FAULTS]
 
 
 def test_links_in_the_readme_lead_somewhere():

@@ -44,6 +44,7 @@ class BackendOptimizer(keras.optimizers.Optimizer):
     """
 
     jit_compile: bool | str
+    gradient_accumulation_steps: int | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         check_strategy(type(self).__name__, tf.distribute.get_strategy())
@@ -53,7 +54,7 @@ class BackendOptimizer(keras.optimizers.Optimizer):
     def build(self, variables: Sequence[Any]) -> None:
         check_variables(type(self).__name__, self._distribution_strategy, variables)
         # Keras' accumulators would be saved from the first replica alone.
-        steps: int | None = self.gradient_accumulation_steps
+        steps = self.gradient_accumulation_steps
         self.gradient_accumulation_steps = None
         super().build(variables)
         self.gradient_accumulation_steps = steps

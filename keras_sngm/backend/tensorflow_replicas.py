@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 import keras
 import tensorflow as tf
-from tensorflow.python.distribute import distribute_utils, values_util
+from tensorflow.python.distribute.distribute_utils import regroup
+from tensorflow.python.distribute.values_util import get_current_replica_id_as_int
 from tensorflow.python.framework.ops import get_default_graph
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
@@ -42,7 +43,7 @@ class AllReplicas:
         return self._strategy.experimental_local_results(native_variable(value))
 
     def joined(self, parts: Sequence[Any]) -> Any:
-        return distribute_utils.regroup(tuple(parts))
+        return regroup(tuple(parts))
 
     def sums(self, gradients: Sequence[Any]) -> list[Any]:
         # A gradient is its own destination: with the variable there TensorFlow
@@ -60,7 +61,7 @@ class OwnReplica:
 
     def parts(self, value: Any) -> tuple[Any, ...]:
         parts = self._context.strategy.experimental_local_results(native_variable(value))
-        return (parts[values_util.get_current_replica_id_as_int() if len(parts) > 1 else 0],)
+        return (parts[get_current_replica_id_as_int() if len(parts) > 1 else 0],)
 
     def joined(self, parts: Sequence[Any]) -> Any:
         (part,) = parts
@@ -110,9 +111,9 @@ def must_leave_the_replica(optimizer: str, home: tf.distribute.Strategy) -> bool
 def check_strategy(optimizer: str, strategy: tf.distribute.Strategy) -> None:
     """Refuse strategies that no step is known to be right under."""
     if tf.distribute.has_strategy() and not isinstance(strategy, _SUPPORTED):
-        supported = ", ".join(f"`tf.distribute.{s}`" for s in _supported_names())
         raise ValueError(
-            f"`{optimizer}` runs without a strategy and under {supported}. "
+            f"`{optimizer}` runs without a strategy and under `OneDeviceStrategy`, "
+            "`MirroredStrategy` and `MultiWorkerMirroredStrategy` of `tf.distribute`. "
             f"Received: strategy={_name(strategy)}"
         )
 
@@ -135,11 +136,6 @@ def check_variables(
 
 def native_variable(value: Any) -> Any:
     return value.value if isinstance(value, keras.Variable) else value
-
-
-def _supported_names() -> list[str]:
-    # `MultiWorkerMirroredStrategy` has another name inside of TensorFlow.
-    return ["OneDeviceStrategy", "MirroredStrategy", "MultiWorkerMirroredStrategy"]
 
 
 def _name(strategy: tf.distribute.Strategy | None) -> str:

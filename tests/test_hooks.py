@@ -1,0 +1,78 @@
+"""A canary for the private parts of Keras and TensorFlow that the backend stands on.
+
+When one is renamed, this says what no longer works, before anything else fails
+in a way that is hard to read.
+"""
+
+import ast
+import importlib
+import pathlib
+import re
+
+import keras
+import pytest
+
+BACKEND = pathlib.Path(__file__).parents[1] / "keras_sngm" / "backend"
+
+OF_KERAS = {
+    "_accumulated_gradients": "Keras cannot accumulate what overwrites a float8 variable.",
+    "_check_variables_are_known": "Variables the optimizer was not built with are not refused.",
+    "_distribution_strategy": "An optimizer does not know the strategy it was created under.",
+    "_filter_empty_gradients": "Variables without a gradient are not left out.",
+    "_get_variable_index": "A gradient is not matched with its momentum.",
+    "_iterations": "Calls are not counted: accumulation and schedules stand still.",
+    "_learning_rate": "The schedule of accumulated micro-batches is not found.",
+    "_model_variables_moving_average": "The averages of `use_ema` are not found.",
+    "_overwrite_variables_directly_with_gradients": "float8 scales are updated as if weights.",
+    "_track_variable": "Accumulated gradients are not saved.",
+    "_trainable_variables": "The variables the optimizer was built with are not found.",
+}
+OF_TENSORFLOW = {
+    ("tensorflow.python.distribute.distribute_utils", "regroup"): (
+        "Accumulated gradients of several replicas cannot be reduced."
+    ),
+    ("tensorflow.python.distribute.values_util", "get_current_replica_id_as_int"): (
+        "A replica under XLA does not find its own part of a variable."
+    ),
+    ("tensorflow.python.framework.config", "is_op_determinism_enabled"): (
+        '`jit_compile="auto"` does not know where XLA is forbidden.'
+    ),
+    ("tensorflow.python.framework.ops", "get_default_graph"): (
+        "`compile(jit_compile=True)` on several devices gets no readable error."
+    ),
+    ("tensorflow.python.ops.control_flow_util", "GraphOrParentsInXlaContext"): (
+        "`compile(jit_compile=True)` on several devices gets no readable error."
+    ),
+}
+
+
+def built_optimizer():
+    optimizer = keras.optimizers.SGD(use_ema=True, gradient_accumulation_steps=2)
+    optimizer.build([keras.Variable([0.0])])
+    return optimizer
+
+
+@pytest.mark.parametrize("name, broken", OF_KERAS.items())
+def test_keras_still_has(name, broken):
+    assert hasattr(built_optimizer(), name), broken
+
+
+@pytest.mark.parametrize("module, name, broken", [(*k, v) for k, v in OF_TENSORFLOW.items()])
+def test_tensorflow_still_has(module, name, broken):
+    assert hasattr(importlib.import_module(module), name), broken
+
+
+def nodes_of(kind):
+    trees = [ast.parse(path.read_text()) for path in BACKEND.glob("*.py")]
+    return [node for tree in trees for node in ast.walk(tree) if isinstance(node, kind)]
+
+
+def test_no_hook_of_keras_is_missing_here():
+    private = {name for name in dir(built_optimizer()) if re.match("_[a-z]", name)}
+    assert {node.attr for node in nodes_of(ast.Attribute)} & private == set(OF_KERAS)
+
+
+def test_no_hook_of_tensorflow_is_missing_here():
+    private = [n for n in nodes_of(ast.ImportFrom) if n.module.startswith("tensorflow.")]
+    imported = {(node.module, alias.name) for node in private for alias in node.names}
+    assert imported == set(OF_TENSORFLOW)
