@@ -82,11 +82,10 @@ class Option(NamedTuple):
     def runs_in_replicas(self) -> bool:
         """Whether it can do without the cross-replica context, as XLA on GPUs must.
 
-        Eager loops never can. Under a `LossScaleOptimizer` a fault on one
-        replica would make the others wait for it: it lets each decide alone
-        whether to take a step.
+        Eager loops never can. A `LossScaleOptimizer` would let every replica
+        decide for itself whether to take a step.
         """
-        return "run_eagerly" not in self.compile and not (self.loss_scale and self.bad)
+        return "run_eagerly" not in self.compile and not self.loss_scale
 
     @property
     def tolerance(self) -> float:
@@ -165,6 +164,9 @@ OPTIONS = {
     "`loss_scale_factor`": Option({"loss_scale_factor": 1024.0}),
     "`LossScaleOptimizer`": Option(loss_scale=True),
     "`mixed_float16`": Option(policy="mixed_float16", loss_scale=True),
+    "`mixed_float16` with `loss_scale_factor`": Option(
+        {"loss_scale_factor": 1024.0}, policy="mixed_float16", compile={"auto_scale_loss": False}
+    ),
     "`mixed_bfloat16`": Option(policy="mixed_bfloat16"),
     "constraints": Option(layers=constrained),
     "constraints with `gradient_accumulation_steps`": Option(

@@ -175,9 +175,7 @@ def calls_of_xla_programs(strategy: tf.distribute.Strategy) -> list[str]:
     return sorted(calls(definition.node, ""))
 
 
-def error_of_a_compiled_model(strategy: tf.distribute.Strategy) -> str:
-    """What `compile(jit_compile=True)` leads to."""
-    option = Option(compile={"jit_compile": True})
+def error_of(strategy: tf.distribute.Strategy, option: Option) -> str:
     try:
         fit(strategy, option, SNGM)
     except ValueError as error:
@@ -205,7 +203,9 @@ def main(replicas: int, output: str, how: str = "sngm") -> None:
     }
     if how == "sngm":
         results["xla_calls"] = calls_of_xla_programs(strategy)
-        results["jit_error"] = error_of_a_compiled_model(strategy)
+        results["jit_error"] = error_of(strategy, Option(compile={"jit_compile": True}))
+    if how == "sngm-in-replicas":
+        results["loss_scale_error"] = error_of(strategy, Option(loss_scale=True))
     with open(output, "wb") as file:
         pickle.dump(results, file)
 

@@ -62,7 +62,7 @@ def cosine(steps):
         (embedding, {}),
         (embedding, {"loss_scale_factor": 3.0, "clipnorm": 0.1}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_micro_batches_train_like_the_whole_batch(layers, options, micro_batches):
     accumulated = trained(layers, micro_batches, **options)

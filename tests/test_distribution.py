@@ -97,3 +97,9 @@ def test_a_model_compiled_on_several_devices_says_what_to_set_instead(trained):
     for replicas in ("2", "4"):
         assert 'Set `model.compile(jit_compile="auto")`' in trained[replicas]["jit_error"]
         assert "Received: jit_compile=True under MirroredStrategy" in trained[replicas]["jit_error"]
+
+
+def test_replicas_that_could_disagree_are_refused(trained):
+    """Rather than left waiting for each other."""
+    message = trained["2-sngm-in-replicas"]["loss_scale_error"]
+    assert "`LossScaleOptimizer` is such a condition. Set `SNGM(loss_scale_factor=" in message

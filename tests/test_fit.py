@@ -207,15 +207,28 @@ def test_constraints_hold():
     assert np.isclose(norms, 0.5).any()
 
 
-def test_embeddings_train_in_fit():
+class DenseEmbedding(keras.layers.Embedding):
+    """Its table gets a dense gradient."""
+
+    def call(self, inputs):
+        return keras.ops.matmul(keras.ops.one_hot(inputs, self.input_dim), self.embeddings)
+
+
+@pytest.mark.parametrize(
+    "other, options",
+    [
+        (keras.layers.Embedding, {"run_eagerly": True}),
+        (DenseEmbedding, {}),
+        (DenseEmbedding, {"run_eagerly": True}),
+    ],
+)
+def test_sparse_gradients_of_embeddings_train_like_dense_ones(other, options):
     tokens = np.random.default_rng(0).integers(0, 11, (48, 5))
     models = []
-    for run_eagerly in (False, True):
+    for layer, how in ((keras.layers.Embedding, {}), (other, options)):
         keras.utils.set_random_seed(0)
-        model = keras.Sequential(
-            [keras.layers.Embedding(11, 4), keras.layers.Flatten(), keras.layers.Dense(1)]
-        )
-        model.compile(optimizer=SNGM(), loss="mse", run_eagerly=run_eagerly)
+        model = keras.Sequential([layer(11, 4), keras.layers.Flatten(), keras.layers.Dense(1)])
+        model.compile(optimizer=SNGM(clipnorm=0.1), loss="mse", **how)
         model.fit(tokens, Y, batch_size=8, epochs=2, shuffle=False, verbose=0)
         models.append(model)
     assert_same_weights(*models)

@@ -15,6 +15,7 @@ from tensorflow.python.distribute.distribute_utils import regroup
 from tensorflow.python.distribute.values_util import get_current_replica_id_as_int
 from tensorflow.python.framework.ops import get_default_graph
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+from tensorflow.python.ops.control_flow_v2_func_graphs import CondBranchFuncGraph
 
 _SYNCHRONOUS = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy)
 _SUPPORTED = (*_SYNCHRONOUS, tf.distribute.OneDeviceStrategy)
@@ -97,6 +98,16 @@ def must_leave_the_replica(optimizer: str, home: tf.distribute.Strategy) -> bool
             f"Received: created under {_name(home)}, applied under {_name(context.strategy)}"
         )
     if tf.__internal__.distribute.strategy_supports_no_merge_call():
+        if context.num_replicas_in_sync > 1 and isinstance(
+            get_default_graph(), CondBranchFuncGraph
+        ):
+            raise ValueError(
+                f"`{optimizer}` cannot be applied in a condition that every replica decides for "
+                "itself: if they disagreed, they would wait for each other for ever. Where "
+                "`jit_compile=True` compiles a training step on several devices, "
+                f"`LossScaleOptimizer` is such a condition. Set `{optimizer}(loss_scale_factor="
+                '...)` in its place, or `model.compile(jit_compile="auto")`.'
+            )
         return False
     if context.num_replicas_in_sync > 1 and GraphOrParentsInXlaContext(get_default_graph()):
         raise ValueError(
