@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import data
 import models
+from arguments import with_defaults
 from baselines import Lamb, MomentumSGD
 from keras_sngm import SNGM, GradientNormLogger
 
@@ -289,14 +290,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="default 60 (quick: 2)")
     parser.add_argument("--seeds", type=int, help="default 3 (quick: 1)")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("results/large_batch"))
-    arguments = parser.parse_args(argv)
-    defaults = {"batch_size": 1000, "small_batch_size": 128, "epochs": 60, "seeds": 3}
-    if arguments.quick:
-        defaults = {"batch_size": 100, "small_batch_size": 32, "epochs": 2, "seeds": 1}
-    for name, value in defaults.items():
-        if getattr(arguments, name) is None:
-            setattr(arguments, name, value)
-    return arguments
+    return with_defaults(
+        parser.parse_args(argv),
+        usual={"batch_size": 1000, "small_batch_size": 128, "epochs": 60, "seeds": 3},
+        quick={"batch_size": 100, "small_batch_size": 32, "epochs": 2, "seeds": 1},
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 import data
 import models
+from arguments import with_defaults
 from keras_sngm import SNGM
 
 LEARNING_RATE = 0.5
@@ -153,14 +154,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=pathlib.Path("results/multi_worker"),
         help="a folder that all workers can read",
     )
-    arguments = parser.parse_args(argv)
-    defaults = {"batch_size": 1000, "epochs": 60}
-    if arguments.quick:
-        defaults = {"batch_size": 100, "epochs": 2}
-    for name, value in defaults.items():
-        if getattr(arguments, name) is None:
-            setattr(arguments, name, value)
-    return arguments
+    return with_defaults(
+        parser.parse_args(argv),
+        usual={"batch_size": 1000, "epochs": 60},
+        quick={"batch_size": 100, "epochs": 2},
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
