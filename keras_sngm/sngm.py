@@ -36,9 +36,15 @@ class SNGM(BackendOptimizer):
     constant changes nothing. Learning rates of momentum SGD do not carry over.
 
     A gradient of zero adds nothing to the momentum, which goes on by itself.
-    A gradient that is not finite skips the step: weights, momentum and moving
-    averages stay as they are and `skipped_steps` goes up by one; `iterations`,
-    and with it a learning rate schedule, goes on.
+    A gradient that is not finite, on any replica, skips the step: weights,
+    momentum and moving averages stay as they are and `skipped_steps` goes up by
+    one; `iterations`, and with it a learning rate schedule, goes on.
+
+    Under a `tf.distribute` strategy the gradients of all replicas are added up
+    before anything else is done with them, so that N replicas on shards of a
+    batch train like one on the whole batch. Create the optimizer in the scope of
+    the strategy, which may be `OneDeviceStrategy`, `MirroredStrategy` or
+    `MultiWorkerMirroredStrategy`.
 
     Args:
         learning_rate: A float, a `keras.optimizers.schedules.LearningRateSchedule`
@@ -77,7 +83,10 @@ class SNGM(BackendOptimizer):
             before gradients are computed, and the gradients by its inverse.
         gradient_accumulation_steps: Int of at least 2, or `None`. If set,
             variables are updated once every that many steps, with the mean of
-            the gradients since the last update.
+            the gradients since the last update: the weights are those of one
+            batch of all their samples. Replicas communicate once per update.
+            `iterations` counts updates; a learning rate schedule counts steps,
+            as in Keras, and is read at the first step of each update.
         jit_compile: `True`, `False` or `"auto"`. Whether the update is compiled
             with XLA, all variables in one program; `"auto"` does so wherever
             XLA is supported. Under a distribution strategy and in eager loops,
@@ -94,8 +103,9 @@ class SNGM(BackendOptimizer):
         skipped_steps: Variable, integer scalar: how many steps were skipped.
 
     Raises:
-        ValueError: if an argument is out of its range or unknown, or if more
-            than one of `clipnorm`, `clipvalue` and `global_clipnorm` is set.
+        ValueError: if an argument is out of its range or unknown, if more than
+            one of `clipnorm`, `clipvalue` and `global_clipnorm` is set, or under
+            a strategy that is not supported.
 
     Example:
 
@@ -189,6 +199,10 @@ class SNGM(BackendOptimizer):
 
         Args:
             variables: list of the model's trainable variables.
+
+        Raises:
+            ValueError: if a variable was created under another strategy than
+                the optimizer.
         """
         if self.built:
             return

@@ -25,10 +25,12 @@ ALLOWED = {
     "weight_decay": set(),
     "backend/__init__": {"keras_sngm.backend.tensorflow", "keras_sngm.backend.unsupported"},
     "backend/tensorflow": {
+        "keras_sngm.backend.tensorflow_checks",
         "keras_sngm.backend.tensorflow_replicas",
         "keras_sngm.backend.tensorflow_step",
         "keras_sngm.update_rule",
     },
+    "backend/tensorflow_checks": {"keras_sngm.backend.tensorflow_replicas"},
     "backend/tensorflow_replicas": set(),
     "backend/tensorflow_step": {"keras_sngm", "keras_sngm.update_rule"},
     "backend/unsupported": set(),

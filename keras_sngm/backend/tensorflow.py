@@ -17,13 +17,15 @@ import keras
 import tensorflow as tf
 from tensorflow.python.framework.config import is_op_determinism_enabled
 
+from keras_sngm.backend.tensorflow_checks import (
+    check_strategy,
+    check_variables,
+    must_leave_the_replica,
+)
 from keras_sngm.backend.tensorflow_replicas import (
     AllReplicas,
     OwnReplica,
     Replicas,
-    check_strategy,
-    check_variables,
-    must_leave_the_replica,
     native_variable,
 )
 from keras_sngm.backend.tensorflow_step import (
