@@ -66,7 +66,7 @@ class SNGM(BackendOptimizer):
             global norm is taken.
         clipvalue: Float. If set, each element of the gradient is clipped to be
             no higher than this value in magnitude, before the global norm is
-            taken.
+            taken. Infinite elements are not clipped, they skip the step.
         global_clipnorm: Float. If set, the whole gradient is clipped so that
             its norm is no higher than this value. The normalization that
             follows undoes this, so only `gradient_norm` shows it.

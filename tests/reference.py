@@ -36,13 +36,14 @@ class ReferenceSNGM:
         g = [np.array(gradient, "float64") for gradient in gradients]
         if not self.decoupled:
             g = [gi + self.weight_decay * wi for gi, wi in zip(g, self.w)]
+        if not np.isfinite(norm(g)):
+            self.gradient_norm = norm(g)
+            return
         g = [np.clip(gi, -self.clipvalue, self.clipvalue) for gi in g]
         g = [gi * min(1.0, self.clipnorm / max(norm([gi]), 1e-300)) for gi in g]
         g = [gi * min(1.0, self.global_clipnorm / max(norm(g), 1e-300)) for gi in g]
 
         self.gradient_norm = norm(g)
-        if not np.isfinite(self.gradient_norm):
-            return
         unit = [gi / (self.gradient_norm or 1.0) for gi in g]
 
         if self.decoupled:

@@ -140,6 +140,7 @@ def test_a_zero_gradient_at_the_start_moves_nothing():
         (np.inf, {}),
         (-np.inf, {}),
         (np.inf, {"clipnorm": 1.0}),
+        (np.inf, {"clipvalue": 1.0}),
         (np.nan, {"global_clipnorm": 1.0}),
     ],
 )
