@@ -37,7 +37,7 @@ def trained(layers, micro_batches, rate=0.1, **options):
     model = keras.Sequential(layers())
     if micro_batches > 1:
         options["gradient_accumulation_steps"] = micro_batches
-    optimizer = SNGM(rate, **options)
+    optimizer = SNGM(rate, jit_compile=False, **options)
     optimizer.exclude_from_weight_decay(var_names=["bias"])
     model.compile(optimizer=optimizer, loss="mse")
     x, y = data(layers)
