@@ -48,6 +48,12 @@ class Normalization(NamedTuple):
     """Whether the step may be taken."""
 
 
+def changes_gradient(rule: Rule) -> bool:
+    """Whether `final_gradient` is another one than that of the loss."""
+    is_coupled = rule.weight_decay is not None and not rule.decoupled_weight_decay
+    return is_coupled or rule.clipvalue is not None
+
+
 def final_gradient(rule: Rule, gradient: Tensor, weight: Tensor, decays: bool) -> Tensor:
     """Add coupled weight decay to the gradient, then clip it by value."""
     if decays and rule.weight_decay is not None and not rule.decoupled_weight_decay:

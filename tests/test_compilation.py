@@ -8,7 +8,7 @@ import tensorflow as tf
 from tensorflow.python.eager import context
 
 from keras_sngm import SNGM, update_rule
-from problems import random_arrays, random_gradients, tensors_of, variables_of
+from problems import SHAPES, random_arrays, random_gradients, tensors_of, variables_of
 from processes import run_python
 
 
@@ -22,28 +22,43 @@ def compiled_by_xla(names):
     return [name for name in names if definitions[name].attr["_XlaMustCompile"].b]
 
 
-def step(optimizer, variables, seed):
-    (gradients,) = random_gradients(steps=1, seed=seed)
+def step(optimizer, variables, seed, shapes=SHAPES):
+    (gradients,) = random_gradients(shapes, steps=1, seed=seed)
     optimizer.apply(tensors_of(gradients, variables), variables)
 
 
-@pytest.mark.parametrize("jit_compile, expected", [(True, 1), ("auto", 1), (False, 0)])
-def test_an_eager_step_is_one_xla_program(jit_compile, expected):
-    variables = variables_of(random_arrays())
+SMALL = [(3,), (4, 5)]
+LARGE = [*SMALL, (300, 300)]
+compiled_programs = pytest.mark.parametrize(
+    "jit_compile, shapes, expected",
+    [
+        (True, SMALL, 1),
+        (True, LARGE, 1),
+        ("auto", SMALL, 0),
+        ("auto", LARGE, 1),
+        (False, SMALL, 0),
+        (False, LARGE, 0),
+    ],
+)
+
+
+@compiled_programs
+def test_an_eager_step_is_at_most_one_xla_program(jit_compile, shapes, expected):
+    variables = variables_of(random_arrays(shapes))
     before = function_names()
     optimizer = SNGM(jit_compile=jit_compile)
-    step(optimizer, variables, 0)
+    step(optimizer, variables, 0, shapes)
     made = function_names() - before
     assert len(compiled_by_xla(made)) == expected
 
 
-@pytest.mark.parametrize("jit_compile, expected", [(True, 1), ("auto", 1), (False, 0)])
-def test_a_step_in_a_graph_contains_one_xla_program(jit_compile, expected):
-    variables = variables_of(random_arrays())
+@compiled_programs
+def test_a_step_in_a_graph_contains_at_most_one_xla_program(jit_compile, shapes, expected):
+    variables = variables_of(random_arrays(shapes))
     optimizer = SNGM(jit_compile=jit_compile)
     optimizer.build(variables)
     function = tf.function(lambda gradients: optimizer.apply(gradients, variables))
-    graph = function.get_concrete_function(tensors_of(random_arrays(), variables)).graph
+    graph = function.get_concrete_function(tensors_of(random_arrays(shapes), variables)).graph
     compiled = [
         name
         for name, definition in graph._functions.items()
@@ -56,8 +71,10 @@ def test_a_step_in_a_graph_contains_one_xla_program(jit_compile, expected):
 @pytest.mark.parametrize("sparse", [False, True])
 def test_later_steps_add_no_trace(monkeypatch, jit_compile, sparse):
     traces = []
-    descend = update_rule.descend
-    monkeypatch.setattr(update_rule, "descend", lambda *args: traces.append(args) or descend(*args))
+    normalization = update_rule.normalization
+    monkeypatch.setattr(
+        update_rule, "normalization", lambda *args: traces.append(args) or normalization(*args)
+    )
     variables = variables_of([np.zeros((9, 2))])
     optimizer = SNGM(jit_compile=jit_compile)
     functions = set()
@@ -102,8 +119,8 @@ from tensorflow.python.eager import context
 from keras_sngm import SNGM
 tf.config.experimental.enable_op_determinism()
 tf.keras.utils.set_random_seed(0)
-variable = tf.Variable([1.0, 2.0])
-SNGM().apply([tf.ones(2)], [variable])
+variable = tf.Variable(tf.ones([300, 300]))
+SNGM().apply([variable], [variable])
 names = context.context().list_function_names()
 assert names
 assert not any(
@@ -117,7 +134,7 @@ def test_auto_does_not_compile_on_macos_gpus(monkeypatch):
     monkeypatch.setattr("platform.system", lambda: "Darwin")
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind=None: [f"{kind}:0"])
     before = function_names()
-    step(SNGM(), variables_of(random_arrays()), 0)
+    step(SNGM(), variables_of(random_arrays(LARGE)), 0, LARGE)
     assert not compiled_by_xla(function_names() - before)
 
 
@@ -131,13 +148,15 @@ import tensorflow as tf
 from keras_sngm import SNGM
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-variables = []
-for device in ("CPU:0", "CPU:1"):
-    with tf.device(device):
-        variables.append(tf.Variable([0.0]))
-assert variables[0].device != variables[1].device
-SNGM(1.0).apply([tf.constant([3.0]), tf.constant([4.0])], variables)
-np.testing.assert_allclose([v.numpy() for v in variables], [[-0.6], [-0.8]], rtol=1e-6)
+for size in (1, 90_000):
+    variables = []
+    for device in ("CPU:0", "CPU:1"):
+        with tf.device(device):
+            variables.append(tf.Variable(tf.zeros(size)))
+    assert variables[0].device != variables[1].device
+    SNGM(size**0.5).apply([tf.fill([size], 3.0), tf.fill([size], 4.0)], variables)
+    for variable, expected in zip(variables, (-0.6, -0.8)):
+        np.testing.assert_allclose(variable, np.full(size, expected), rtol=1e-5)
 """,
     )
 

@@ -16,6 +16,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 from tensorflow.python.framework.config import is_op_determinism_enabled
+from tensorflow.python.framework.ops import get_default_graph
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from keras_sngm.backend.tensorflow_checks import (
     check_strategy,
@@ -28,13 +30,8 @@ from keras_sngm.backend.tensorflow_replicas import (
     Replicas,
     native_variable,
 )
-from keras_sngm.backend.tensorflow_step import (
-    LocalStep,
-    Moment,
-    Readings,
-    Slot,
-    arithmetic_dtype,
-)
+from keras_sngm.backend.tensorflow_slot import Slot, arithmetic_dtype
+from keras_sngm.backend.tensorflow_step import LocalStep, Moment, Readings
 from keras_sngm.update_rule import Rule
 
 
@@ -243,13 +240,14 @@ class BackendOptimizer(keras.optimizers.Optimizer):
         # them takes effect as it does in Keras: when Python runs again.
         rule = self._rule()
         device = local(self._trainable_variables[active[0]]).device
+        in_xla = GraphOrParentsInXlaContext(get_default_graph())
         return self._local_steps.get_or_make(
-            (rule, self.jit_compile, active, device),
-            lambda: self._make_local_step(rule, active, local),
+            (rule, self.jit_compile, active, device, in_xla),
+            lambda: self._make_local_step(rule, active, local, in_xla),
         )
 
     def _make_local_step(
-        self, rule: Rule, active: tuple[int, ...], local: Callable[[Any], Any]
+        self, rule: Rule, active: tuple[int, ...], local: Callable[[Any], Any], in_xla: bool
     ) -> LocalStep:
         count = len(self._trainable_variables)
         slots = [
@@ -272,9 +270,10 @@ class BackendOptimizer(keras.optimizers.Optimizer):
             local(self.gradient_norm), local(self.gradient_norms), local(self.skipped_steps)
         )
         jit_compile = self.jit_compile
-        if jit_compile == "auto":
-            jit_compile = _xla_is_supported() and len({slot.weight.device for slot in slots}) == 1
-        return LocalStep(rule, slots, active, readings, bool(jit_compile))
+        one_device = len({slot.weight.device for slot in slots}) == 1
+        if jit_compile == "auto" and not (_xla_is_supported() and one_device):
+            jit_compile = False
+        return LocalStep(rule, slots, active, readings, jit_compile, in_xla)
 
 
 class _Cache:

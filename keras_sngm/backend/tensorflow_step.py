@@ -4,21 +4,13 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import tensorflow as tf
 
 from keras_sngm import update_rule
+from keras_sngm.backend import tensorflow_kernel as kernel
+from keras_sngm.backend import tensorflow_norm as norm
+from keras_sngm.backend.tensorflow_slot import Slot, arithmetic_dtype, for_arithmetic
 from keras_sngm.update_rule import Coefficients, Normalization, Rule
-
-
-class Slot(NamedTuple):
-    """A weight and what the optimizer keeps for it on this device."""
-
-    weight: tf.Variable
-    momentum: tf.Variable | None
-    average: tf.Variable | None
-    decays: bool
-    constraint: Callable[[tf.Tensor], tf.Tensor] | None
 
 
 class Readings(NamedTuple):
@@ -41,15 +33,19 @@ class LocalStep:
     """Reduced gradients in, variables of one device updated in place.
 
     Called eagerly it is one function call; called inside a `tf.function` it
-    becomes a nested function. With `jit_compile` all variables are updated by
-    one XLA program, a single pass over memory.
+    becomes a nested function. Some variables may be left to TensorFlow's kernel
+    for momentum. All others are updated together, with `jit_compile` by one XLA
+    program, a single pass over memory.
 
     Args:
         rule: the hyper-parameters to compile in.
         slots: those of all variables the optimizer was built with.
         active: positions in `slots` of the variables that have a gradient.
         readings: where to write what was measured.
-        jit_compile: whether to compile with XLA.
+        jit_compile: whether to compile with XLA; `"auto"` compiles what the kernel
+            is not quicker at.
+        in_xla: whether XLA compiles the function around this step, so that the
+            kernel cannot be called.
     """
 
     def __init__(
@@ -58,36 +54,57 @@ class LocalStep:
         slots: Sequence[Slot],
         active: Sequence[int],
         readings: Readings,
-        jit_compile: bool,
+        jit_compile: bool | str,
+        in_xla: bool,
     ) -> None:
         self.device = slots[active[0]].weight.device
         self._rule = rule
-        self._slots = [slots[i] for i in active]
+        self._readings = readings
+        self._count = len(slots)
         self._idle = [
             slot for i, slot in enumerate(slots) if slot.average is not None and i not in active
         ]
-        self._positions = [[i] for i in active]
-        self._count = len(slots)
-        self._readings = readings
+        on_accelerator = _is_accelerator(self.device)
+        if in_xla or (jit_compile and on_accelerator):
+            jit_compile = True
+        active_slots = [slots[i] for i in active]
+        by_kernel = kernel.chosen(rule, active_slots, jit_compile)
+        together = [k for k, chosen in enumerate(by_kernel) if not chosen]
+        self._bundles = kernel.bundled(
+            active_slots, [k for k, chosen in enumerate(by_kernel) if chosen]
+        )
+        # From here on: those updated together, then those of each bundle.
+        self._order = [*together, *(k for bundle in self._bundles for k in bundle.positions)]
+        self._together = len(together)
+        self._slots = [active_slots[k] for k in self._order]
+        self._positions = [[active[k]] for k in self._order]
         dtypes = [arithmetic_dtype(slot.weight.dtype) for slot in self._slots]
         self._norm_dtype = tf.float64 if tf.float64 in dtypes else tf.float32
-        on_accelerator = _is_accelerator(self.device)
-        # XLA on CPUs is several times slower than the native kernel at reducing
-        # a tensor to a number, so there it gets the update alone.
+
+        # XLA on CPUs is slow at reducing a tensor to a number. So there the norm is
+        # taken by TensorFlow's kernel, unless that would need a tensor more for a
+        # gradient that is changed first.
+        in_one = bool(jit_compile) and (on_accelerator or update_rule.changes_gradient(rule))
+        stacks = sum(len(bundle.slots) > 1 for bundle in self._bundles)
+        self._sums_of_squares = functools.partial(norm.sums_of_squares, stacks=stacks)
+        if (in_xla or in_one) and not on_accelerator:
+            self._sums_of_squares = norm.sums_of_squares_in_lanes
         self._normalize_and_update = self._normalize_then_update
-        self._update = self._update_all
-        if jit_compile and on_accelerator:
+        self._update = self._update_together
+        if in_one and together:
             self._normalize_and_update = _function(self._normalize_then_update, jit_compile=True)
         elif jit_compile:
-            self._update = _function(self._update_all, jit_compile=True)
+            self._update = _function(self._update_together, jit_compile=True)
         self._run = _function(self._run_and_read)
 
     def __call__(self, gradients: Sequence[tf.Tensor | tf.IndexedSlices], moment: Moment) -> None:
         dense = [
-            _densified(gradient, slot.weight.shape)
-            for gradient, slot in zip(gradients, self._slots, strict=True)
+            _dense(gradients[k], slot.weight.shape)
+            for k, slot in zip(self._order, self._slots, strict=True)
         ]
-        self._run(dense, moment)
+        # A nested function would cost an operation for each of its arguments.
+        run = self._run if tf.executing_eagerly() else self._run_and_read
+        run(dense, moment)
 
     def _run_and_read(self, gradients: list[tf.Tensor], moment: Moment) -> None:
         normalized = self._normalize_and_update(gradients, moment)
@@ -103,13 +120,27 @@ class LocalStep:
             update_rule.final_gradient(
                 self._rule,
                 tf.cast(gradient, arithmetic_dtype(slot.weight.dtype)),
-                _for_arithmetic(slot.weight),
+                for_arithmetic(slot.weight),
                 slot.decays,
             )
             for gradient, slot in zip(gradients, self._slots, strict=True)
         ]
-        normalized = self._normalize(gradients)
-        self._update(gradients, normalized, moment)
+        together, rest = gradients[: self._together], gradients[self._together :]
+        joined = []
+        for bundle in self._bundles:
+            joined.append(bundle.joined(rest[: len(bundle.slots)]))
+            rest = rest[len(bundle.slots) :]
+        tensors, normalized = self._normalize([*together, *joined])
+        together, joined = tensors[: self._together], tensors[self._together :]
+        if together or self._idle:
+            own = _part(normalized, 0, self._together)
+            self._update(together, own, moment)
+        by = self._coefficients(moment, normalized.finite)
+        start = self._together
+        for bundle, gradient in zip(self._bundles, joined, strict=True):
+            own = _part(normalized, start, len(bundle.slots))
+            bundle.update(self._rule, by[gradient.dtype], own, gradient)
+            start += len(bundle.slots)
         return normalized
 
     def _constrain(self, taken: tf.Tensor) -> None:
@@ -119,47 +150,45 @@ class LocalStep:
                 weight = tf.convert_to_tensor(slot.weight)
                 slot.weight.assign(tf.where(taken, slot.constraint(weight), weight))
 
-    def _normalize(self, gradients: list[tf.Tensor]) -> Normalization:
-        limits = np.finfo(self._norm_dtype.as_numpy_dtype)
-        size = sum(slot.weight.shape.num_elements() for slot in self._slots)
-        least = update_rule.trusted_range(size, float(limits.tiny), float(limits.eps))
-        rescue = tf.constant(2.0 ** update_rule.rescue_exponent(limits.maxexp), self._norm_dtype)
-        gradients = [tf.cast(gradient, self._norm_dtype) for gradient in gradients]
-
-        squares = _sums_of_squares(gradients)
-        total = tf.reduce_sum(squares)
-
-        def rescued() -> tuple[tf.Tensor, tf.Tensor]:
-            prescale = tf.where(total < least, rescue, 1.0 / rescue)
-            return _sums_of_squares([gradient * prescale for gradient in gradients]), prescale
-
-        squares, prescale = tf.cond(
-            tf.logical_and(total >= least, tf.math.is_finite(total)),
-            lambda: (squares, tf.ones([], self._norm_dtype)),
-            rescued,
+    def _normalize(self, gradients: list[tf.Tensor]) -> tuple[list[tf.Tensor], Normalization]:
+        """Gradients as they are to enter `directions`, and what to do with them there."""
+        size = sum(slot.size for slot in self._slots)
+        if not self._bundles:
+            wide = [tf.cast(gradient, self._norm_dtype) for gradient in gradients]
+            squares, prescale = norm.squares_and_prescale(self._sums_of_squares, wide, size)
+            return gradients, update_rule.normalization(self._rule, squares, prescale)
+        gradients, squares, prescale = norm.rescaled_and_squares(
+            self._sums_of_squares, gradients, size
         )
-        return update_rule.normalization(self._rule, squares, prescale)
+        normalized = update_rule.normalization(self._rule, squares, prescale)
+        return gradients, normalized._replace(prescale=tf.ones_like(prescale))
 
-    def _update_all(
-        self, gradients: list[tf.Tensor], normalized: Normalization, moment: Moment
-    ) -> None:
-        directions = update_rule.directions(normalized, gradients)
-        by = {
+    def _coefficients(self, moment: Moment, taken: tf.Tensor) -> dict[tf.DType, Coefficients]:
+        return {
             dtype: update_rule.coefficients(
                 self._rule,
                 tf.cast(moment.learning_rate, dtype),
                 moment.first_average,
-                normalized.finite,
+                taken,
             )
             for dtype in (tf.float32, tf.float64)
         }
+
+    def _update_together(
+        self,
+        gradients: list[tf.Tensor],
+        normalized: Normalization,
+        moment: Moment,
+    ) -> None:
+        by = self._coefficients(moment, normalized.finite)
         overwrite = tf.logical_and(moment.overwrite_with_average, normalized.finite)
-        for slot, direction in zip(self._slots, directions, strict=True):
+        directions = update_rule.directions(normalized, gradients)
+        for slot, direction in zip(self._slots[: self._together], directions, strict=True):
             weight, momentum = update_rule.descend(
                 self._rule,
                 by[direction.dtype],
-                _for_arithmetic(slot.weight),
-                None if slot.momentum is None else _for_arithmetic(slot.momentum),
+                for_arithmetic(slot.weight),
+                None if slot.momentum is None else for_arithmetic(slot.momentum),
                 direction,
                 slot.decays,
             )
@@ -167,14 +196,21 @@ class LocalStep:
                 _assign(slot.momentum, momentum)
             _store(slot, weight, by[direction.dtype], overwrite)
         for slot in self._idle:
-            weight = _for_arithmetic(slot.weight)
+            weight = for_arithmetic(slot.weight)
             _store(slot, weight, by[weight.dtype], overwrite)
+
+
+def _part(normalized: Normalization, start: int, count: int) -> Normalization:
+    """With the divisors of `count` variables alone, where there is one for each."""
+    if normalized.divisor.shape.rank == 0:
+        return normalized
+    return normalized._replace(divisor=normalized.divisor[start : start + count])
 
 
 def _store(slot: Slot, weight: tf.Tensor, by: Coefficients, overwrite: tf.Tensor) -> None:
     """Write a new weight, and where averages are kept, its average."""
     if slot.average is not None:
-        average = update_rule.moving_average(by, _for_arithmetic(slot.average), weight)
+        average = update_rule.moving_average(by, for_arithmetic(slot.average), weight)
         _assign(slot.average, average)
         weight = tf.where(overwrite, average, weight)
     _assign(slot.weight, weight)
@@ -187,29 +223,15 @@ def _function(method: Callable[..., Any], jit_compile: bool | None = None) -> Ca
     return tf.function(functools.partial(method), jit_compile=jit_compile, autograph=False)
 
 
-def _densified(gradient: tf.Tensor | tf.IndexedSlices, shape: tf.TensorShape) -> tf.Tensor:
+def _dense(gradient: Any, shape: tf.TensorShape) -> tf.Tensor:
     # Duplicate rows of a sparse gradient must be added before a norm is taken,
     # and the momentum is dense anyway.
-    if isinstance(gradient, tf.IndexedSlices):
-        return tf.ensure_shape(tf.convert_to_tensor(gradient), shape)
-    return gradient
-
-
-def _sums_of_squares(tensors: list[tf.Tensor]) -> tf.Tensor:
-    return 2.0 * tf.stack([tf.nn.l2_loss(tensor) for tensor in tensors])
+    dense = tf.convert_to_tensor(gradient)
+    return tf.ensure_shape(dense, shape) if isinstance(gradient, tf.IndexedSlices) else dense
 
 
 def _is_accelerator(device: str) -> bool:
     return tf.DeviceSpec.from_string(device).device_type not in (None, "CPU")
-
-
-def arithmetic_dtype(dtype: tf.DType) -> tf.DType:
-    """16-bit variables are stored in 16 bits and computed with in 32."""
-    return tf.float64 if dtype == tf.float64 else tf.float32
-
-
-def _for_arithmetic(variable: tf.Variable) -> tf.Tensor:
-    return tf.cast(variable, arithmetic_dtype(variable.dtype))
 
 
 def _assign(variable: tf.Variable, value: tf.Tensor) -> None:

@@ -1,0 +1,103 @@
+"""The update by TensorFlow's own kernel for momentum, one call per variable.
+
+For small variables that is quicker than an XLA program, which takes some
+microseconds for each of its arguments, and nothing has to be compiled. The kernel
+wants the normalized gradient as a tensor, so for large variables XLA, which needs
+none, is the better choice.
+"""
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from keras_sngm.backend.tensorflow_slot import Slot, arithmetic_dtype
+from keras_sngm.update_rule import Coefficients, Normalization, Rule, changes_gradient
+
+# In elements: up to where the kernel is quicker than XLA, and up to where copying
+# several gradients into one tensor is quicker than calling every operation for
+# each of them. Measured on two cores, see benchmarks/step_time.py.
+_LARGEST = 65536
+_LARGEST_STACKED = 4096
+
+
+class Bundle(NamedTuple):
+    """One variable, or several small ones of the same shape, dtype and device."""
+
+    positions: tuple[int, ...]
+    slots: tuple[Slot, ...]
+
+    def joined(self, gradients: Sequence[tf.Tensor]) -> tf.Tensor:
+        """The gradients of its variables as one tensor, one row each if they are several."""
+        return tf.stack(gradients) if len(self.slots) > 1 else gradients[0]
+
+    def update(
+        self, rule: Rule, by: Coefficients, normalized: Normalization, joined: tf.Tensor
+    ) -> None:
+        """Take the step on its variables.
+
+        A step that is skipped multiplies the momentum by 1 and adds 0 to it, and
+        changes the weight by 0 times the momentum.
+
+        Args:
+            rule: one that `chosen` has accepted.
+            by: what to multiply by.
+            normalized: with divisors for the variables of this bundle alone, and a
+                `prescale` of 1.
+            joined: what `joined` has made of their gradients.
+        """
+        divisor = tf.where(by.taken, normalized.divisor, tf.zeros_like(normalized.divisor))
+        several = len(self.slots) > 1
+        if divisor.shape.rank == 1:
+            rows = [-1] if several else []
+            divisor = tf.reshape(divisor, rows + [1] * self.slots[0].weight.shape.rank)
+        direction = tf.math.divide_no_nan(joined, divisor)
+        directions = tf.unstack(direction) if several else [direction]
+        for slot, own in zip(self.slots, directions, strict=True):
+            tf.raw_ops.ResourceApplyMomentum(
+                var=slot.weight.handle,
+                accum=slot.momentum.handle,
+                lr=by.learning_rate,
+                grad=own,
+                momentum=by.momentum,
+                use_nesterov=rule.nesterov,
+            )
+
+
+def chosen(rule: Rule, slots: Sequence[Slot], jit_compile: bool | str) -> list[bool]:
+    """For each slot, whether the kernel is to update it.
+
+    With `jit_compile=False` wherever it can; with `"auto"` where it is quicker
+    than XLA; never with `True`.
+    """
+    largest = {True: 0, "auto": _LARGEST, False: math.inf}[jit_compile]
+    if len({arithmetic_dtype(slot.weight.dtype) for slot in slots}) > 1:
+        largest = 0
+    choice = [_suits(rule, slot) and slot.size <= largest for slot in slots]
+    if jit_compile and changes_gradient(rule) and not all(choice):
+        # Then XLA takes the norm, and there is one norm for all.
+        return [False] * len(slots)
+    return choice
+
+
+def bundled(slots: Sequence[Slot], positions: Sequence[int]) -> list[Bundle]:
+    """The slots at these positions: first those that stay alone, then the stacks."""
+    groups: dict[Hashable, list[int]] = {}
+    for i in positions:
+        weight = slots[i].weight
+        alike = (tuple(weight.shape), weight.dtype, weight.device)
+        groups.setdefault(alike if slots[i].size <= _LARGEST_STACKED else i, []).append(i)
+    bundles = [Bundle(tuple(group), tuple(slots[i] for i in group)) for group in groups.values()]
+    return sorted(bundles, key=lambda bundle: len(bundle.slots) > 1)
+
+
+def _suits(rule: Rule, slot: Slot) -> bool:
+    """Whether the kernel does all that is asked for: u <- b * u + d; w <- w - a * u."""
+    is_decoupled = rule.weight_decay is not None and rule.decoupled_weight_decay
+    return (
+        slot.momentum is not None
+        and slot.average is None
+        and not (slot.decays and is_decoupled)
+        and slot.weight.dtype == arithmetic_dtype(slot.weight.dtype)
+    )

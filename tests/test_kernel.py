@@ -1,0 +1,204 @@
+"""Small variables take their step through TensorFlow's kernel, large ones through XLA.
+
+Here a limit is set between the two so that both work on the same model, and
+every shape occurs twice, so that some gradients are stacked.
+"""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_sngm import SNGM
+from keras_sngm.backend import tensorflow_kernel
+from problems import (
+    SHAPES,
+    assert_close,
+    random_arrays,
+    random_gradients,
+    tensors_of,
+    train,
+    values_of,
+    variables_of,
+)
+from reference import ReferenceSNGM
+
+TWICE = SHAPES * 2
+# Far from zero, where a relative error means something.
+START = [4.0 + array for array in random_arrays(TWICE)]
+in_mode = pytest.mark.parametrize("jit_compile", ["auto", False])
+in_graph = pytest.mark.parametrize("outer", [None, False], ids=["eager", "function"])
+
+
+@pytest.fixture(autouse=True)
+def limits(monkeypatch):
+    """Of the shapes (), (3,), (4, 5), (2, 3, 4), (2, 2, 3, 2) the last goes to XLA."""
+    monkeypatch.setattr(tensorflow_kernel, "_LARGEST", 23)
+    monkeypatch.setattr(tensorflow_kernel, "_LARGEST_STACKED", 5)
+
+
+@pytest.fixture
+def kernel_calls(monkeypatch):
+    calls = []
+    kernel = tf.raw_ops.ResourceApplyMomentum
+    monkeypatch.setattr(
+        tf.raw_ops, "ResourceApplyMomentum", lambda **named: calls.append(named) or kernel(**named)
+    )
+    return calls
+
+
+@in_graph
+@pytest.mark.parametrize("jit_compile, expected", [("auto", 6), (False, 10), (True, 0)])
+def test_the_kernel_is_called_where_it_is_quicker(kernel_calls, jit_compile, expected, outer):
+    variables = variables_of(START)
+    train(SNGM(jit_compile=jit_compile), variables, random_gradients(TWICE, 3), outer)
+    assert len(kernel_calls) == expected
+
+
+@pytest.mark.parametrize(
+    "options, dtype",
+    [
+        ({"weight_decay": 0.1}, "float32"),
+        ({"use_ema": True}, "float32"),
+        ({"momentum": 0.0}, "float32"),
+        ({}, "float16"),
+        ({}, "bfloat16"),
+    ],
+    ids=str,
+)
+def test_the_kernel_is_not_called_for_what_it_cannot_do(kernel_calls, options, dtype):
+    variables = variables_of(START, dtype)
+    train(SNGM(**options), variables, random_gradients(TWICE, 2))
+    assert not kernel_calls
+
+
+@in_mode
+@in_graph
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"nesterov": True},
+        {"momentum": 0.99},
+        {"clipnorm": 1.5},
+        {"clipvalue": 0.3},
+        {"global_clipnorm": 2.0},
+        {"weight_decay": 0.05, "decoupled_weight_decay": False},
+        {"weight_decay": 0.05, "decoupled_weight_decay": False, "clipnorm": 1.5, "nesterov": True},
+    ],
+    ids=str,
+)
+def test_both_ways_agree_with_the_reference(jit_compile, outer, options):
+    variables = variables_of(START)
+    gradients = random_gradients(TWICE, 12)
+    optimizer = SNGM(0.1, jit_compile=jit_compile, **options)
+    reference = ReferenceSNGM(START, **options)
+    train(optimizer, variables, gradients, outer)
+    for gradient in gradients:
+        reference.step(gradient, 0.1)
+    assert_close(variables, reference.w, 1e-5)
+    assert_close(optimizer.momentums, reference.u, 1e-5)
+    np.testing.assert_allclose(optimizer.gradient_norm, reference.gradient_norm, rtol=1e-5)
+
+
+@in_mode
+@in_graph
+@pytest.mark.parametrize("scale", [1e37, 1e30, 1e-30, 1e-35])
+@pytest.mark.parametrize("options", [{}, {"clipnorm": 1e3}], ids=str)
+def test_gradients_of_any_magnitude_are_normalized(jit_compile, outer, scale, options):
+    variables = variables_of(START)
+    gradients = random_gradients(TWICE, 3, scale=scale)
+    optimizer = SNGM(0.1, jit_compile=jit_compile, **options)
+    reference = ReferenceSNGM(START, **options)
+    train(optimizer, variables, gradients, outer)
+    for gradient in gradients:
+        reference.step(gradient, 0.1)
+    assert_close(variables, reference.w, 1e-5)
+    assert_close(optimizer.momentums, reference.u, 1e-5)
+    np.testing.assert_allclose(optimizer.gradient_norm, reference.gradient_norm, rtol=1e-5)
+    assert int(optimizer.skipped_steps) == 0
+
+
+@pytest.mark.parametrize("jit_compile", ["auto", True, False])
+def test_a_norm_beyond_float32_is_divided_by(jit_compile):
+    """No entry overflows, the norm does: 200 times 3e38."""
+    variables = variables_of([np.zeros(20_000), np.zeros((2, 3, 4)), np.zeros(20_000)])
+    gradients = [[np.full(v.shape, 3e38) for v in variables]]
+    optimizer = SNGM(1.0, jit_compile=jit_compile)
+    train(optimizer, variables, gradients)
+    expected = -1.0 / np.sqrt(40_024)
+    for variable in variables:
+        np.testing.assert_allclose(variable, np.full(variable.shape, expected), rtol=1e-5)
+    assert int(optimizer.skipped_steps) == 0
+
+
+@in_mode
+@in_graph
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("where", [0, 4, 6])
+def test_a_non_finite_gradient_skips_the_step(jit_compile, outer, bad, where):
+    variables = variables_of(START)
+    optimizer = SNGM(0.1, jit_compile=jit_compile)
+    first, poisoned, third = random_gradients(TWICE, 3)
+    poisoned[where] = np.full_like(poisoned[where], bad)
+    train(optimizer, variables, [first], outer)
+    before = values_of([*variables, *optimizer.momentums])
+    train(optimizer, variables, [poisoned], outer)
+    for now, then in zip(values_of([*variables, *optimizer.momentums]), before, strict=True):
+        np.testing.assert_array_equal(now, then)
+    train(optimizer, variables, [third], outer)
+
+    reference = ReferenceSNGM(START)
+    for gradient in (first, third):
+        reference.step(gradient, 0.1)
+    assert_close(variables, reference.w, 1e-5)
+    assert int(optimizer.skipped_steps) == 1
+
+
+@in_mode
+@in_graph
+def test_momentum_coasts_on_a_zero_gradient(jit_compile, outer):
+    variables = variables_of(START)
+    gradients = [*random_gradients(TWICE, 1), [np.zeros_like(a) for a in random_arrays(TWICE)]]
+    optimizer = SNGM(0.1, jit_compile=jit_compile)
+    reference = ReferenceSNGM(START)
+    train(optimizer, variables, gradients, outer)
+    for gradient in gradients:
+        reference.step(gradient, 0.1)
+    assert_close(variables, reference.w, 1e-5)
+    assert_close(optimizer.momentums, reference.u, 1e-5)
+
+
+def test_norms_are_in_the_order_of_the_variables():
+    variables = variables_of(START)
+    optimizer = SNGM()
+    optimizer.build(variables)
+    (gradients,) = random_gradients(TWICE, 1)
+    given = [0, 2, 3, 4, 5, 6, 9]
+    optimizer.apply(
+        tensors_of([gradients[i] for i in given], [variables[i] for i in given]),
+        [variables[i] for i in given],
+    )
+    norms = [np.linalg.norm(g) if i in given else 0.0 for i, g in enumerate(gradients)]
+    np.testing.assert_allclose(optimizer.gradient_norms, norms, rtol=1e-6)
+
+
+def test_a_gradient_that_is_its_own_variable():
+    """The kernel writes to a buffer that the gradient is read from."""
+    variables = variables_of(START)
+    optimizer = SNGM(0.1)
+    optimizer.build(variables)
+    step = tf.function(lambda: optimizer.apply([v.value for v in variables], variables))
+    reference = ReferenceSNGM(START)
+    for _ in range(5):
+        step()
+        reference.step([w.copy() for w in reference.w], 0.1)
+    assert_close(variables, reference.w, 1e-5)
+
+
+def test_constraints_are_applied_after_the_kernel():
+    variable = keras.Variable([1.0, 1.0], dtype="float32")
+    variable.constraint = keras.constraints.NonNeg()
+    optimizer = SNGM(10.0)
+    optimizer.apply([tf.constant([1.0, -1.0])], [variable])
+    np.testing.assert_allclose(variable, [0.0, 1.0 + 10.0 / 2**0.5], rtol=1e-6)
