@@ -84,7 +84,7 @@ def test_the_kernel_is_not_called_for_what_it_cannot_do(kernel_calls, options, d
         {"clipvalue": 0.3},
         {"global_clipnorm": 2.0},
         {"weight_decay": 0.05, "decoupled_weight_decay": False},
-        {"weight_decay": 0.05, "decoupled_weight_decay": False, "clipnorm": 1.5, "nesterov": True},
+        {"weight_decay": 0.05, "decoupled_weight_decay": False, "clipnorm": 1.5},
     ],
     ids=str,
 )
@@ -99,6 +99,21 @@ def test_both_ways_agree_with_the_reference(jit_compile, outer, options):
     assert_close(variables, reference.w, 1e-5)
     assert_close(optimizer.momentums, reference.u, 1e-5)
     np.testing.assert_allclose(optimizer.gradient_norm, reference.gradient_norm, rtol=1e-5)
+
+
+@in_graph
+@pytest.mark.parametrize("options", [{"clipvalue": 0.3}, {"clipnorm": 1.5}], ids=str)
+def test_small_variables_alone_need_no_xla(kernel_calls, outer, options):
+    start = START[1:3] * 2
+    gradients = random_gradients(SHAPES[1:3] * 2, 12)
+    options = {"weight_decay": 0.05, "decoupled_weight_decay": False, **options}
+    variables = variables_of(start)
+    reference = ReferenceSNGM(start, **options)
+    train(SNGM(0.1, **options), variables, gradients, outer)
+    for gradient in gradients:
+        reference.step(gradient, 0.1)
+    assert_close(variables, reference.w, 1e-5)
+    assert len(kernel_calls) == 4
 
 
 @in_mode

@@ -188,14 +188,14 @@ class BackendOptimizer(keras.optimizers.Optimizer):
                     _add(accumulator, part)
 
     def _update_with_accumulated(self, replicas: Replicas, active: tuple[int, ...]) -> None:
-        means = []
+        sums = []
         for i in active:
             parts = []
             for accumulator in replicas.parts(self._accumulated_gradients[i]):
                 with tf.device(accumulator.device):
-                    parts.append(accumulator / self.gradient_accumulation_steps)
-            means.append(replicas.joined(parts))
-        self._reduce_and_update(replicas, active, means)
+                    parts.append(tf.convert_to_tensor(accumulator))
+            sums.append(replicas.joined(parts))
+        self._reduce_and_update(replicas, active, sums)
         for part in itertools.chain(*map(replicas.parts, self._accumulated_gradients)):
             with tf.device(part.device):
                 part.assign(tf.zeros_like(part))
@@ -241,13 +241,19 @@ class BackendOptimizer(keras.optimizers.Optimizer):
         rule = self._rule()
         device = local(self._trainable_variables[active[0]]).device
         in_xla = GraphOrParentsInXlaContext(get_default_graph())
+        times = self.gradient_accumulation_steps or 1
         return self._local_steps.get_or_make(
-            (rule, self.jit_compile, active, device, in_xla),
-            lambda: self._make_local_step(rule, active, local, in_xla),
+            (rule, self.jit_compile, active, device, in_xla, times),
+            lambda: self._make_local_step(rule, active, local, in_xla, times),
         )
 
     def _make_local_step(
-        self, rule: Rule, active: tuple[int, ...], local: Callable[[Any], Any], in_xla: bool
+        self,
+        rule: Rule,
+        active: tuple[int, ...],
+        local: Callable[[Any], Any],
+        in_xla: bool,
+        times: int,
     ) -> LocalStep:
         count = len(self._trainable_variables)
         slots = [
@@ -273,7 +279,7 @@ class BackendOptimizer(keras.optimizers.Optimizer):
         one_device = len({slot.weight.device for slot in slots}) == 1
         if jit_compile == "auto" and not (_xla_is_supported() and one_device):
             jit_compile = False
-        return LocalStep(rule, slots, active, readings, jit_compile, in_xla)
+        return LocalStep(rule, slots, active, readings, jit_compile, in_xla, times)
 
 
 class _Cache:

@@ -57,7 +57,7 @@ class Bundle(NamedTuple):
         for slot, own in zip(self.slots, directions, strict=True):
             tf.raw_ops.ResourceApplyMomentum(
                 var=slot.weight.handle,
-                accum=slot.momentum.handle,
+                accum=slot.momentum.handle,  # type: ignore[union-attr]  # `_suits` has looked
                 lr=by.learning_rate,
                 grad=own,
                 momentum=by.momentum,

@@ -46,6 +46,8 @@ class LocalStep:
             is not quicker at.
         in_xla: whether XLA compiles the function around this step, so that the
             kernel cannot be called.
+        times: what is given is the gradient times this, as where micro-batches were
+            added up. Dividing it would be one more pass over memory.
     """
 
     def __init__(
@@ -56,45 +58,51 @@ class LocalStep:
         readings: Readings,
         jit_compile: bool | str,
         in_xla: bool,
+        times: int,
     ) -> None:
         self.device = slots[active[0]].weight.device
         self._rule = rule
+        self._times = times
         self._readings = readings
         self._count = len(slots)
         self._idle = [
             slot for i, slot in enumerate(slots) if slot.average is not None and i not in active
         ]
-        on_accelerator = _is_accelerator(self.device)
-        if in_xla or (jit_compile and on_accelerator):
+        if in_xla or (jit_compile and _is_accelerator(self.device)):
             jit_compile = True
-        active_slots = [slots[i] for i in active]
-        by_kernel = kernel.chosen(rule, active_slots, jit_compile)
+        self._arrange([slots[i] for i in active], active, jit_compile)
+        self._compile(bool(jit_compile), in_xla)
+
+    def _arrange(
+        self, slots: Sequence[Slot], active: Sequence[int], jit_compile: bool | str
+    ) -> None:
+        """Bring the slots into the order of a step: those updated together come first."""
+        by_kernel = kernel.chosen(self._rule, slots, jit_compile)
         together = [k for k, chosen in enumerate(by_kernel) if not chosen]
-        self._bundles = kernel.bundled(
-            active_slots, [k for k, chosen in enumerate(by_kernel) if chosen]
-        )
-        # From here on: those updated together, then those of each bundle.
+        self._bundles = kernel.bundled(slots, [k for k, chosen in enumerate(by_kernel) if chosen])
         self._order = [*together, *(k for bundle in self._bundles for k in bundle.positions)]
         self._together = len(together)
-        self._slots = [active_slots[k] for k in self._order]
+        self._slots = [slots[k] for k in self._order]
         self._positions = [[active[k]] for k in self._order]
-        dtypes = [arithmetic_dtype(slot.weight.dtype) for slot in self._slots]
-        self._norm_dtype = tf.float64 if tf.float64 in dtypes else tf.float32
 
+    def _compile(self, jit_compile: bool, in_xla: bool) -> None:
+        """Decide what XLA gets: all of a step, the update alone, or nothing."""
+        self._normalize_and_update: Callable[..., Any] = self._normalize_then_update
+        self._update: Callable[..., Any] = self._update_together
         # XLA on CPUs is slow at reducing a tensor to a number. So there the norm is
-        # taken by TensorFlow's kernel, unless that would need a tensor more for a
+        # taken by TensorFlow's kernel, unless that would need one more tensor for a
         # gradient that is changed first.
-        in_one = bool(jit_compile) and (on_accelerator or update_rule.changes_gradient(rule))
-        stacks = sum(len(bundle.slots) > 1 for bundle in self._bundles)
-        self._sums_of_squares = functools.partial(norm.sums_of_squares, stacks=stacks)
-        if (in_xla or in_one) and not on_accelerator:
-            self._sums_of_squares = norm.sums_of_squares_in_lanes
-        self._normalize_and_update = self._normalize_then_update
-        self._update = self._update_together
-        if in_one and together:
+        on_accelerator = _is_accelerator(self.device)
+        with_norm = on_accelerator or update_rule.changes_gradient(self._rule)
+        with_norm = with_norm and jit_compile and not self._bundles
+        if with_norm:
             self._normalize_and_update = _function(self._normalize_then_update, jit_compile=True)
         elif jit_compile:
             self._update = _function(self._update_together, jit_compile=True)
+        stacks = sum(len(bundle.slots) > 1 for bundle in self._bundles)
+        self._sums_of_squares: norm.Sums = functools.partial(norm.sums_of_squares, stacks=stacks)
+        if (in_xla or with_norm) and not on_accelerator:
+            self._sums_of_squares = norm.sums_of_squares_in_lanes
         self._run = _function(self._run_and_read)
 
     def __call__(self, gradients: Sequence[tf.Tensor | tf.IndexedSlices], moment: Moment) -> None:
@@ -117,20 +125,24 @@ class LocalStep:
 
     def _normalize_then_update(self, gradients: list[tf.Tensor], moment: Moment) -> Normalization:
         gradients = [
-            update_rule.final_gradient(
-                self._rule,
-                tf.cast(gradient, arithmetic_dtype(slot.weight.dtype)),
-                for_arithmetic(slot.weight),
-                slot.decays,
-            )
+            tf.cast(gradient, arithmetic_dtype(slot.weight.dtype))
             for gradient, slot in zip(gradients, self._slots, strict=True)
         ]
+        times = self._times
+        if update_rule.changes_gradient(self._rule):
+            times = 1
+            gradients = [
+                update_rule.final_gradient(
+                    self._rule, gradient / self._times, for_arithmetic(slot.weight), slot.decays
+                )
+                for gradient, slot in zip(gradients, self._slots, strict=True)
+            ]
         together, rest = gradients[: self._together], gradients[self._together :]
         joined = []
         for bundle in self._bundles:
             joined.append(bundle.joined(rest[: len(bundle.slots)]))
             rest = rest[len(bundle.slots) :]
-        tensors, normalized = self._normalize([*together, *joined])
+        tensors, normalized = self._normalize([*together, *joined], times)
         together, joined = tensors[: self._together], tensors[self._together :]
         if together or self._idle:
             own = _part(normalized, 0, self._together)
@@ -150,18 +162,22 @@ class LocalStep:
                 weight = tf.convert_to_tensor(slot.weight)
                 slot.weight.assign(tf.where(taken, slot.constraint(weight), weight))
 
-    def _normalize(self, gradients: list[tf.Tensor]) -> tuple[list[tf.Tensor], Normalization]:
+    def _normalize(
+        self, gradients: list[tf.Tensor], times: int
+    ) -> tuple[list[tf.Tensor], Normalization]:
         """Gradients as they are to enter `directions`, and what to do with them there."""
         size = sum(slot.size for slot in self._slots)
-        if not self._bundles:
-            wide = [tf.cast(gradient, self._norm_dtype) for gradient in gradients]
+        if self._bundles:
+            gradients, squares, prescale = norm.rescaled_and_squares(
+                self._sums_of_squares, gradients, size
+            )
+            pending = tf.ones_like(prescale)
+        else:
+            wide = [tf.cast(gradient, _widest(gradients)) for gradient in gradients]
             squares, prescale = norm.squares_and_prescale(self._sums_of_squares, wide, size)
-            return gradients, update_rule.normalization(self._rule, squares, prescale)
-        gradients, squares, prescale = norm.rescaled_and_squares(
-            self._sums_of_squares, gradients, size
-        )
-        normalized = update_rule.normalization(self._rule, squares, prescale)
-        return gradients, normalized._replace(prescale=tf.ones_like(prescale))
+            pending = prescale
+        normalized = update_rule.normalization(self._rule, squares, prescale * times)
+        return gradients, normalized._replace(prescale=pending)
 
     def _coefficients(self, moment: Moment, taken: tf.Tensor) -> dict[tf.DType, Coefficients]:
         return {
@@ -198,6 +214,10 @@ class LocalStep:
         for slot in self._idle:
             weight = for_arithmetic(slot.weight)
             _store(slot, weight, by[weight.dtype], overwrite)
+
+
+def _widest(tensors: Sequence[tf.Tensor]) -> tf.DType:
+    return max((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.size)
 
 
 def _part(normalized: Normalization, start: int, count: int) -> Normalization:
