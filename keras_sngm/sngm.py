@@ -88,9 +88,12 @@ class SNGM(BackendOptimizer):
             `iterations` counts updates; a learning rate schedule counts steps,
             as in Keras, and is read at the first step of each update.
         jit_compile: `True`, `False` or `"auto"`. Whether the update is compiled
-            with XLA, all variables in one program; `"auto"` does so wherever
-            XLA is supported. Under a distribution strategy and in eager loops,
-            too. Defaults to `"auto"`.
+            with XLA, all variables in one program, under a distribution strategy
+            and in eager loops, too. `"auto"` does so where XLA is supported and
+            pays: on CPUs variables of up to 65,536 elements are left to
+            TensorFlow's kernel for momentum, which is quicker there, if that can
+            do the whole update (float32 or float64, with momentum, without
+            decoupled weight decay and moving averages). Defaults to `"auto"`.
         name: String. The name of the optimizer. Defaults to `"sngm"`.
 
     Attributes:

@@ -47,6 +47,19 @@ def kernel_calls(monkeypatch):
     return calls
 
 
+def assert_follows_the_reference(start, gradients, outer, jit_compile="auto", **options):
+    variables = variables_of(start)
+    optimizer = SNGM(0.1, jit_compile=jit_compile, **options)
+    reference = ReferenceSNGM(start, **options)
+    train(optimizer, variables, gradients, outer)
+    for gradient in gradients:
+        reference.step(gradient, 0.1)
+    assert_close(variables, reference.w, 1e-5)
+    assert_close(optimizer.momentums, reference.u, 1e-5)
+    np.testing.assert_allclose(optimizer.gradient_norm, reference.gradient_norm, rtol=1e-5)
+    assert int(optimizer.skipped_steps) == 0
+
+
 @in_graph
 @pytest.mark.parametrize("jit_compile, expected", [("auto", 6), (False, 10), (True, 0)])
 def test_the_kernel_is_called_where_it_is_quicker(kernel_calls, jit_compile, expected, outer):
@@ -89,30 +102,16 @@ def test_the_kernel_is_not_called_for_what_it_cannot_do(kernel_calls, options, d
     ids=str,
 )
 def test_both_ways_agree_with_the_reference(jit_compile, outer, options):
-    variables = variables_of(START)
     gradients = random_gradients(TWICE, 12)
-    optimizer = SNGM(0.1, jit_compile=jit_compile, **options)
-    reference = ReferenceSNGM(START, **options)
-    train(optimizer, variables, gradients, outer)
-    for gradient in gradients:
-        reference.step(gradient, 0.1)
-    assert_close(variables, reference.w, 1e-5)
-    assert_close(optimizer.momentums, reference.u, 1e-5)
-    np.testing.assert_allclose(optimizer.gradient_norm, reference.gradient_norm, rtol=1e-5)
+    assert_follows_the_reference(START, gradients, outer, jit_compile, **options)
 
 
 @in_graph
 @pytest.mark.parametrize("options", [{"clipvalue": 0.3}, {"clipnorm": 1.5}], ids=str)
 def test_small_variables_alone_need_no_xla(kernel_calls, outer, options):
-    start = START[1:3] * 2
     gradients = random_gradients(SHAPES[1:3] * 2, 12)
     options = {"weight_decay": 0.05, "decoupled_weight_decay": False, **options}
-    variables = variables_of(start)
-    reference = ReferenceSNGM(start, **options)
-    train(SNGM(0.1, **options), variables, gradients, outer)
-    for gradient in gradients:
-        reference.step(gradient, 0.1)
-    assert_close(variables, reference.w, 1e-5)
+    assert_follows_the_reference(START[1:3] * 2, gradients, outer, **options)
     assert len(kernel_calls) == 4
 
 
@@ -121,17 +120,8 @@ def test_small_variables_alone_need_no_xla(kernel_calls, outer, options):
 @pytest.mark.parametrize("scale", [1e37, 1e30, 1e-30, 1e-35])
 @pytest.mark.parametrize("options", [{}, {"clipnorm": 1e3}], ids=str)
 def test_gradients_of_any_magnitude_are_normalized(jit_compile, outer, scale, options):
-    variables = variables_of(START)
     gradients = random_gradients(TWICE, 3, scale=scale)
-    optimizer = SNGM(0.1, jit_compile=jit_compile, **options)
-    reference = ReferenceSNGM(START, **options)
-    train(optimizer, variables, gradients, outer)
-    for gradient in gradients:
-        reference.step(gradient, 0.1)
-    assert_close(variables, reference.w, 1e-5)
-    assert_close(optimizer.momentums, reference.u, 1e-5)
-    np.testing.assert_allclose(optimizer.gradient_norm, reference.gradient_norm, rtol=1e-5)
-    assert int(optimizer.skipped_steps) == 0
+    assert_follows_the_reference(START, gradients, outer, jit_compile, **options)
 
 
 @pytest.mark.parametrize("jit_compile", ["auto", True, False])
@@ -173,15 +163,8 @@ def test_a_non_finite_gradient_skips_the_step(jit_compile, outer, bad, where):
 @in_mode
 @in_graph
 def test_momentum_coasts_on_a_zero_gradient(jit_compile, outer):
-    variables = variables_of(START)
-    gradients = [*random_gradients(TWICE, 1), [np.zeros_like(a) for a in random_arrays(TWICE)]]
-    optimizer = SNGM(0.1, jit_compile=jit_compile)
-    reference = ReferenceSNGM(START)
-    train(optimizer, variables, gradients, outer)
-    for gradient in gradients:
-        reference.step(gradient, 0.1)
-    assert_close(variables, reference.w, 1e-5)
-    assert_close(optimizer.momentums, reference.u, 1e-5)
+    gradients = [*random_gradients(TWICE, 1), [np.zeros_like(a) for a in START]]
+    assert_follows_the_reference(START, gradients, outer, jit_compile)
 
 
 def test_norms_are_in_the_order_of_the_variables():

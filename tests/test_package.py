@@ -27,12 +27,21 @@ ALLOWED = {
     "backend/tensorflow": {
         "keras_sngm.backend.tensorflow_checks",
         "keras_sngm.backend.tensorflow_replicas",
+        "keras_sngm.backend.tensorflow_slot",
         "keras_sngm.backend.tensorflow_step",
         "keras_sngm.update_rule",
     },
     "backend/tensorflow_checks": {"keras_sngm.backend.tensorflow_replicas"},
+    "backend/tensorflow_kernel": {"keras_sngm.backend.tensorflow_slot", "keras_sngm.update_rule"},
+    "backend/tensorflow_norm": {"keras_sngm"},
     "backend/tensorflow_replicas": set(),
-    "backend/tensorflow_step": {"keras_sngm", "keras_sngm.update_rule"},
+    "backend/tensorflow_slot": set(),
+    "backend/tensorflow_step": {
+        "keras_sngm",
+        "keras_sngm.backend",
+        "keras_sngm.backend.tensorflow_slot",
+        "keras_sngm.update_rule",
+    },
     "backend/unsupported": set(),
 }
 

@@ -193,7 +193,7 @@ class BackendOptimizer(keras.optimizers.Optimizer):
             parts = []
             for accumulator in replicas.parts(self._accumulated_gradients[i]):
                 with tf.device(accumulator.device):
-                    parts.append(tf.convert_to_tensor(accumulator))
+                    parts.append(tf.identity(accumulator))
             sums.append(replicas.joined(parts))
         self._reduce_and_update(replicas, active, sums)
         for part in itertools.chain(*map(replicas.parts, self._accumulated_gradients)):

@@ -1,0 +1,71 @@
+"""How fast all cores together stream through memory."""
+
+import importlib.util
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from timing import best
+
+FLOATS = 1 << 26
+"""256 MB per array, far more than any cache holds."""
+
+
+class Bandwidth(NamedTuple):
+    bytes_per_second: float
+    winner: str
+
+
+def measured(calls: int = 10) -> Bandwidth:
+    """The best of several libraries, for none is the fastest everywhere."""
+    candidates = {"TensorFlow, XLA": _xla, "TensorFlow, momentum kernel": _momentum_kernel}
+    for library, name, candidate in (("jax", "JAX", _jax), ("torch", "PyTorch", _torch)):
+        if importlib.util.find_spec(library):
+            candidates[name] = candidate
+    return max(Bandwidth(candidate(calls), name) for name, candidate in candidates.items())
+
+
+def _rate(arrays: int, seconds: float) -> float:
+    return 4 * FLOATS * arrays / seconds
+
+
+def _xla(calls: int) -> float:
+    w, u = (tf.Variable(tf.ones(FLOATS)) for _ in range(2))
+
+    @tf.function(jit_compile=True, autograph=False)
+    def step() -> None:
+        w.assign_sub(0.01 * u)
+
+    return _rate(3, best(step, calls))
+
+
+def _momentum_kernel(calls: int) -> float:
+    w, u, g = (tf.Variable(tf.ones(FLOATS)) for _ in range(3))
+
+    @tf.function(autograph=False)
+    def step() -> None:
+        tf.raw_ops.ResourceApplyMomentum(
+            var=w.handle, accum=u.handle, lr=0.01, grad=g.read_value(), momentum=0.9
+        )
+
+    return _rate(5, best(step, calls))
+
+
+def _jax(calls: int) -> float:
+    import jax
+
+    add = jax.jit(lambda w, u: w - 0.01 * u, donate_argnums=0)
+    w, u = (jax.numpy.ones(FLOATS) for _ in range(2))
+
+    def step() -> None:
+        nonlocal w
+        w = add(w, u).block_until_ready()
+
+    return _rate(3, best(step, calls))
+
+
+def _torch(calls: int) -> float:
+    import torch
+
+    w, u = (torch.ones(FLOATS) for _ in range(2))
+    return _rate(3, best(lambda: w.add_(u, alpha=-0.01), calls))

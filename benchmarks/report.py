@@ -1,0 +1,299 @@
+"""Tables and the picture of what `step_time.py` has measured."""
+
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+
+BARS = {
+    "SNGM": "tab:blue",
+    "SGD": "tab:orange",
+    "SGD, clipped": "peru",
+    "Adam": "tab:green",
+    "LAMB": "tab:olive",
+    "momentum kernel": "tab:gray",
+    "PyTorch": "tab:red",
+    "Optax": "tab:purple",
+}
+LIMIT = "memory bandwidth"
+
+_SUMMARY = {
+    "SGD": ("function", "SGD"),
+    "SGD, eager": ("eager", "SGD"),
+    "SGD, `fit(jit_compile=True)`": ("fit", "SGD"),
+    "SGD, 2 replicas": ("mirrored", "SGD"),
+    "SGD, 4 micro-batches": ("accumulate", "SGD"),
+    "Adam": ("function", "Adam"),
+    "LAMB": ("function", "LAMB"),
+    "Optax": ("function", "Optax"),
+    "PyTorch": ("function", "PyTorch"),
+}
+_LEAST_LIMIT_MS = 1.0
+"""Below this a step is calls, and memory says nothing about it."""
+
+
+def print_tables(results: dict[str, Any]) -> None:
+    machine = results["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    print(f"\n{machine['processor']}, {machine['cores']} cores\n{versions}")
+    if "function" in _modes(results):
+        print("\nMedians, as multiples of SNGM's\n")
+        print_rows(summary(results))
+    for mode in _modes(results):
+        print_mode(results, mode)
+    print_costs(results["costs"])
+    print_growth("Growth with parameters", "parameters", results["growth"]["parameters"])
+    print_growth("Growth with variables", "variables", results["growth"]["variables"])
+    print_table_model(results["table"])
+
+
+def summary(results: dict[str, Any]) -> list[list[str]]:
+    """The rows of the README's table: how many times as long as SNGM others take."""
+    header = ["shapes", "variables", "parameters", "SNGM, ms", *_SUMMARY, "SNGM / limit"]
+    rows = [header]
+    for model, modes in results["steps"].items():
+        measured = modes["function"]
+        own = measured["times_ms"]["SNGM"][1]
+        ratios = [_times_sngm(modes.get(mode), name) for mode, name in _SUMMARY.values()]
+        size = [f"{measured['variables']:,}", _short(measured["parameters"])]
+        limit = (
+            number(own / measured["limit_ms"]) if measured["limit_ms"] > _LEAST_LIMIT_MS else "–"
+        )
+        rows.append([model, *size, number(own), *ratios, limit])
+    return rows
+
+
+def training(results: dict[str, Any]) -> list[list[str]]:
+    """The rows of the README's table of whole training steps."""
+    rows = [["task", "batch", "XLA", "SNGM, ms", "SGD", "Adam"]]
+    for task, modes in results["steps"].items():
+        for mode, measured in modes.items():
+            rows.append(
+                [
+                    task,
+                    f"{measured['batch_size']:,}",
+                    "yes" if mode == "xla" else "no",
+                    spread(measured["times_ms"]["SNGM"]),
+                    *(_times_sngm(measured, name) for name in ("SGD", "Adam")),
+                ]
+            )
+    return rows
+
+
+def _times_sngm(measured: dict[str, Any] | None, name: str) -> str:
+    times = measured["times_ms"] if measured else {}
+    return f"{times[name][1] / times['SNGM'][1]:.2f}" if name in times else "–"
+
+
+def print_mode(results: dict[str, Any], mode: str) -> None:
+    measured = {model: modes[mode] for model, modes in results["steps"].items() if modes.get(mode)}
+    names = list(dict.fromkeys(name for m in measured.values() for name in m["times_ms"]))
+    print(f"\nMode `{mode}`, ms per step: median (quartiles)\n")
+    print_header("model", *names, "SGD/SNGM in a round", LIMIT, "SNGM/limit")
+    for model, m in measured.items():
+        limit = _limit(results, model, mode)
+        print_row(
+            model,
+            *(spread(m["times_ms"].get(name)) for name in names),
+            spread(m.get("sgd_over_sngm")),
+            number(limit),
+            number(m["times_ms"]["SNGM"][1] / limit if limit else None),
+        )
+
+
+def _limit(results: dict[str, Any], model: str, mode: str) -> float | None:
+    """The time in which memory could move one step's data, measured beside `function`."""
+    if mode in ("mirrored", "accumulate"):
+        return None  # these move other amounts
+    return (results["steps"][model].get("function") or {}).get("limit_ms")
+
+
+def print_costs(costs: dict[str, dict[str, Any]]) -> None:
+    if not costs:
+        return
+    print("\nThe first step, and the memory a step takes besides what is there\n")
+    print_header(
+        "model",
+        "optimizer",
+        "first step, s",
+        "its peak, MB",
+        "a later peak, MB",
+        "% of the weights",
+    )
+    for model, optimizers in costs.items():
+        for name, cost in optimizers.items():
+            if cost:
+                print_row(
+                    model,
+                    name,
+                    number(cost["first_step_s"]),
+                    number(cost["first_step_peak_mb"]),
+                    number(cost["later_step_peak_mb"]),
+                    number(cost["later_step_peak_percent"]),
+                )
+
+
+def print_growth(title: str, of: str, points: Sequence[dict[str, Any]]) -> None:
+    if not points:
+        return
+    print(f"\n{title}, ms per step: median (quartiles)\n")
+    print_header(of, "SNGM", "SGD", LIMIT)
+    for point in points:
+        print_row(
+            f"{point[of]:,}",
+            *(spread(point["times_ms"].get(name)) for name in ("SNGM", "SGD")),
+            number(point["limit_ms"]),
+        )
+
+
+def print_table_model(table: dict[str, Any]) -> None:
+    if not table:
+        return
+    print("\nOne table of 10^9 parameters, ms per step: median (quartiles)\n")
+    print_header("optimizer", "time", LIMIT)
+    for name, measured in table.items():
+        if measured:
+            print_row(name, spread(measured["times_ms"][name]), number(measured["limit_ms"]))
+        else:
+            print_row(name, "–", "–")
+
+
+def draw(results: dict[str, Any], path: pathlib.Path) -> None:
+    growth = {of: points for of, points in results["growth"].items() if points}
+    bars = ["models"] if "function" in _modes(results) else []
+    if not (bars or growth):
+        return
+    columns = max(1, len(growth))
+    rows = ([bars * columns] if bars else []) + ([list(growth)] if growth else [])
+    figure, axes = plt.subplot_mosaic(rows, figsize=(9, 3.8 * len(rows)), layout="constrained")
+    if bars:
+        _draw_models(axes["models"], results["steps"])
+    if "parameters" in growth:
+        _draw_growth_with_parameters(axes["parameters"], growth["parameters"])
+    if "variables" in growth:
+        _draw_growth_with_variables(axes["variables"], growth["variables"])
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _draw_models(ax: Axes, steps: dict[str, Any]) -> None:
+    measured = {model: modes["function"] for model, modes in steps.items() if modes.get("function")}
+    names = [name for name in BARS if any(name in m["times_ms"] for m in measured.values())]
+    width = 0.85 / len(names)
+    for i, name in enumerate(names):
+        ax.bar(
+            np.arange(len(measured)) + (i - (len(names) - 1) / 2) * width,
+            [_relative(m, m["times_ms"].get(name, [np.nan] * 3)[1]) for m in measured.values()],
+            width,
+            color=BARS[name],
+            label=f"Keras {name}" if name.startswith("SGD") else name,
+        )
+    for x, m in enumerate(measured.values()):
+        ax.hlines(
+            _relative(m, m["limit_ms"]),
+            x - 0.45,
+            x + 0.45,
+            "black",
+            "--",
+            label=None if x else LIMIT,
+        )
+    ax.axhline(1.0, color="tab:orange", linewidth=0.8, zorder=0)
+    ax.set_xticks(range(len(measured)), [_model_label(*item) for item in measured.items()])
+    ax.margins(y=0.25)  # room for the legend
+    ax.set_ylabel("time of a step, Keras SGD = 1")
+    ax.set_title("The step alone, in a `tf.function`")
+    ax.legend(fontsize="small", ncols=5, loc="upper center")
+
+
+def _relative(measured: dict[str, Any], milliseconds: float) -> float:
+    return milliseconds / measured["times_ms"]["SGD"][1]
+
+
+def _model_label(model: str, measured: dict[str, Any]) -> str:
+    return (
+        f"{model}\n{measured['variables']:,} variables\n{_short(measured['parameters'])} parameters"
+    )
+
+
+def _short(parameters: int) -> str:
+    if parameters >= 1e6:
+        return f"{parameters / 1e6:.1f} M"
+    return f"{parameters / 1e3:.0f} k"
+
+
+def _draw_growth_with_parameters(ax: Axes, points: Sequence[dict[str, Any]]) -> None:
+    _draw_growth(ax, "parameters", points)
+    ax.plot(
+        [point["parameters"] for point in points],
+        [point["limit_ms"] for point in points],
+        color="black",
+        linestyle="--",
+        label=LIMIT,
+    )
+    ax.set_title(f"{points[0]['variables']:,} variables")
+    ax.legend(fontsize="small")
+
+
+def _draw_growth_with_variables(ax: Axes, points: Sequence[dict[str, Any]]) -> None:
+    _draw_growth(ax, "variables", points)
+    ax.set_title(f"{_short(points[0]['parameters'])} parameters")
+    ax.legend(fontsize="small")
+
+
+def _draw_growth(ax: Axes, of: str, points: Sequence[dict[str, Any]]) -> None:
+    for name in ("SNGM", "SGD"):
+        ax.plot(
+            [point[of] for point in points],
+            [point["times_ms"].get(name, [np.nan] * 3)[1] for point in points],
+            marker="o",
+            markersize=4,
+            color=BARS[name],
+            label=name,
+        )
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlabel(of)
+    ax.set_ylabel("ms per step")
+
+
+def _modes(results: dict[str, Any]) -> list[str]:
+    """The modes that at least one model was measured in."""
+    measured = (
+        mode for modes in results["steps"].values() for mode, result in modes.items() if result
+    )
+    return list(dict.fromkeys(measured))
+
+
+def print_rows(rows: Sequence[Sequence[str]]) -> None:
+    header, *others = rows
+    print_header(*header)
+    for row in others:
+        print_row(*row)
+
+
+def print_header(*cells: str) -> None:
+    print_row(*cells)
+    print("|" + "---|" * len(cells))
+
+
+def print_row(*cells: str) -> None:
+    print("| " + " | ".join(cells) + " |")
+
+
+def spread(quartiles: Iterable[float] | None) -> str:
+    if quartiles is None:
+        return "–"
+    low, median, high = map(number, quartiles)
+    return f"{median} ({low}–{high})"
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, never an exponent."""
+    if value is None:
+        return "–"
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return np.format_float_positional(value, precision=3, fractional=False, trim="-")

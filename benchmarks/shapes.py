@@ -1,0 +1,72 @@
+"""Shapes of the trainable variables of well-known models."""
+
+import math
+from collections.abc import Sequence
+
+Shape = tuple[int, ...]
+
+
+def parameters(shapes: Sequence[Shape]) -> int:
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def even(parameters: int, variables: int) -> list[Shape]:
+    """So many parameters, in vectors of one length."""
+    return [(parameters // variables,)] * variables
+
+
+def _resnet20() -> list[Shape]:
+    """The CIFAR variant, convolutions without bias."""
+    shapes = _normalized_conv(3, 3, 16, bias=False)
+    channels = 16
+    for width in (16, 32, 64):
+        for _ in range(3):
+            shapes += _normalized_conv(3, channels, width, bias=False)
+            shapes += _normalized_conv(3, width, width, bias=False)
+            channels = width
+    return [*shapes, (64, 10), (10,)]
+
+
+def _resnet50() -> list[Shape]:
+    """As in `keras.applications`, convolutions with bias."""
+    shapes = _normalized_conv(7, 3, 64)
+    channels = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            if block == 0:
+                shapes += _normalized_conv(1, channels, 4 * width)
+            shapes += _normalized_conv(1, channels, width)
+            shapes += _normalized_conv(3, width, width)
+            shapes += _normalized_conv(1, width, 4 * width)
+            channels = 4 * width
+    return [*shapes, (2048, 1000), (1000,)]
+
+
+def _normalized_conv(size: int, inputs: int, outputs: int, bias: bool = True) -> list[Shape]:
+    """A convolution and the scale and offset of its batch normalization."""
+    vectors = 3 if bias else 2
+    return [(size, size, inputs, outputs), *[(outputs,)] * vectors]
+
+
+def _bert_base(width: int = 768) -> list[Shape]:
+    """Without the pooler."""
+    embeddings = [(30522, width), (512, width), (2, width)]
+    normalization = [(width,)] * 2
+    layer = [
+        *[(width, width), (width,)] * 4,
+        *normalization,
+        *[(width, 4 * width), (4 * width,), (4 * width, width), (width,)],
+        *normalization,
+    ]
+    return [*embeddings, *normalization, *layer * 12]
+
+
+MODELS: dict[str, list[Shape]] = {
+    "resnet20": _resnet20(),
+    "vectors": [(64,)] * 1_000,
+    "resnet50": _resnet50(),
+    "bert_base": _bert_base(),
+}
+
+TABLE: list[Shape] = [(15_625_000, 64)]
+"""One embedding table of 10^9 parameters."""

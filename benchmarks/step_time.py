@@ -1,0 +1,195 @@
+"""Times the step of SNGM against other optimizers, with random gradients.
+
+Whatever is compared is interleaved in one process; every model and mode has a
+process of its own.
+
+    python benchmarks/step_time.py                    everything, about an hour
+    python benchmarks/step_time.py --quick            a smoke run
+    python benchmarks/step_time.py --models resnet50 --modes eager function
+    python benchmarks/step_time.py --report           tables and picture once more
+"""
+
+import argparse
+import json
+import pathlib
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+import memory
+import report
+from contestants import missing
+from jobs import alone, step_costs, step_times
+from modes import CONTESTANTS
+from shapes import MODELS, TABLE, Shape, even, parameters
+from timing import machine
+
+COSTS_OF = ("SNGM", "SNGM, jit_compile=True", "SNGM, jit_compile=False", "SGD")
+GROWING = ("SNGM", "SGD")
+
+
+class Job(NamedTuple):
+    """Something to measure, and what to do with the result."""
+
+    title: str
+    measure: Callable[[], Any]
+    store: Callable[[Any], None]
+
+
+def step_jobs(results: dict[str, Any], arguments: argparse.Namespace) -> list[Job]:
+    return [
+        Job(
+            f"{model}, {mode}",
+            lambda model=model, mode=mode: alone(
+                step_times, mode, MODELS[model], arguments.seconds
+            ),
+            lambda result, model=model, mode=mode: (
+                results["steps"].setdefault(model, {}).update({mode: result})
+            ),
+        )
+        for model in arguments.models
+        for mode in arguments.modes
+    ]
+
+
+def cost_jobs(results: dict[str, Any], arguments: argparse.Namespace) -> list[Job]:
+    return [
+        Job(
+            f"{model}, first step of {name}",
+            lambda model=model, name=name: alone(step_costs, MODELS[model], name),
+            lambda result, model=model, name=name: (
+                results["costs"].setdefault(model, {}).update({name: result})
+            ),
+        )
+        for model in arguments.models
+        for name in COSTS_OF
+    ]
+
+
+def growth_jobs(results: dict[str, Any], arguments: argparse.Namespace) -> list[Job]:
+    series = {
+        "parameters": [even(10**exponent, 10) for exponent in range(4, 10)],
+        "variables": [even(10**6, variables) for variables in (10, 100, 1_000, 10_000)],
+    }
+    return [
+        Job(
+            f"{parameters(shapes):,} parameters in {len(shapes):,} variables",
+            lambda shapes=shapes: growth_point(shapes, arguments.seconds),
+            lambda result, of=of: results["growth"][of].append(result) if result else None,
+        )
+        for of, points in series.items()
+        for shapes in points
+    ]
+
+
+def growth_point(shapes: Sequence[Shape], seconds: float) -> dict[str, Any] | None:
+    """Interleaved where memory allows, otherwise one optimizer after the other."""
+    if _fits(shapes, arrays=7):
+        return alone(step_times, "function", shapes, seconds, GROWING)
+    if not _fits(shapes, arrays=5):
+        return None
+    apart = [alone(step_times, "function", shapes, seconds, [name]) for name in GROWING]
+    return {**apart[0], "times_ms": {k: v for one in apart for k, v in one["times_ms"].items()}}
+
+
+def table_jobs(results: dict[str, Any], arguments: argparse.Namespace) -> list[Job]:
+    def measure(name: str) -> dict[str, Any] | None:
+        if not _fits(TABLE, arrays=5):
+            return None
+        return alone(step_times, "function", TABLE, arguments.seconds, [name])
+
+    return [
+        Job(
+            f"one table, {name}",
+            lambda name=name: measure(name),
+            lambda result, name=name: results["table"].update({name: result}),
+        )
+        for name in GROWING
+    ]
+
+
+def _fits(shapes: Sequence[Shape], arrays: int) -> bool:
+    """Whether memory holds so many arrays of the size of the weights."""
+    return 4 * arrays * parameters(shapes) < memory.available()
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Writes the results after every job, for a run takes long."""
+    results: dict[str, Any] = {
+        "machine": machine(),
+        "settings": {key: str(value) for key, value in vars(arguments).items()},
+        "steps": {},
+        "costs": {},
+        "growth": {"parameters": [], "variables": []},
+        "table": {},
+    }
+    jobs = step_jobs(results, arguments) + cost_jobs(results, arguments)
+    if arguments.growth:
+        jobs += growth_jobs(results, arguments) + table_jobs(results, arguments)
+    for name, library in missing().items():
+        print(f"{name} is left out: {library} is not installed")
+    with tqdm(jobs, unit="job") as bar:
+        for job in bar:
+            bar.set_description(job.title)
+            try:
+                result = job.measure()
+            except Exception as error:  # the other jobs can still be done
+                tqdm.write(f"{job.title} failed:\n" + "".join(traceback.format_exception(error)))
+                result = None
+            else:
+                if result is None:
+                    tqdm.write(f"{job.title}: left out, too little memory")
+            job.store(result)
+            write(results, arguments.output)
+    return results
+
+
+def write(results: dict[str, Any], output: pathlib.Path) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "step_time.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="one small model, a second each")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--models", nargs="+", choices=MODELS, help="default all (quick: resnet20)")
+    parser.add_argument("--modes", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    parser.add_argument(
+        "--seconds", type=float, help="for every model and mode, default 20 (quick: 1)"
+    )
+    parser.add_argument(
+        "--growth",
+        action=argparse.BooleanOptionalAction,
+        help="also vary the number of parameters and variables, default yes (quick: no)",
+    )
+    parser.add_argument(
+        "--output",
+        type=pathlib.Path,
+        default=pathlib.Path(__file__).parents[1] / "docs" / "step_time",
+    )
+    arguments = parser.parse_args(argv)
+    quick = {"models": ["resnet20"], "seconds": 1.0, "growth": False}
+    usual = {"models": list(MODELS), "seconds": 20.0, "growth": True}
+    for name, value in (quick if arguments.quick else usual).items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse(argv)
+    if arguments.report:
+        results = json.loads((arguments.output / "step_time.json").read_text())
+    else:
+        results = run(arguments)
+    report.print_tables(results)
+    report.draw(results, arguments.output / "step_time.png")
+
+
+if __name__ == "__main__":
+    main()

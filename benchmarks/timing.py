@@ -1,0 +1,124 @@
+"""Times contestants against each other: all of them in every round, in random order."""
+
+import gc
+import importlib.metadata
+import os
+import pathlib
+import platform
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+
+Sampler = Callable[[], list[float]]
+"""Makes some steps and returns the seconds of each."""
+
+PACKAGES = ("keras-sngm", "tensorflow", "keras", "numpy", "jax", "optax", "torch")
+
+
+def stopwatch(call: Callable[[], object], steps: int = 1) -> Sampler:
+    """A call that makes `steps` steps, as one sample."""
+
+    def sample() -> list[float]:
+        begin = time.perf_counter()
+        call()
+        return [(time.perf_counter() - begin) / steps]
+
+    return sample
+
+
+def interleaved(
+    samplers: Mapping[str, Sampler],
+    seconds: float,
+    warm_up: int = 3,
+    at_least: int = 5,
+    at_most: int = 1_000,
+) -> dict[str, list[float]]:
+    """Rounds until `seconds` are over. The n-th samples of all belong together."""
+    for sampler in samplers.values():
+        for _ in range(warm_up):
+            sampler()
+    samples: dict[str, list[float]] = {name: [] for name in samplers}
+    order = list(samplers)
+    generator = random.Random(0)
+    end = time.perf_counter() + seconds
+    with _no_collection() as collect:
+        for done in range(at_most):
+            if done >= at_least and time.perf_counter() > end:
+                break
+            collect()
+            generator.shuffle(order)
+            for name in order:
+                samples[name] += samplers[name]()
+    return samples
+
+
+@contextmanager
+def _no_collection() -> Iterator[Callable[[], int]]:
+    """No garbage collection but on request."""
+    gc.collect()
+    gc.freeze()  # so that what is requested takes no time
+    gc.disable()
+    try:
+        yield gc.collect
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+def best(call: Callable[[], object], calls: int) -> float:
+    """Seconds of the fastest call after the first."""
+    call()
+    sampler = stopwatch(call)
+    return min(sampler()[0] for _ in range(calls))
+
+
+def quartiles(values: Iterable[float]) -> list[float]:
+    """First quartile, median, third quartile."""
+    return [float(q) for q in np.percentile(list(values), [25, 50, 75])]
+
+
+def quartiles_ms(seconds: Iterable[float]) -> list[float]:
+    return [1e3 * q for q in quartiles(seconds)]
+
+
+def paired_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
+    """Quartiles of the ratio within a round."""
+    return quartiles(a / b for a, b in zip(numerators, denominators, strict=True))
+
+
+def machine() -> dict[str, object]:
+    """What the times were measured on."""
+    return {
+        "processor": _processor(),
+        "cores": _cores(),
+        "system": platform.system(),
+        "versions": {"python": platform.python_version(), **_versions()},
+    }
+
+
+def _processor() -> str:
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _cores() -> int | None:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def _versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

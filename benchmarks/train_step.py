@@ -1,0 +1,186 @@
+"""Times whole training steps with SNGM against other optimizers, on random data.
+
+The optimizers of a task are interleaved in one process, in short calls of `fit`.
+
+    python benchmarks/train_step.py             everything, half an hour
+    python benchmarks/train_step.py --quick     a smoke run
+    python benchmarks/train_step.py --report    the table once more
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+from keras import layers
+from tqdm import tqdm
+
+from contestants import KERAS
+from fitting import fit_sampler
+from jobs import alone
+from report import print_rows, spread, training
+from timing import interleaved, machine, paired_ratio, quartiles_ms
+
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
+import models
+
+OPTIMIZERS = ("SNGM", "SGD", "Adam")
+MODES = {"graph": False, "xla": True}
+STEPS_OF_A_FIT = 3
+
+
+class Task(NamedTuple):
+    """A model and one batch for it."""
+
+    make_model: Callable[[], keras.Model]
+    inputs: np.ndarray
+    labels: np.ndarray
+
+
+def resnet20(quick: bool) -> Task:
+    """A ResNet-20 on 32x32 images."""
+    batch_size = 16 if quick else 512
+    generator = np.random.default_rng(0)
+    return Task(
+        lambda: models.resnet20((32, 32, 3), 10),
+        generator.normal(size=(batch_size, 32, 32, 3)).astype("float32"),
+        generator.integers(10, size=batch_size),
+    )
+
+
+def transformer(quick: bool, tokens: int = 5_000, length: int = 64, width: int = 128) -> Task:
+    """Three layers, the next token as the label."""
+    batch_size = 4 if quick else 32
+    text = np.random.default_rng(0).integers(tokens, size=(batch_size, length + 1))
+
+    def make_model() -> keras.Model:
+        inputs = keras.Input((length,), dtype="int32")
+        x = layers.Embedding(tokens, width)(inputs)
+        for _ in range(3):
+            normalized = layers.LayerNormalization()(x)
+            attention = layers.MultiHeadAttention(4, width // 4)
+            x = layers.Add()([x, attention(normalized, normalized, use_causal_mask=True)])
+            hidden = layers.Dense(4 * width, "gelu")(layers.LayerNormalization()(x))
+            x = layers.Add()([x, layers.Dense(width)(hidden)])
+        return keras.Model(inputs, layers.Dense(tokens)(layers.LayerNormalization()(x)))
+
+    return Task(make_model, text[:, :-1], text[:, 1:])
+
+
+def embedding(quick: bool, ids: int = 20, width: int = 32) -> Task:
+    """A large table whose gradient is sparse, and a small network on top."""
+    rows, batch_size = (1_000, 64) if quick else (100_000, 1_024)
+    generator = np.random.default_rng(0)
+
+    def make_model() -> keras.Model:
+        return keras.Sequential(
+            [
+                keras.Input((ids,), dtype="int32"),
+                layers.Embedding(rows, width),
+                layers.Flatten(),
+                layers.Dense(128, "relu"),
+                layers.Dense(64, "relu"),
+                layers.Dense(2),
+            ]
+        )
+
+    return Task(
+        make_model,
+        generator.integers(rows, size=(batch_size, ids)),
+        generator.integers(2, size=batch_size),
+    )
+
+
+TASKS = {"resnet20": resnet20, "transformer": transformer, "embedding": embedding}
+
+
+def train_times(name: str, mode: str, seconds: float, quick: bool) -> dict[str, Any]:
+    """Times of a training step with each of the optimizers."""
+    task = TASKS[name](quick)
+    samplers = {}
+    for optimizer in OPTIMIZERS:
+        model = task.make_model()
+        model.compile(
+            KERAS[optimizer](),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            jit_compile=MODES[mode],
+        )
+        samplers[optimizer] = fit_sampler(model, (task.inputs, task.labels), STEPS_OF_A_FIT)
+    samples = interleaved(samplers, seconds, warm_up=1)
+    return {
+        "parameters": model.count_params(),
+        "batch_size": len(task.inputs),
+        "times_ms": {optimizer: quartiles_ms(values) for optimizer, values in samples.items()},
+        "samples": {optimizer: len(values) for optimizer, values in samples.items()},
+        "sgd_over_sngm": paired_ratio(samples["SGD"], samples["SNGM"]),
+    }
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    results: dict[str, Any] = {
+        "machine": machine(),
+        "settings": {key: str(value) for key, value in vars(arguments).items()},
+        "steps": {},
+    }
+    jobs = [(task, mode) for task in arguments.tasks for mode in MODES]
+    with tqdm(jobs, unit="job") as bar:
+        for task, mode in bar:
+            bar.set_description(f"{task}, {mode}")
+            try:
+                measured = alone(train_times, task, mode, arguments.seconds, arguments.quick)
+            except Exception as error:  # the other jobs can still be done
+                tqdm.write(f"{task}, {mode} failed:\n{''.join(traceback.format_exception(error))}")
+                continue
+            results["steps"].setdefault(task, {})[mode] = measured
+            arguments.output.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(results, indent=1) + "\n"
+            (arguments.output / "train_step.json").write_text(text)
+    return results
+
+
+def print_table(results: dict[str, Any]) -> None:
+    print("\nA training step, medians, others as multiples of SNGM\n")
+    print_rows(training(results))
+    print("\nSGD / SNGM within a round: median (quartiles)\n")
+    for task, modes in results["steps"].items():
+        for mode, measured in modes.items():
+            print(f"{task}, {mode}: {spread(measured['sgd_over_sngm'])}")
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="small batches, a second each")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument(
+        "--seconds", type=float, help="for every task and mode, default 60 (quick: 1)"
+    )
+    parser.add_argument(
+        "--output",
+        type=pathlib.Path,
+        default=pathlib.Path(__file__).parents[1] / "docs" / "step_time",
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.seconds is None:
+        arguments.seconds = 1.0 if arguments.quick else 60.0
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse(argv)
+    if arguments.report:
+        results = json.loads((arguments.output / "train_step.json").read_text())
+    else:
+        results = run(arguments)
+    print_table(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Benchmarks run, and the README's figures are those they have measured. No time is asserted."""
+
+import json
+import pathlib
+import sys
+
+import pytest
+
+from processes import run_python
+
+ROOT = pathlib.Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+RESULTS = ROOT / "docs" / "step_time"
+
+
+@pytest.fixture
+def report(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import report
+
+    yield report
+    del sys.modules["report"]
+
+
+def test_every_contestant_takes_steps_in_every_mode():
+    run_python(
+        "-c",
+        """
+import sys
+sys.path.insert(0, sys.argv[1])
+from modes import CONTESTANTS, samplers
+# First the one that splits the CPU into two devices.
+for mode in sorted(CONTESTANTS, key=lambda mode: mode != "mirrored"):
+    for name, sampler in samplers(mode, [(3,), (3,), (200, 2)]).items():
+        assert all(seconds > 0 for seconds in sampler()), (mode, name)
+""",
+        BENCHMARKS,
+    )
+
+
+def test_whole_training_steps_are_taken():
+    run_python(
+        "-c",
+        """
+import sys
+sys.path.insert(0, sys.argv[1])
+from train_step import train_times
+measured = train_times("embedding", "graph", 0.0, quick=True)
+assert set(measured["times_ms"]) == {"SNGM", "SGD", "Adam"}
+""",
+        BENCHMARKS,
+    )
+
+
+@pytest.mark.parametrize("name, rows", [("step_time", "summary"), ("train_step", "training")])
+def test_the_readme_shows_what_was_measured(report, name, rows):
+    results = json.loads((RESULTS / f"{name}.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    for row in getattr(report, rows)(results):
+        assert f"| {' | '.join(row)} |" in readme
+
+
+def test_the_picture_is_drawn_from_the_results(report, tmp_path):
+    results = json.loads((RESULTS / "step_time.json").read_text())
+    report.draw(results, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000

@@ -1,0 +1,72 @@
+"""Sums of squares, taken in whichever way is quick where they are taken."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_sngm import SNGM
+from keras_sngm.backend import tensorflow_norm
+from problems import assert_close, random_arrays, random_gradients, train, variables_of
+from reference import ReferenceSNGM
+
+# Below and above the size that is added up in 16 lanes, with and without a rest.
+SIZES = [(), (1,), (4095,), (4096,), (4111,), (129, 33)]
+LARGE = [(3,), (129, 33), (300, 300)]
+
+
+@pytest.mark.parametrize("jit_compile", [True, False])
+def test_lanes_add_up_to_the_whole(jit_compile):
+    arrays = random_arrays(SIZES)
+    tensors = [tf.constant(array, "float32") for array in arrays]
+    expected = [np.sum(array**2) for array in arrays]
+    lanes = tf.function(tensorflow_norm.sums_of_squares_in_lanes, jit_compile=jit_compile)
+    np.testing.assert_allclose(lanes(tensors), expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        tensorflow_norm.sums_of_squares(tensors, stacks=0), expected, rtol=1e-6
+    )
+
+
+def test_rows_of_a_stack_are_variables():
+    arrays = random_arrays([(7,), (2, 3, 4)])
+    stack = tf.constant(np.stack(random_arrays([(3, 2)] * 4)), "float32")
+    tensors = [*(tf.constant(array, "float32") for array in arrays), stack]
+    expected = [np.sum(array**2) for array in [*arrays, *stack.numpy()]]
+    np.testing.assert_allclose(
+        tensorflow_norm.sums_of_squares(tensors, stacks=1), expected, rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("outer", [None, False, True], ids=["eager", "function", "xla-function"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"weight_decay": 0.05, "decoupled_weight_decay": False}, {"clipvalue": 0.3}],
+    ids=str,
+)
+@pytest.mark.parametrize("scale", [1.0, 1e30])
+def test_large_variables_follow_the_reference(outer, options, scale):
+    start = random_arrays(LARGE)
+    gradients = random_gradients(LARGE, 4, scale=scale)
+    variables = variables_of(start)
+    optimizer = SNGM(0.5, **options)
+    reference = ReferenceSNGM(start, **options)
+    train(optimizer, variables, gradients, outer)
+    for gradient in gradients:
+        reference.step(gradient, 0.5)
+    assert_close(variables, reference.w, 1e-5)
+    np.testing.assert_allclose(optimizer.gradient_norm, reference.gradient_norm, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"weight_decay": 0.05, "decoupled_weight_decay": False}], ids=str
+)
+def test_accumulated_gradients_are_taken_as_a_sum(options):
+    start = random_arrays(LARGE)
+    micro = random_gradients(LARGE, 9)
+    variables = variables_of(start)
+    optimizer = SNGM(0.5, gradient_accumulation_steps=3, clipnorm=50.0, **options)
+    reference = ReferenceSNGM(start, clipnorm=50.0, **options)
+    train(optimizer, variables, micro)
+    for i in range(0, 9, 3):
+        reference.step([np.mean(parts, axis=0) for parts in zip(*micro[i : i + 3])], 0.5)
+    assert_close(variables, reference.w, 1e-5)
+    np.testing.assert_allclose(optimizer.gradient_norm, reference.gradient_norm, rtol=1e-5)
