@@ -1,6 +1,7 @@
 """The ways in which a program may take the step of an optimizer."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import keras
@@ -50,10 +51,22 @@ def _sampler(mode: str, name: str, gradients: Gradients) -> Sampler:
 
 def function_step(name: str, gradients: Gradients) -> Step:
     """As in a training function: a built optimizer, called while a graph is traced."""
+    return _in_graph((KERAS | SNGM_COMPILATIONS)[name](), gradients)
+
+
+def _in_graph(optimizer: keras.optimizers.Optimizer, gradients: Gradients) -> Step:
     variables = weights(gradients.shapes)
-    optimizer = (KERAS | SNGM_COMPILATIONS)[name]()
     optimizer.build(variables)
-    return tf.function(lambda: optimizer.apply(gradients.tensors(), variables), autograph=False)
+
+    def step() -> None:
+        optimizer.apply(gradients.tensors(), variables)
+
+    return _traced(step)
+
+
+def _traced(step: Step) -> Step:
+    # A partial, for TensorFlow warns of many traces of one piece of code.
+    return tf.function(partial(step), autograph=False)
 
 
 def _eager(name: str, gradients: Gradients) -> Sampler:
@@ -70,10 +83,7 @@ def _function(name: str, gradients: Gradients) -> Sampler:
 
 def _accumulate(name: str, gradients: Gradients) -> Sampler:
     """Time per micro-batch."""
-    variables = weights(gradients.shapes)
-    optimizer = KERAS[name](gradient_accumulation_steps=MICRO_BATCHES)
-    optimizer.build(variables)
-    step = tf.function(lambda: optimizer.apply(gradients.tensors(), variables), autograph=False)
+    step = _in_graph(KERAS[name](gradient_accumulation_steps=MICRO_BATCHES), gradients)
 
     def update() -> None:
         for _ in range(MICRO_BATCHES):
@@ -93,7 +103,7 @@ def _mirrored(name: str, gradients: Gradients) -> Sampler:
         # Each replica has tensors of its own, as if it had computed them.
         optimizer.apply([tf.identity(g) for g in gradients.tensors()], variables)
 
-    return stopwatch(tf.function(lambda: strategy.run(replica_step), autograph=False))
+    return stopwatch(_traced(lambda: strategy.run(replica_step)))
 
 
 def _split_cpu() -> None:

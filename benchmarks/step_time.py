@@ -160,7 +160,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=MODELS, help="default all (quick: resnet20)")
     parser.add_argument("--modes", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument(
-        "--seconds", type=float, help="for every model and mode, default 20 (quick: 1)"
+        "--seconds", type=float, help="for every model and mode, default 10 (quick: 1)"
     )
     parser.add_argument(
         "--growth",
@@ -174,7 +174,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     arguments = parser.parse_args(argv)
     quick = {"models": ["resnet20"], "seconds": 1.0, "growth": False}
-    usual = {"models": list(MODELS), "seconds": 20.0, "growth": True}
+    usual = {"models": list(MODELS), "seconds": 10.0, "growth": True}
     for name, value in (quick if arguments.quick else usual).items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)

@@ -160,7 +160,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument(
-        "--seconds", type=float, help="for every task and mode, default 60 (quick: 1)"
+        "--seconds", type=float, help="for every task and mode, default 40 (quick: 1)"
     )
     parser.add_argument(
         "--output",
@@ -169,7 +169,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     arguments = parser.parse_args(argv)
     if arguments.seconds is None:
-        arguments.seconds = 1.0 if arguments.quick else 60.0
+        arguments.seconds = 1.0 if arguments.quick else 40.0
     return arguments
 
 
