@@ -20,7 +20,7 @@ FLOATS_MOVED = 6
 
 def alone(job: Callable[..., Any], *arguments: Any) -> Any:
     """Runs a job in a new process, so that its memory and its devices are its own."""
-    os.environ.update(TF_CPP_MIN_LOG_LEVEL="3", OMP_WAIT_POLICY="PASSIVE")
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(job, *arguments).result()

@@ -24,7 +24,7 @@ MICRO_BATCHES = 4
 STEPS_OF_A_FIT = 5
 
 CONTESTANTS: dict[str, tuple[str, ...]] = {
-    "eager": (*KERAS, "PyTorch"),
+    "eager": ("SNGM", "SGD", "SGD, clipped", "Adam", "PyTorch"),
     "function": (*KERAS, *OTHERS),
     "fit": ("SNGM", "SGD", "SGD, clipped", "Adam"),
     "mirrored": ("SNGM", "SGD", "SGD, clipped", "Adam"),

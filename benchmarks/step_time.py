@@ -1,7 +1,7 @@
 """Times the step of SNGM against other optimizers, with random gradients.
 
-Whatever is compared is interleaved in one process; every model and mode has a
-process of its own.
+Whatever is compared is interleaved in one process, but for PyTorch; every model and
+mode has a process of its own.
 
     python benchmarks/step_time.py                    everything, about an hour
     python benchmarks/step_time.py --quick            a smoke run
@@ -42,9 +42,7 @@ def step_jobs(results: dict[str, Any], arguments: argparse.Namespace) -> list[Jo
     return [
         Job(
             f"{model}, {mode}",
-            lambda model=model, mode=mode: alone(
-                step_times, mode, MODELS[model], arguments.seconds
-            ),
+            lambda model=model, mode=mode: model_times(model, mode, arguments.seconds),
             lambda result, model=model, mode=mode: (
                 results["steps"].setdefault(model, {}).update({mode: result})
             ),
@@ -52,6 +50,17 @@ def step_jobs(results: dict[str, Any], arguments: argparse.Namespace) -> list[Jo
         for model in arguments.models
         for mode in arguments.modes
     ]
+
+
+def model_times(model: str, mode: str, seconds: float) -> dict[str, Any]:
+    """Interleaved, but for PyTorch, whose waiting threads would take a core from the next."""
+    apart = {"PyTorch"} & set(CONTESTANTS[mode]) - set(missing())
+    others = [name for name in CONTESTANTS[mode] if name not in apart]
+    result = alone(step_times, mode, MODELS[model], seconds, others)
+    for name in apart:
+        own = alone(step_times, mode, MODELS[model], seconds / 4, [name])
+        result["times_ms"].update(own["times_ms"])
+    return result
 
 
 def cost_jobs(results: dict[str, Any], arguments: argparse.Namespace) -> list[Job]:
@@ -70,18 +79,24 @@ def cost_jobs(results: dict[str, Any], arguments: argparse.Namespace) -> list[Jo
 
 def growth_jobs(results: dict[str, Any], arguments: argparse.Namespace) -> list[Job]:
     series = {
-        "parameters": [even(10**exponent, 10) for exponent in range(4, 10)],
-        "variables": [even(10**6, variables) for variables in (10, 100, 1_000, 10_000)],
+        "parameters": [even(total, 10) for total in arguments.parameters],
+        "variables": [even(10**6, variables) for variables in arguments.variables],
     }
     return [
         Job(
             f"{parameters(shapes):,} parameters in {len(shapes):,} variables",
             lambda shapes=shapes: growth_point(shapes, arguments.seconds),
-            lambda result, of=of: results["growth"][of].append(result) if result else None,
+            lambda result, of=of: _add_point(results["growth"][of], of, result),
         )
         for of, points in series.items()
         for shapes in points
     ]
+
+
+def _add_point(points: list[dict[str, Any]], of: str, result: dict[str, Any] | None) -> None:
+    if result:
+        points[:] = [point for point in points if point[of] != result[of]] + [result]
+        points.sort(key=lambda point: point[of])
 
 
 def growth_point(shapes: Sequence[Shape], seconds: float) -> dict[str, Any] | None:
@@ -116,18 +131,21 @@ def _fits(shapes: Sequence[Shape], arrays: int) -> bool:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Writes the results after every job, for a run takes long."""
+    """Adds to what was measured before; writes after every job, for a run takes long."""
     results: dict[str, Any] = {
-        "machine": machine(),
-        "settings": {key: str(value) for key, value in vars(arguments).items()},
         "steps": {},
         "costs": {},
         "growth": {"parameters": [], "variables": []},
         "table": {},
     }
-    jobs = step_jobs(results, arguments) + cost_jobs(results, arguments)
-    if arguments.growth:
-        jobs += growth_jobs(results, arguments) + table_jobs(results, arguments)
+    if (arguments.output / "step_time.json").exists():
+        results = json.loads((arguments.output / "step_time.json").read_text())
+    results["machine"] = machine()
+    jobs = step_jobs(results, arguments) + growth_jobs(results, arguments)
+    if arguments.costs:
+        jobs += cost_jobs(results, arguments)
+    if arguments.table:
+        jobs += table_jobs(results, arguments)
     for name, library in missing().items():
         print(f"{name} is left out: {library} is not installed")
     with tqdm(jobs, unit="job") as bar:
@@ -157,15 +175,23 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="one small model, a second each")
     parser.add_argument("--report", action="store_true", help="measure nothing")
-    parser.add_argument("--models", nargs="+", choices=MODELS, help="default all (quick: resnet20)")
-    parser.add_argument("--modes", nargs="+", choices=CONTESTANTS, default=list(CONTESTANTS))
+    parser.add_argument("--models", nargs="*", choices=MODELS, help="default all (quick: resnet20)")
+    parser.add_argument("--modes", nargs="*", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument(
         "--seconds", type=float, help="for every model and mode, default 10 (quick: 1)"
     )
+    for name, what in (
+        ("costs", "the first step and the memory"),
+        ("table", "one table of 10^9 parameters"),
+    ):
+        parser.add_argument(
+            f"--{name}", action=argparse.BooleanOptionalAction, help=f"{what}, default yes"
+        )
     parser.add_argument(
-        "--growth",
-        action=argparse.BooleanOptionalAction,
-        help="also vary the number of parameters and variables, default yes (quick: no)",
+        "--parameters", nargs="*", type=int, help="in 10 variables, default 10^4 to 10^9"
+    )
+    parser.add_argument(
+        "--variables", nargs="*", type=int, help="of 10^6 parameters, default 10 to 10^4"
     )
     parser.add_argument(
         "--output",
@@ -173,8 +199,22 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=pathlib.Path(__file__).parents[1] / "docs" / "step_time",
     )
     arguments = parser.parse_args(argv)
-    quick = {"models": ["resnet20"], "seconds": 1.0, "growth": False}
-    usual = {"models": list(MODELS), "seconds": 10.0, "growth": True}
+    usual = {
+        "models": list(MODELS),
+        "seconds": 10.0,
+        "costs": True,
+        "table": True,
+        "parameters": [10**exponent for exponent in range(4, 10)],
+        "variables": [10, 100, 1_000, 10_000],
+    }
+    quick = {
+        "models": ["resnet20"],
+        "seconds": 1.0,
+        "costs": True,
+        "table": False,
+        "parameters": [],
+        "variables": [],
+    }
     for name, value in (quick if arguments.quick else usual).items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)

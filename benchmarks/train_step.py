@@ -122,11 +122,10 @@ def train_times(name: str, mode: str, seconds: float, quick: bool) -> dict[str, 
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    results: dict[str, Any] = {
-        "machine": machine(),
-        "settings": {key: str(value) for key, value in vars(arguments).items()},
-        "steps": {},
-    }
+    """Adds to what was measured before."""
+    path = arguments.output / "train_step.json"
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"steps": {}}
+    results["machine"] = machine()
     jobs = [(task, mode) for task in arguments.tasks for mode in MODES]
     with tqdm(jobs, unit="job") as bar:
         for task, mode in bar:
@@ -138,8 +137,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 continue
             results["steps"].setdefault(task, {})[mode] = measured
             arguments.output.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(results, indent=1) + "\n"
-            (arguments.output / "train_step.json").write_text(text)
+            path.write_text(json.dumps(results, indent=1) + "\n")
     return results
 
 

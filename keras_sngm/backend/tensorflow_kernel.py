@@ -68,7 +68,7 @@ class Bundle(NamedTuple):
 def chosen(rule: Rule, slots: Sequence[Slot], jit_compile: bool | str) -> list[bool]:
     """For each slot, whether the kernel is to update it.
 
-    With `jit_compile=False` wherever it can; with `"auto"` where it is quicker
+    For slots on a CPU. With `jit_compile=False` wherever it can; with `"auto"` where it is quicker
     than XLA; never with `True`.
     """
     largest = {True: 0, "auto": _LARGEST, False: math.inf}[jit_compile]

@@ -44,8 +44,7 @@ class LocalStep:
         readings: where to write what was measured.
         jit_compile: whether to compile with XLA; `"auto"` compiles what the kernel
             is not quicker at.
-        in_xla: whether XLA compiles the function around this step, so that the
-            kernel cannot be called.
+        in_xla: whether XLA compiles the function around this step.
         times: what is given is the gradient times this, as where micro-batches were
             added up. Dividing it would be one more pass over memory.
     """
@@ -68,16 +67,17 @@ class LocalStep:
         self._idle = [
             slot for i, slot in enumerate(slots) if slot.average is not None and i not in active
         ]
-        if in_xla or (jit_compile and _is_accelerator(self.device)):
-            jit_compile = True
-        self._arrange([slots[i] for i in active], active, jit_compile)
+        can_call_kernel = not in_xla and not _is_accelerator(self.device)
+        by_kernel = [False] * len(active)
+        if can_call_kernel:
+            by_kernel = kernel.chosen(rule, [slots[i] for i in active], jit_compile)
+        self._arrange([slots[i] for i in active], active, by_kernel)
         self._compile(bool(jit_compile), in_xla)
 
     def _arrange(
-        self, slots: Sequence[Slot], active: Sequence[int], jit_compile: bool | str
+        self, slots: Sequence[Slot], active: Sequence[int], by_kernel: Sequence[bool]
     ) -> None:
         """Bring the slots into the order of a step: those updated together come first."""
-        by_kernel = kernel.chosen(self._rule, slots, jit_compile)
         together = [k for k, chosen in enumerate(by_kernel) if not chosen]
         self._bundles = kernel.bundled(slots, [k for k, chosen in enumerate(by_kernel) if chosen])
         self._order = [*together, *(k for bundle in self._bundles for k in bundle.positions)]
@@ -124,36 +124,45 @@ class LocalStep:
         skipped.assign_add(tf.cast(tf.logical_not(normalized.finite), skipped.dtype))
 
     def _normalize_then_update(self, gradients: list[tf.Tensor], moment: Moment) -> Normalization:
+        gradients, times = self._final_gradients(gradients)
+        joined = gradients[: self._together]
+        start = self._together
+        for bundle in self._bundles:
+            joined.append(bundle.joined(gradients[start : start + len(bundle.slots)]))
+            start += len(bundle.slots)
+        joined, normalized = self._normalize(joined, times)
+        if self._together or self._idle:
+            own = _part(normalized, 0, self._together)
+            self._update(joined[: self._together], own, moment)
+        self._update_bundles(joined[self._together :], normalized, moment)
+        return normalized
+
+    def _final_gradients(self, gradients: list[tf.Tensor]) -> tuple[list[tf.Tensor], int]:
+        """What is to be normalized, and how many times the gradient that is."""
         gradients = [
             tf.cast(gradient, arithmetic_dtype(slot.weight.dtype))
             for gradient, slot in zip(gradients, self._slots, strict=True)
         ]
-        times = self._times
-        if update_rule.changes_gradient(self._rule):
-            times = 1
-            gradients = [
-                update_rule.final_gradient(
-                    self._rule, gradient / self._times, for_arithmetic(slot.weight), slot.decays
-                )
-                for gradient, slot in zip(gradients, self._slots, strict=True)
-            ]
-        together, rest = gradients[: self._together], gradients[self._together :]
-        joined = []
-        for bundle in self._bundles:
-            joined.append(bundle.joined(rest[: len(bundle.slots)]))
-            rest = rest[len(bundle.slots) :]
-        tensors, normalized = self._normalize([*together, *joined], times)
-        together, joined = tensors[: self._together], tensors[self._together :]
-        if together or self._idle:
-            own = _part(normalized, 0, self._together)
-            self._update(together, own, moment)
+        if not update_rule.changes_gradient(self._rule):
+            return gradients, self._times
+        if self._times != 1:
+            gradients = [gradient / self._times for gradient in gradients]
+        return [
+            update_rule.final_gradient(
+                self._rule, gradient, for_arithmetic(slot.weight), slot.decays
+            )
+            for gradient, slot in zip(gradients, self._slots, strict=True)
+        ], 1
+
+    def _update_bundles(
+        self, joined: list[tf.Tensor], normalized: Normalization, moment: Moment
+    ) -> None:
         by = self._coefficients(moment, normalized.finite)
         start = self._together
         for bundle, gradient in zip(self._bundles, joined, strict=True):
             own = _part(normalized, start, len(bundle.slots))
             bundle.update(self._rule, by[gradient.dtype], own, gradient)
             start += len(bundle.slots)
-        return normalized
 
     def _constrain(self, taken: tf.Tensor) -> None:
         # Constraints are the user's code: XLA need not be able to compile them.
