@@ -38,10 +38,11 @@ OF_TENSORFLOW = {
         '`jit_compile="auto"` does not know where XLA is forbidden.'
     ),
     ("tensorflow.python.framework.ops", "get_default_graph"): (
-        "`compile(jit_compile=True)` on several devices gets no readable error."
+        "A step does not know whether it is inside of XLA."
     ),
     ("tensorflow.python.ops.control_flow_util", "GraphOrParentsInXlaContext"): (
-        "`compile(jit_compile=True)` on several devices gets no readable error."
+        "Inside of XLA a step calls what XLA cannot compile, and on several devices "
+        "`compile(jit_compile=True)` gets no readable error."
     ),
     ("tensorflow.python.ops.control_flow_v2_func_graphs", "CondBranchFuncGraph"): (
         "Under XLA on several GPUs, replicas that decide differently wait for ever."
