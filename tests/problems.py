@@ -4,6 +4,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_sngm import SNGM
+from reference import ReferenceSNGM
+
 SHAPES = [(), (3,), (4, 5), (2, 3, 4), (2, 2, 3, 2)]
 STEPS = 60
 
@@ -53,6 +56,20 @@ def assert_close(variables, arrays, tolerance):
         value = variable.numpy().astype("float64")
         error = np.linalg.norm(value - array) / np.linalg.norm(array)
         assert error <= tolerance, f"{variable.name}: relative error {error:.2e}"
+
+
+def assert_follows_the_reference(start, gradients, outer, jit_compile="auto", rate=0.1, **options):
+    """SNGM takes the steps of the reference, and skips none."""
+    variables = variables_of(start)
+    optimizer = SNGM(rate, jit_compile=jit_compile, **options)
+    reference = ReferenceSNGM(start, **options)
+    train(optimizer, variables, gradients, outer)
+    for gradient in gradients:
+        reference.step(gradient, rate)
+    assert_close(variables, reference.w, 1e-5)
+    assert_close(optimizer.momentums, reference.u, 1e-5)
+    np.testing.assert_allclose(optimizer.gradient_norm, reference.gradient_norm, rtol=1e-5)
+    assert int(optimizer.skipped_steps) == 0
 
 
 def values_of(variables):

@@ -14,6 +14,7 @@ from keras_sngm.backend import tensorflow_kernel
 from problems import (
     SHAPES,
     assert_close,
+    assert_follows_the_reference,
     random_arrays,
     random_gradients,
     tensors_of,
@@ -45,19 +46,6 @@ def kernel_calls(monkeypatch):
         tf.raw_ops, "ResourceApplyMomentum", lambda **named: calls.append(named) or kernel(**named)
     )
     return calls
-
-
-def assert_follows_the_reference(start, gradients, outer, jit_compile="auto", **options):
-    variables = variables_of(start)
-    optimizer = SNGM(0.1, jit_compile=jit_compile, **options)
-    reference = ReferenceSNGM(start, **options)
-    train(optimizer, variables, gradients, outer)
-    for gradient in gradients:
-        reference.step(gradient, 0.1)
-    assert_close(variables, reference.w, 1e-5)
-    assert_close(optimizer.momentums, reference.u, 1e-5)
-    np.testing.assert_allclose(optimizer.gradient_norm, reference.gradient_norm, rtol=1e-5)
-    assert int(optimizer.skipped_steps) == 0
 
 
 @in_graph

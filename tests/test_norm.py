@@ -6,7 +6,14 @@ import tensorflow as tf
 
 from keras_sngm import SNGM
 from keras_sngm.backend import tensorflow_norm
-from problems import assert_close, random_arrays, random_gradients, train, variables_of
+from problems import (
+    assert_close,
+    assert_follows_the_reference,
+    random_arrays,
+    random_gradients,
+    train,
+    variables_of,
+)
 from reference import ReferenceSNGM
 
 # Below and above the size that is added up in 16 lanes, with and without a rest.
@@ -44,16 +51,8 @@ def test_rows_of_a_stack_are_variables():
 )
 @pytest.mark.parametrize("scale", [1.0, 1e30])
 def test_large_variables_follow_the_reference(outer, options, scale):
-    start = random_arrays(LARGE)
     gradients = random_gradients(LARGE, 4, scale=scale)
-    variables = variables_of(start)
-    optimizer = SNGM(0.5, **options)
-    reference = ReferenceSNGM(start, **options)
-    train(optimizer, variables, gradients, outer)
-    for gradient in gradients:
-        reference.step(gradient, 0.5)
-    assert_close(variables, reference.w, 1e-5)
-    np.testing.assert_allclose(optimizer.gradient_norm, reference.gradient_norm, rtol=1e-5)
+    assert_follows_the_reference(random_arrays(LARGE), gradients, outer, rate=0.5, **options)
 
 
 @pytest.mark.parametrize(
