@@ -85,7 +85,7 @@ def components(strategy: tf.distribute.Strategy, variable: keras.Variable) -> tu
 
 
 def make_strategy(replicas: int) -> tf.distribute.Strategy:
-    """With two replicas TensorFlow's collectives, with four a reduction that counts."""
+    """With two replicas as TensorFlow makes it, with four a reduction that counts."""
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(
         cpu, [tf.config.LogicalDeviceConfiguration()] * max(replicas, 1)
@@ -147,15 +147,19 @@ def outcome(strategy: tf.distribute.Strategy, option: Option, optimizer: type) -
         return Outcome(error=type(error).__name__)
 
 
-def calls_of_xla_programs(strategy: tf.distribute.Strategy) -> list[str]:
-    """Devices on which a traced training step calls an XLA program, one per call."""
+def traced_step(strategy: tf.distribute.Strategy) -> Any:
+    """The graph of a training step."""
     option = Option({"jit_compile": True})
     with strategy.scope():
         model = option.model(SNGM)
         model.optimizer.build(model.trainable_variables)
     x, y = (array[:BATCH] for array in option.data())
     step = tf.function(lambda data: strategy.run(model.train_step, args=(data,)))
-    definition = step.get_concrete_function((x, y)).graph.as_graph_def()
+    return step.get_concrete_function((x, y)).graph.as_graph_def()
+
+
+def calls_of_xla_programs(definition: Any) -> list[str]:
+    """Devices on which a graph calls an XLA program, one per call."""
     compiled = {
         function.signature.name
         for function in definition.library.function
@@ -173,6 +177,12 @@ def calls_of_xla_programs(strategy: tf.distribute.Strategy) -> list[str]:
                 yield from calls(bodies[callee], where)
 
     return sorted(calls(definition.node, ""))
+
+
+def collective_operations(definition: Any) -> list[str]:
+    """The operations of a graph by which devices send each other what they have."""
+    nodes = [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
+    return [node.op for node in nodes if node.op.startswith("Collective")]
 
 
 def error_of(strategy: tf.distribute.Strategy, option: Option) -> str:
@@ -201,8 +211,11 @@ def main(replicas: int, output: str, how: str = "sngm") -> None:
     results: dict[str, Any] = {
         name: outcome(strategy, option, optimizer) for name, option in options.items()
     }
+    if optimizer is SNGM:
+        step = traced_step(strategy)
+        results["collectives"] = collective_operations(step)
     if how == "sngm":
-        results["xla_calls"] = calls_of_xla_programs(strategy)
+        results["xla_calls"] = calls_of_xla_programs(step)
         results["jit_error"] = error_of(strategy, Option(compile={"jit_compile": True}))
     if how == "sngm-in-replicas":
         results["loss_scale_error"] = error_of(strategy, Option(loss_scale=True))

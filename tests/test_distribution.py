@@ -79,6 +79,12 @@ def test_replicas_communicate_once_per_update(trained, name):
     assert trained["4"][name].reductions == updates
 
 
+def test_cpus_of_one_machine_send_nothing_to_each_other(trained):
+    """They add up in memory, but for replicas that cannot be left."""
+    assert not trained["2"]["collectives"]
+    assert trained["2-sngm-in-replicas"]["collectives"]
+
+
 @pytest.mark.parametrize("name", [n for n in OPTIONS if n.startswith("embeddings")])
 def test_rows_of_embeddings_travel_as_slices(trained, name):
     """Unless gradients are accumulated, which fills the whole table."""

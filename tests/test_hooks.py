@@ -11,6 +11,8 @@ import re
 
 import keras
 import pytest
+import tensorflow as tf
+from tensorflow.python.distribute.cross_device_ops import CollectiveAllReduce
 
 BACKEND = pathlib.Path(__file__).parents[1] / "keras_sngm" / "backend"
 
@@ -28,6 +30,9 @@ OF_KERAS = {
     "_trainable_variables": "The variables the optimizer was built with are not found.",
 }
 OF_TENSORFLOW = {
+    ("tensorflow.python.distribute.cross_device_ops", "CollectiveAllReduce"): (
+        "Replicas on the CPUs of one machine send gradients to each other that all can read."
+    ),
     ("tensorflow.python.distribute.distribute_utils", "regroup"): (
         "Accumulated gradients of several replicas cannot be reduced."
     ),
@@ -64,6 +69,13 @@ def test_keras_still_has(name, broken):
 @pytest.mark.parametrize("module, name, broken", [(*k, v) for k, v in OF_TENSORFLOW.items()])
 def test_tensorflow_still_has(module, name, broken):
     assert hasattr(importlib.import_module(module), name), broken
+
+
+def test_a_strategy_still_has_its_reduction():
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    assert isinstance(strategy.extended._cross_device_ops, CollectiveAllReduce), (
+        "Whether a user chose a reduction is not known: gradients take the slower one."
+    )
 
 
 def nodes_of(kind):
