@@ -1,5 +1,7 @@
 """Sums of squares, taken in whichever way is quick where they are taken."""
 
+import functools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -18,19 +20,56 @@ from reference import ReferenceSNGM
 
 # Below and above the size that is added up in 16 lanes, with and without a rest.
 SIZES = [(), (1,), (4095,), (4096,), (4111,), (129, 33)]
+RANGES = [("float32", 10.0**k) for k in (-35, -20, -15, 0, 15, 20, 35)]
+RANGES += [("float64", 10.0**k) for k in (-300, -150, 0, 150, 300)]
 LARGE = [(3,), (129, 33), (300, 300)]
 
 
 @pytest.mark.parametrize("jit_compile", [True, False])
-def test_lanes_add_up_to_the_whole(jit_compile):
+@pytest.mark.parametrize("lanes", [1, 16])
+def test_lanes_add_up_to_the_whole(lanes, jit_compile):
     arrays = random_arrays(SIZES)
     tensors = [tf.constant(array, "float32") for array in arrays]
     expected = [np.sum(array**2) for array in arrays]
-    lanes = tf.function(tensorflow_norm.sums_of_squares_in_lanes, jit_compile=jit_compile)
-    np.testing.assert_allclose(lanes(tensors), expected, rtol=1e-6)
+    in_lanes = tf.function(
+        lambda *tensors: tensorflow_norm.sums_of_squares_in_lanes(tensors, 2.0, lanes),
+        jit_compile=jit_compile,
+    )
+    np.testing.assert_allclose(in_lanes(*tensors), np.multiply(expected, 4), rtol=1e-6)
     np.testing.assert_allclose(
         tensorflow_norm.sums_of_squares(tensors, stacks=0), expected, rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("dtype, scale", RANGES)
+def test_squares_of_any_magnitude(dtype, scale):
+    """With a condition and in one pass: the same sums and the same power of two."""
+    arrays = [scale * array for array in random_arrays(SIZES)]
+    tensors = [tf.constant(array, dtype) for array in arrays]
+    size = sum(array.size for array in arrays)
+    with_condition = tensorflow_norm.squares_and_prescale(
+        functools.partial(tensorflow_norm.sums_of_squares, stacks=0), tensors, size
+    )
+    in_xla = tf.function(
+        lambda *tensors: tensorflow_norm.squares_and_prescale_in_xla(tensors, size, 16),
+        jit_compile=True,
+    )
+    for squares, prescale in (with_condition, in_xla(*tensors)):
+        expected = [np.linalg.norm(array.ravel() * float(prescale)) for array in arrays]
+        np.testing.assert_allclose(np.sqrt(squares), expected, rtol=1e-6)
+        np.testing.assert_array_equal(prescale, with_condition[1])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_no_magnitude_hides_what_is_not_finite(scale, bad):
+    vector = np.full(5000, scale, "float32")
+    vector[4321] = bad
+    squares, _ = tf.function(
+        lambda vector: tensorflow_norm.squares_and_prescale_in_xla([vector], 5000, 16),
+        jit_compile=True,
+    )(vector)
+    assert not np.isfinite(squares)
 
 
 def test_rows_of_a_stack_are_variables():
@@ -49,7 +88,7 @@ def test_rows_of_a_stack_are_variables():
     [{}, {"weight_decay": 0.05, "decoupled_weight_decay": False}, {"clipvalue": 0.3}],
     ids=str,
 )
-@pytest.mark.parametrize("scale", [1.0, 1e30])
+@pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30])
 def test_large_variables_follow_the_reference(outer, options, scale):
     gradients = random_gradients(LARGE, 4, scale=scale)
     assert_follows_the_reference(random_arrays(LARGE), gradients, outer, rate=0.5, **options)

@@ -100,9 +100,12 @@ class LocalStep:
         elif jit_compile:
             self._update = _function(self._update_together, jit_compile=True)
         stacks = sum(len(bundle.slots) > 1 for bundle in self._bundles)
-        self._sums_of_squares: norm.Sums = functools.partial(norm.sums_of_squares, stacks=stacks)
-        if (in_xla or with_norm) and not on_accelerator:
-            self._sums_of_squares = norm.sums_of_squares_in_lanes
+        sums: norm.Sums = functools.partial(norm.sums_of_squares, stacks=stacks)
+        self._measure = functools.partial(norm.squares_and_prescale, sums)
+        self._rescale_and_measure = functools.partial(norm.rescaled_and_squares, sums)
+        if in_xla or with_norm:
+            lanes = 1 if on_accelerator else norm.LANES_ON_CPUS
+            self._measure = functools.partial(norm.squares_and_prescale_in_xla, lanes=lanes)
         self._run = _function(self._run_and_read)
 
     def __call__(self, gradients: Sequence[tf.Tensor | tf.IndexedSlices], moment: Moment) -> None:
@@ -177,13 +180,11 @@ class LocalStep:
         """Gradients as they are to enter `directions`, and what to do with them there."""
         size = sum(slot.size for slot in self._slots)
         if self._bundles:
-            gradients, squares, prescale = norm.rescaled_and_squares(
-                self._sums_of_squares, gradients, size
-            )
+            gradients, squares, prescale = self._rescale_and_measure(gradients, size)
             pending = tf.ones_like(prescale)
         else:
             wide = [tf.cast(gradient, _widest(gradients)) for gradient in gradients]
-            squares, prescale = norm.squares_and_prescale(self._sums_of_squares, wide, size)
+            squares, prescale = self._measure(wide, size)
             pending = prescale
         normalized = update_rule.normalization(self._rule, squares, prescale * times)
         return gradients, normalized._replace(prescale=pending)
