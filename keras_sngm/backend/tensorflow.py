@@ -212,7 +212,7 @@ class BackendOptimizer(keras.optimizers.Optimizer):
 
     def _moment(self) -> Moment:
         updates = tf.convert_to_tensor(self.iterations)
-        overwrite = tf.constant(False)
+        overwrite = None
         if self.use_ema and self.ema_overwrite_frequency:
             overwrite = (updates + 1) % self.ema_overwrite_frequency == 0
         return Moment(

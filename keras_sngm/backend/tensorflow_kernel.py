@@ -1,4 +1,4 @@
-"""The update by TensorFlow's own kernel for momentum, one call per variable.
+"""The update by TensorFlow's own kernels for momentum and descent, variable by variable.
 
 For small variables that is quicker than an XLA program, which takes some
 microseconds for each of its arguments, and nothing has to be compiled. The kernel
@@ -8,7 +8,7 @@ none, is the better choice.
 
 import math
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -41,7 +41,7 @@ class Bundle(NamedTuple):
         changes the weight by 0 times the momentum.
 
         Args:
-            rule: one that `chosen` has accepted.
+            rule: the hyper-parameters.
             by: what to multiply by.
             normalized: with divisors for the variables of this bundle alone, and a
                 `prescale` of 1.
@@ -55,14 +55,19 @@ class Bundle(NamedTuple):
         direction = tf.math.divide_no_nan(joined, divisor)
         directions = tf.unstack(direction) if several else [direction]
         for slot, own in zip(self.slots, directions, strict=True):
-            tf.raw_ops.ResourceApplyMomentum(
-                var=slot.weight.handle,
-                accum=slot.momentum.handle,  # type: ignore[union-attr]  # `_suits` has looked
-                lr=by.learning_rate,
-                grad=own,
-                momentum=by.momentum,
-                use_nesterov=rule.nesterov,
-            )
+            if slot.decays and rule.weight_decay is not None and rule.decoupled_weight_decay:
+                _descend(slot, by.learning_rate * rule.weight_decay, slot.weight)
+            if slot.momentum is None:
+                _descend(slot, by.learning_rate, own)
+            else:
+                tf.raw_ops.ResourceApplyMomentum(
+                    var=slot.weight.handle,
+                    accum=slot.momentum.handle,
+                    lr=by.learning_rate,
+                    grad=own,
+                    momentum=by.momentum,
+                    use_nesterov=rule.nesterov,
+                )
 
 
 def chosen(rule: Rule, slots: Sequence[Slot], jit_compile: bool | str) -> list[bool]:
@@ -74,7 +79,7 @@ def chosen(rule: Rule, slots: Sequence[Slot], jit_compile: bool | str) -> list[b
     largest = {True: 0, "auto": _LARGEST, False: math.inf}[jit_compile]
     if len({arithmetic_dtype(slot.weight.dtype) for slot in slots}) > 1:
         largest = 0
-    choice = [_suits(rule, slot) and slot.size <= largest for slot in slots]
+    choice = [_suits(slot) and slot.size <= largest for slot in slots]
     if jit_compile and changes_gradient(rule) and not all(choice):
         # Then XLA takes the norm, and there is one norm for all.
         return [False] * len(slots)
@@ -92,12 +97,10 @@ def bundled(slots: Sequence[Slot], positions: Sequence[int]) -> list[Bundle]:
     return sorted(bundles, key=lambda bundle: len(bundle.slots) > 1)
 
 
-def _suits(rule: Rule, slot: Slot) -> bool:
-    """Whether the kernel does all that is asked for: u <- b * u + d; w <- w - a * u."""
-    is_decoupled = rule.weight_decay is not None and rule.decoupled_weight_decay
-    return (
-        slot.momentum is not None
-        and slot.average is None
-        and not (slot.decays and is_decoupled)
-        and slot.weight.dtype == arithmetic_dtype(slot.weight.dtype)
-    )
+def _suits(slot: Slot) -> bool:
+    """Whether the kernels, which compute in the dtype of the weight, are precise enough."""
+    return slot.weight.dtype == arithmetic_dtype(slot.weight.dtype)
+
+
+def _descend(slot: Slot, rate: tf.Tensor, direction: Any) -> None:
+    tf.raw_ops.ResourceApplyGradientDescent(var=slot.weight.handle, alpha=rate, delta=direction)

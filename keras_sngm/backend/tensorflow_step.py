@@ -26,14 +26,15 @@ class Moment(NamedTuple):
 
     learning_rate: tf.Tensor
     first_average: tf.Tensor
-    overwrite_with_average: tf.Tensor
+    overwrite_with_average: tf.Tensor | None
+    """`None` if that never happens."""
 
 
 class LocalStep:
     """Reduced gradients in, variables of one device updated in place.
 
-    Called eagerly it is one function call; called inside a `tf.function` it
-    becomes a nested function. Some variables may be left to TensorFlow's kernel
+    Called eagerly it is one function call; called while a graph is traced, it
+    becomes part of that graph. Some variables may be left to TensorFlow's kernel
     for momentum. All others are updated together, with `jit_compile` by one XLA
     program, a single pass over memory.
 
@@ -166,6 +167,9 @@ class LocalStep:
             own = _part(normalized, start, len(bundle.slots))
             bundle.update(self._rule, by[gradient.dtype], own, gradient)
             start += len(bundle.slots)
+        for slot in self._slots[self._together :]:
+            if slot.average is not None:
+                _average_as_it_is(slot, by, moment)
 
     def _constrain(self, taken: tf.Tensor) -> None:
         # Constraints are the user's code: XLA need not be able to compile them.
@@ -207,7 +211,6 @@ class LocalStep:
         moment: Moment,
     ) -> None:
         by = self._coefficients(moment, normalized.finite)
-        overwrite = tf.logical_and(moment.overwrite_with_average, normalized.finite)
         directions = update_rule.directions(normalized, gradients)
         for slot, direction in zip(self._slots[: self._together], directions, strict=True):
             weight, momentum = update_rule.descend(
@@ -220,10 +223,9 @@ class LocalStep:
             )
             if slot.momentum is not None:
                 _assign(slot.momentum, momentum)
-            _store(slot, weight, by[direction.dtype], overwrite)
+            _assign(slot.weight, _average(slot, weight, by[direction.dtype], moment))
         for slot in self._idle:
-            weight = for_arithmetic(slot.weight)
-            _store(slot, weight, by[weight.dtype], overwrite)
+            _average_as_it_is(slot, by, moment)
 
 
 def _widest(tensors: Sequence[tf.Tensor]) -> tf.DType:
@@ -237,13 +239,23 @@ def _part(normalized: Normalization, start: int, count: int) -> Normalization:
     return normalized._replace(divisor=normalized.divisor[start : start + count])
 
 
-def _store(slot: Slot, weight: tf.Tensor, by: Coefficients, overwrite: tf.Tensor) -> None:
-    """Write a new weight, and where averages are kept, its average."""
-    if slot.average is not None:
-        average = update_rule.moving_average(by, for_arithmetic(slot.average), weight)
-        _assign(slot.average, average)
-        weight = tf.where(overwrite, average, weight)
-    _assign(slot.weight, weight)
+def _average(slot: Slot, weight: tf.Tensor, by: Coefficients, moment: Moment) -> tf.Tensor:
+    """Where averages are kept, move that of a new weight. Returns the weight to go on with."""
+    if slot.average is None:
+        return weight
+    average = update_rule.moving_average(by, for_arithmetic(slot.average), weight)
+    _assign(slot.average, average)
+    if moment.overwrite_with_average is None:
+        return weight
+    return tf.where(tf.logical_and(moment.overwrite_with_average, by.taken), average, weight)
+
+
+def _average_as_it_is(slot: Slot, by: dict[tf.DType, Coefficients], moment: Moment) -> None:
+    """Move the average of a weight that has its new value, or keeps its old one."""
+    weight = for_arithmetic(slot.weight)
+    averaged = _average(slot, weight, by[weight.dtype], moment)
+    if averaged is not weight:
+        _assign(slot.weight, averaged)
 
 
 def _function(method: Callable[..., Any], jit_compile: bool | None = None) -> Callable[..., Any]:
