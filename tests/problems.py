@@ -30,10 +30,7 @@ def variables_of(arrays, dtypes="float32"):
 
 
 def tensors_of(arrays, variables):
-    return [
-        None if a is None else tf.constant(a, v.dtype)
-        for a, v in zip(arrays, variables, strict=True)
-    ]
+    return [tf.constant(a, v.dtype) for a, v in zip(arrays, variables, strict=True)]
 
 
 def train(optimizer, variables, gradients_by_step, jit_compile=None):
