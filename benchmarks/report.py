@@ -8,6 +8,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
+from shapes import NAMES
+
 BARS = {
     "SNGM": "tab:blue",
     "SGD": "tab:orange",
@@ -58,7 +60,7 @@ def print_tables(results: dict[str, Any]) -> None:
 
 def summary(results: dict[str, Any]) -> list[list[str]]:
     """The rows of the README's table: how many times as long as SNGM others take."""
-    rows = [["shapes", "variables, parameters", "SNGM, ms", *_SUMMARY, "SNGM / limit"]]
+    columns = [["", "variables, parameters", "SNGM, ms", *_SUMMARY, "SNGM / limit"]]
     for model, modes in results["steps"].items():
         measured = modes["function"]
         own = measured["times_ms"]["SNGM"][1]
@@ -66,9 +68,8 @@ def summary(results: dict[str, Any]) -> list[list[str]]:
         size = f"{measured['variables']:,}, {_short(measured['parameters'])}"
         known = measured["limit_ms"] > _LEAST_LIMIT_MS
         limit = f"{own / measured['limit_ms']:.2f}" if known else "–"
-        rows.append([model, size, number(own), *ratios, limit])
-    columns = [column for column in zip(*rows, strict=True) if set(column[1:]) != {"–"}]
-    return [list(row) for row in zip(*columns, strict=True)]
+        columns.append([NAMES[model], size, number(own), *ratios, limit])
+    return [list(row) for row in zip(*columns, strict=True) if set(row[1:]) != {"–"}]
 
 
 def training(results: dict[str, Any]) -> list[list[str]]:
@@ -78,7 +79,7 @@ def training(results: dict[str, Any]) -> list[list[str]]:
         for mode, measured in modes.items():
             rows.append(
                 [
-                    task,
+                    NAMES.get(task, task),
                     f"{measured['batch_size']:,}",
                     "yes" if mode == "xla" else "no",
                     spread(measured["times_ms"]["SNGM"]),
@@ -218,9 +219,8 @@ def _relative(measured: dict[str, Any], milliseconds: float) -> float:
 
 
 def _model_label(model: str, measured: dict[str, Any]) -> str:
-    return (
-        f"{model}\n{measured['variables']:,} variables\n{_short(measured['parameters'])} parameters"
-    )
+    size = f"{measured['variables']:,} variables\n{_short(measured['parameters'])} parameters"
+    return f"{NAMES[model]}\n{size}"
 
 
 def _short(parameters: int) -> str:

@@ -68,5 +68,12 @@ MODELS: dict[str, list[Shape]] = {
     "bert_base": _bert_base(),
 }
 
+NAMES = {
+    "resnet20": "ResNet-20",
+    "vectors": "1,000 x 64",
+    "resnet50": "ResNet-50",
+    "bert_base": "BERT-base",
+}
+
 TABLE: list[Shape] = [(15_625_000, 64)]
 """One embedding table of 10^9 parameters."""

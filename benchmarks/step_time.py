@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+import commandline
 import memory
 import report
 from contestants import missing
@@ -170,11 +171,7 @@ def write(results: dict[str, Any], output: pathlib.Path) -> None:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="one small model, a second each")
-    parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser = commandline.parser(__doc__, quick="one small model, a second each")
     parser.add_argument("--models", nargs="*", choices=MODELS, help="default all (quick: resnet20)")
     parser.add_argument("--modes", nargs="*", choices=CONTESTANTS, default=list(CONTESTANTS))
     parser.add_argument(
@@ -192,11 +189,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--variables", nargs="*", type=int, help="of 10^6 parameters, default 10 to 10^4"
-    )
-    parser.add_argument(
-        "--output",
-        type=pathlib.Path,
-        default=pathlib.Path(__file__).parents[1] / "docs" / "step_time",
     )
     arguments = parser.parse_args(argv)
     usual = {

@@ -20,6 +20,7 @@ import numpy as np
 from keras import layers
 from tqdm import tqdm
 
+import commandline
 from contestants import KERAS
 from fitting import fit_sampler
 from jobs import alone
@@ -154,19 +155,10 @@ def print_table(results: dict[str, Any]) -> None:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="small batches, a second each")
-    parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser = commandline.parser(__doc__, quick="small batches, a second each")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument(
         "--seconds", type=float, help="for every task and mode, default 40 (quick: 1)"
-    )
-    parser.add_argument(
-        "--output",
-        type=pathlib.Path,
-        default=pathlib.Path(__file__).parents[1] / "docs" / "step_time",
     )
     arguments = parser.parse_args(argv)
     if arguments.seconds is None:

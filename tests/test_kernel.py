@@ -27,6 +27,7 @@ from reference import ReferenceSNGM
 TWICE = SHAPES * 2
 # Far from zero, where a relative error means something.
 START = [4.0 + array for array in random_arrays(TWICE)]
+COUPLED = {"weight_decay": 0.05, "decoupled_weight_decay": False}
 in_mode = pytest.mark.parametrize("jit_compile", ["auto", False])
 in_graph = pytest.mark.parametrize("outer", [None, False], ids=["eager", "function"])
 
@@ -61,6 +62,13 @@ def test_the_kernel_is_called_where_it_is_quicker(kernel_calls, jit_compile, exp
     assert len(kernel_calls) == expected
 
 
+@in_graph
+@pytest.mark.parametrize("options", [{"clipvalue": 0.3}, COUPLED], ids=str)
+def test_the_kernel_is_called_for_all_gradients_that_are_changed(kernel_calls, outer, options):
+    train(SNGM(**options), variables_of(START), random_gradients(TWICE, 2), outer)
+    assert len(kernel_calls) == 10
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_the_kernel_is_not_called_where_it_would_be_imprecise(kernel_calls, dtype):
     train(SNGM(), variables_of(START, dtype), random_gradients(TWICE, 2))
@@ -80,8 +88,8 @@ def test_the_kernel_is_not_called_where_it_would_be_imprecise(kernel_calls, dtyp
         {"global_clipnorm": 2.0},
         {"weight_decay": 0.05},
         {"weight_decay": 0.05, "momentum": 0.0},
-        {"weight_decay": 0.05, "decoupled_weight_decay": False},
-        {"weight_decay": 0.05, "decoupled_weight_decay": False, "clipnorm": 1.5},
+        COUPLED,
+        {**COUPLED, "clipnorm": 1.5},
     ],
     ids=str,
 )
@@ -116,7 +124,7 @@ def test_averages_are_the_same_both_ways(jit_compile, outer, frequency):
 @pytest.mark.parametrize("options", [{"clipvalue": 0.3}, {"clipnorm": 1.5}], ids=str)
 def test_small_variables_alone_need_no_xla(kernel_calls, outer, options):
     gradients = random_gradients(SHAPES[1:3] * 2, 12)
-    options = {"weight_decay": 0.05, "decoupled_weight_decay": False, **options}
+    options = {**COUPLED, **options}
     assert_follows_the_reference(START[1:3] * 2, gradients, outer, **options)
     assert len(kernel_calls) == 4
 

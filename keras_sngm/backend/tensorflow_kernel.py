@@ -3,7 +3,8 @@
 For small variables that is quicker than an XLA program, which takes some
 microseconds for each of its arguments, and nothing has to be compiled. The kernel
 wants the normalized gradient as a tensor, so for large variables XLA, which needs
-none, is the better choice.
+none, is the better choice, unless the gradient is changed before it is normalized:
+XLA would change it twice, for the norm and for the update, and is slow at that norm.
 """
 
 import math
@@ -76,7 +77,8 @@ def chosen(rule: Rule, slots: Sequence[Slot], jit_compile: bool | str) -> list[b
     For slots on a CPU. With `jit_compile=False` wherever it can; with `"auto"` where it is quicker
     than XLA; never with `True`.
     """
-    largest = {True: 0, "auto": _LARGEST, False: math.inf}[jit_compile]
+    by_size = not changes_gradient(rule)
+    largest = {True: 0, "auto": _LARGEST if by_size else math.inf, False: math.inf}[jit_compile]
     if len({arithmetic_dtype(slot.weight.dtype) for slot in slots}) > 1:
         largest = 0
     choice = [_suits(slot) and slot.size <= largest for slot in slots]

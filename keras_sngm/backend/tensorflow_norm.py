@@ -13,6 +13,8 @@ Sums = Callable[[Sequence[tf.Tensor]], tf.Tensor]
 
 LANES_ON_CPUS = 16
 _LEAST_SIZE_FOR_LANES = 4096
+_LARGEST_IN_CACHE = 2**22
+"""Elements of all gradients together. Measured on two cores with 32 MB of third-level cache."""
 
 
 def sums_of_squares(tensors: Sequence[tf.Tensor], stacks: int) -> tf.Tensor:
@@ -60,12 +62,13 @@ def _scaled_squares(tensor: tf.Tensor, factor: float) -> tf.Tensor:
 
 
 def squares_and_prescale(
-    sums: Sums, gradients: Sequence[tf.Tensor], size: int
+    sums: Sums, sums_if_rescaled: Sums, gradients: Sequence[tf.Tensor], size: int
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """The gradients' sums of squares, and the factor by which they were multiplied first.
 
     Args:
         sums: maps the gradients to a vector of sums of squares, one per variable.
+        sums_if_rescaled: the same, for gradients that have to be multiplied.
         gradients: of one dtype.
         size: the number of their elements.
 
@@ -78,23 +81,29 @@ def squares_and_prescale(
     return tf.cond(
         trusted,
         lambda: (squares, tf.ones_like(prescale)),
-        lambda: (sums([gradient * prescale for gradient in gradients]), prescale),
+        lambda: (sums_if_rescaled([gradient * prescale for gradient in gradients]), prescale),
     )
 
 
 def squares_and_prescale_in_xla(
     gradients: Sequence[tf.Tensor], size: int, lanes: int
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """As `squares_and_prescale`, for XLA, which takes longer for a condition than for sums.
+    """As `squares_and_prescale`, compiled by XLA.
 
-    So there are three sums side by side, for gradients of usual magnitude, for large and
-    for small ones, as in Blue, "A portable Fortran program to find the Euclidean norm of a
+    While the gradients stay in the cache, XLA takes longer for a condition than for two
+    more sums. Then there are three, for gradients of usual magnitude, for small and for
+    large ones, as in Blue, "A portable Fortran program to find the Euclidean norm of a
     vector", 1978, https://doi.org/10.1145/355769.355771.
     """
+    sums = functools.partial(sums_of_squares_in_lanes, factor=1.0, lanes=lanes)
+    if size > _LARGEST_IN_CACHE:
+        # What is hardly ever done is to be compiled fast.
+        one_lane = functools.partial(sums_of_squares_in_lanes, factor=1.0, lanes=1)
+        return squares_and_prescale(sums, one_lane, gradients, size)
     rescue = _rescue(gradients[0].dtype)
-    usual, enlarged, reduced = (
-        sums_of_squares_in_lanes(gradients, factor, lanes) for factor in (1.0, rescue, 1.0 / rescue)
-    )
+    usual = sums(gradients)
+    enlarged = sums_of_squares_in_lanes(gradients, rescue, lanes)
+    reduced = sums_of_squares_in_lanes(gradients, 1.0 / rescue, lanes)
     trusted, prescale = _trust(tf.reduce_sum(usual), size)
     rescued = tf.where(prescale == rescue, enlarged, reduced)
     return tf.where(trusted, usual, rescued), tf.where(trusted, tf.ones_like(prescale), prescale)

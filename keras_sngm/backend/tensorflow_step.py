@@ -36,7 +36,7 @@ class LocalStep:
     Called eagerly it is one function call; called while a graph is traced, it
     becomes part of that graph. Some variables may be left to TensorFlow's kernel
     for momentum. All others are updated together, with `jit_compile` by one XLA
-    program, a single pass over memory.
+    program without tensors of their size in between.
 
     Args:
         rule: the hyper-parameters to compile in.
@@ -102,7 +102,7 @@ class LocalStep:
             self._update = _function(self._update_together, jit_compile=True)
         stacks = sum(len(bundle.slots) > 1 for bundle in self._bundles)
         sums: norm.Sums = functools.partial(norm.sums_of_squares, stacks=stacks)
-        self._measure = functools.partial(norm.squares_and_prescale, sums)
+        self._measure = functools.partial(norm.squares_and_prescale, sums, sums)
         self._rescale_and_measure = functools.partial(norm.rescaled_and_squares, sums)
         if in_xla or with_norm:
             lanes = 1 if on_accelerator else norm.LANES_ON_CPUS
