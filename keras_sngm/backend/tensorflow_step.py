@@ -102,11 +102,11 @@ class LocalStep:
             self._update = _function(self._update_together, jit_compile=True)
         stacks = sum(len(bundle.slots) > 1 for bundle in self._bundles)
         sums: norm.Sums = functools.partial(norm.sums_of_squares, stacks=stacks)
-        self._measure = functools.partial(norm.squares_and_prescale, sums, sums)
+        in_lanes = (in_xla or with_norm) and not on_accelerator
+        self._measure = functools.partial(
+            norm.squares_and_prescale, norm.sums_of_squares_in_lanes if in_lanes else sums, sums
+        )
         self._rescale_and_measure = functools.partial(norm.rescaled_and_squares, sums)
-        if in_xla or with_norm:
-            lanes = 1 if on_accelerator else norm.LANES_ON_CPUS
-            self._measure = functools.partial(norm.squares_and_prescale_in_xla, lanes=lanes)
         self._run = _function(self._run_and_read)
 
     def __call__(self, gradients: Sequence[tf.Tensor | tf.IndexedSlices], moment: Moment) -> None:
