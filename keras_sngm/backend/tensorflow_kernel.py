@@ -19,7 +19,7 @@ from keras_sngm.update_rule import Coefficients, Normalization, Rule, changes_gr
 # In elements: up to where the kernel is quicker than XLA, and up to where copying
 # several gradients into one tensor is quicker than calling every operation for
 # each of them. Measured on two cores, see benchmarks/step_time.py.
-_LARGEST = 150_000
+_LARGEST = 65_536
 _LARGEST_STACKED = 4096
 
 
