@@ -34,8 +34,12 @@ in_graph = pytest.mark.parametrize("outer", [None, False], ids=["eager", "functi
 
 @pytest.fixture(autouse=True)
 def limits(monkeypatch):
-    """Of the shapes (), (3,), (4, 5), (2, 3, 4), (2, 2, 3, 2) the last goes to XLA."""
+    """Of the shapes (), (3,), (4, 5), (2, 3, 4), (2, 2, 3, 2) the last two go to XLA.
+
+    Where averages are kept, the third does so, too.
+    """
     monkeypatch.setattr(tensorflow_kernel, "_LARGEST", 23)
+    monkeypatch.setattr(tensorflow_kernel, "_LARGEST_AVERAGED", 19)
     monkeypatch.setattr(tensorflow_kernel, "_LARGEST_STACKED", 5)
 
 
@@ -59,6 +63,16 @@ def apply_to_some(optimizer, gradients, variables, positions):
 def test_the_kernel_is_called_where_it_is_quicker(kernel_calls, jit_compile, expected, outer):
     variables = variables_of(START)
     train(SNGM(jit_compile=jit_compile), variables, random_gradients(TWICE, 3), outer)
+    assert len(kernel_calls) == expected
+
+
+@in_graph
+@pytest.mark.parametrize("jit_compile, expected", [("auto", 4), (False, 10), (True, 0)])
+def test_fewer_variables_go_to_the_kernel_where_averages_are_kept(
+    kernel_calls, jit_compile, expected, outer
+):
+    optimizer = SNGM(use_ema=True, jit_compile=jit_compile)
+    train(optimizer, variables_of(START), random_gradients(TWICE, 3), outer)
     assert len(kernel_calls) == expected
 
 

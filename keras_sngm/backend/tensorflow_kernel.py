@@ -16,10 +16,12 @@ import tensorflow as tf
 from keras_sngm.backend.tensorflow_slot import Slot, arithmetic_dtype
 from keras_sngm.update_rule import Coefficients, Normalization, Rule, changes_gradient
 
-# In elements: up to where the kernel is quicker than XLA, and up to where copying
-# several gradients into one tensor is quicker than calling every operation for
-# each of them. Measured on two cores, see benchmarks/step_time.py.
-_LARGEST = 65_536
+# In elements: up to where the kernel is as quick as XLA, without an average and
+# with one, which XLA updates in the same pass; and up to where copying several
+# gradients into one tensor is quicker than calling every operation for each of
+# them. Measured on two cores, see benchmarks/step_time.py.
+_LARGEST = 150_000
+_LARGEST_AVERAGED = 16_384
 _LARGEST_STACKED = 4096
 
 
@@ -77,11 +79,9 @@ def chosen(rule: Rule, slots: Sequence[Slot], jit_compile: bool | str) -> list[b
     For slots on a CPU. With `jit_compile=False` wherever it can; with `"auto"` where it is quicker
     than XLA; never with `True`.
     """
-    by_size = not changes_gradient(rule)
-    largest = {True: 0, "auto": _LARGEST if by_size else math.inf, False: math.inf}[jit_compile]
     if len({arithmetic_dtype(slot.weight.dtype) for slot in slots}) > 1:
-        largest = 0
-    choice = [_suits(slot) and slot.size <= largest for slot in slots]
+        return [False] * len(slots)
+    choice = [_suits(slot) and slot.size <= _limit(rule, slot, jit_compile) for slot in slots]
     if jit_compile and changes_gradient(rule) and not all(choice):
         # Then XLA takes the norm, and there is one norm for all.
         return [False] * len(slots)
@@ -97,6 +97,15 @@ def bundled(slots: Sequence[Slot], positions: Sequence[int]) -> list[Bundle]:
         groups.setdefault(alike if slots[i].size <= _LARGEST_STACKED else i, []).append(i)
     bundles = [Bundle(tuple(group), tuple(slots[i] for i in group)) for group in groups.values()]
     return sorted(bundles, key=lambda bundle: len(bundle.slots) > 1)
+
+
+def _limit(rule: Rule, slot: Slot, jit_compile: bool | str) -> float:
+    """Up to how many elements a variable like this is left to the kernel."""
+    if jit_compile is True:
+        return 0
+    if jit_compile is False or changes_gradient(rule):
+        return math.inf
+    return _LARGEST if slot.average is None else _LARGEST_AVERAGED
 
 
 def _suits(slot: Slot) -> bool:

@@ -1,6 +1,7 @@
 """One SNGM step on the variables of one device."""
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -83,6 +84,8 @@ class LocalStep:
         self._bundles = kernel.bundled(slots, [k for k, chosen in enumerate(by_kernel) if chosen])
         self._order = [*together, *(k for bundle in self._bundles for k in bundle.positions)]
         self._together = len(together)
+        ends = itertools.accumulate((len(b.slots) for b in self._bundles), initial=len(together))
+        self._spans = list(itertools.starmap(slice, itertools.pairwise(ends)))
         self._slots = [slots[k] for k in self._order]
         self._positions = [[active[k]] for k in self._order]
 
@@ -130,13 +133,11 @@ class LocalStep:
     def _normalize_then_update(self, gradients: list[tf.Tensor], moment: Moment) -> Normalization:
         gradients, times = self._final_gradients(gradients)
         joined = gradients[: self._together]
-        start = self._together
-        for bundle in self._bundles:
-            joined.append(bundle.joined(gradients[start : start + len(bundle.slots)]))
-            start += len(bundle.slots)
+        for bundle, span in zip(self._bundles, self._spans, strict=True):
+            joined.append(bundle.joined(gradients[span]))
         joined, normalized = self._normalize(joined, times)
         if self._together or self._idle:
-            own = _part(normalized, 0, self._together)
+            own = _part(normalized, slice(self._together))
             self._update(joined[: self._together], own, moment)
         self._update_bundles(joined[self._together :], normalized, moment)
         return normalized
@@ -162,11 +163,9 @@ class LocalStep:
         self, joined: list[tf.Tensor], normalized: Normalization, moment: Moment
     ) -> None:
         by = self._coefficients(moment, normalized.finite)
-        start = self._together
-        for bundle, gradient in zip(self._bundles, joined, strict=True):
-            own = _part(normalized, start, len(bundle.slots))
+        for bundle, span, gradient in zip(self._bundles, self._spans, joined, strict=True):
+            own = _part(normalized, span)
             bundle.update(self._rule, by[gradient.dtype], own, gradient)
-            start += len(bundle.slots)
         for slot in self._slots[self._together :]:
             if slot.average is not None:
                 _average_as_it_is(slot, by, moment)
@@ -232,11 +231,11 @@ def _widest(tensors: Sequence[tf.Tensor]) -> tf.DType:
     return max((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.size)
 
 
-def _part(normalized: Normalization, start: int, count: int) -> Normalization:
-    """With the divisors of `count` variables alone, where there is one for each."""
+def _part(normalized: Normalization, span: slice) -> Normalization:
+    """With the divisors of some variables alone, where there is one for each."""
     if normalized.divisor.shape.rank == 0:
         return normalized
-    return normalized._replace(divisor=normalized.divisor[start : start + count])
+    return normalized._replace(divisor=normalized.divisor[span])
 
 
 def _average(slot: Slot, weight: tf.Tensor, by: Coefficients, moment: Moment) -> tf.Tensor:
