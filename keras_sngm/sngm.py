@@ -90,7 +90,7 @@ class SNGM(BackendOptimizer):
         jit_compile: `True`, `False` or `"auto"`. Whether the update is compiled
             with XLA, all variables in one program, under a distribution strategy
             and in eager loops, too. `"auto"` does so where XLA is supported and
-            pays: on CPUs float32 and float64 variables of up to 150,000 elements
+            pays: on CPUs float32 and float64 variables of up to 300,000 elements
             (16,384 with `use_ema`) are left to TensorFlow's kernel for momentum,
             which is as quick there and needs no compilation; with coupled weight
             decay or `clipvalue` larger ones, too. Defaults to `"auto"`.

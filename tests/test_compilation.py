@@ -28,7 +28,7 @@ def step(optimizer, variables, seed, shapes=SHAPES):
 
 
 SMALL = [(3,), (4, 5)]
-LARGE = [*SMALL, (400, 400)]
+LARGE = [*SMALL, (600, 600)]
 compiled_programs = pytest.mark.parametrize(
     "jit_compile, shapes, expected",
     [
@@ -119,7 +119,7 @@ from tensorflow.python.eager import context
 from keras_sngm import SNGM
 tf.config.experimental.enable_op_determinism()
 tf.keras.utils.set_random_seed(0)
-variable = tf.Variable(tf.ones([400, 400]))
+variable = tf.Variable(tf.ones([600, 600]))
 SNGM().apply([variable], [variable])
 names = context.context().list_function_names()
 assert names

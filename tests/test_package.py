@@ -34,6 +34,7 @@ ALLOWED = {
     "backend/tensorflow_checks": {"keras_sngm.backend.tensorflow_replicas"},
     "backend/tensorflow_kernel": {"keras_sngm.backend.tensorflow_slot", "keras_sngm.update_rule"},
     "backend/tensorflow_norm": {"keras_sngm"},
+    "backend/tensorflow_order": set(),
     "backend/tensorflow_replicas": set(),
     "backend/tensorflow_slot": set(),
     "backend/tensorflow_step": {

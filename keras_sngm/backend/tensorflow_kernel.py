@@ -20,7 +20,7 @@ from keras_sngm.update_rule import Coefficients, Normalization, Rule, changes_gr
 # with one, which XLA updates in the same pass; and up to where copying several
 # gradients into one tensor is quicker than calling every operation for each of
 # them. Measured on two cores, see benchmarks/step_time.py.
-_LARGEST = 150_000
+_LARGEST = 300_000
 _LARGEST_AVERAGED = 16_384
 _LARGEST_STACKED = 4096
 

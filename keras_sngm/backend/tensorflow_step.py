@@ -10,6 +10,7 @@ import tensorflow as tf
 from keras_sngm import update_rule
 from keras_sngm.backend import tensorflow_kernel as kernel
 from keras_sngm.backend import tensorflow_norm as norm
+from keras_sngm.backend import tensorflow_order as order
 from keras_sngm.backend.tensorflow_slot import Slot, arithmetic_dtype, for_arithmetic
 from keras_sngm.update_rule import Coefficients, Normalization, Rule
 
@@ -99,6 +100,9 @@ class LocalStep:
         on_accelerator = _is_accelerator(self.device)
         with_norm = on_accelerator or update_rule.changes_gradient(self._rule)
         with_norm = with_norm and jit_compile and not self._bundles
+        sizes = [slot.size for slot in self._slots[: self._together]]
+        in_turn = jit_compile and not in_xla and not on_accelerator
+        self._portions = order.portions(sizes) if in_turn else [slice(self._together)]
         if with_norm:
             self._normalize_and_update = _function(self._normalize_then_update, jit_compile=True)
         elif jit_compile:
@@ -211,20 +215,35 @@ class LocalStep:
     ) -> None:
         by = self._coefficients(moment, normalized.finite)
         directions = update_rule.directions(normalized, gradients)
-        for slot, direction in zip(self._slots[: self._together], directions, strict=True):
-            weight, momentum = update_rule.descend(
-                self._rule,
-                by[direction.dtype],
-                for_arithmetic(slot.weight),
-                None if slot.momentum is None else for_arithmetic(slot.momentum),
-                direction,
-                slot.decays,
-            )
-            if slot.momentum is not None:
-                _assign(slot.momentum, momentum)
-            _assign(slot.weight, _average(slot, weight, by[direction.dtype], moment))
+        done: list[tf.Tensor] = []
+        for portion in self._portions:
+            now = {
+                dtype: own._replace(momentum=order.in_turn(own.momentum, done))
+                for dtype, own in by.items()
+            }
+            weights = [
+                self._update_one(slot, direction, now[direction.dtype], moment)
+                for slot, direction in zip(self._slots[portion], directions[portion], strict=True)
+            ]
+            done.extend(weights[-1:])
         for slot in self._idle:
             _average_as_it_is(slot, by, moment)
+
+    def _update_one(
+        self, slot: Slot, direction: tf.Tensor, by: Coefficients, moment: Moment
+    ) -> tf.Tensor:
+        """Returns the new weight."""
+        weight, momentum = update_rule.descend(
+            self._rule,
+            by,
+            for_arithmetic(slot.weight),
+            None if slot.momentum is None else for_arithmetic(slot.momentum),
+            direction,
+            slot.decays,
+        )
+        if slot.momentum is not None:
+            _assign(slot.momentum, momentum)
+        return _assign(slot.weight, _average(slot, weight, by, moment))
 
 
 def _widest(tensors: Sequence[tf.Tensor]) -> tf.DType:
@@ -275,5 +294,7 @@ def _is_accelerator(device: str) -> bool:
     return tf.DeviceSpec.from_string(device).device_type not in (None, "CPU")
 
 
-def _assign(variable: tf.Variable, value: tf.Tensor) -> None:
-    variable.assign(tf.cast(value, variable.dtype))
+def _assign(variable: tf.Variable, value: tf.Tensor) -> tf.Tensor:
+    value = tf.cast(value, variable.dtype)
+    variable.assign(value)
+    return value
