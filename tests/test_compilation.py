@@ -148,7 +148,7 @@ import tensorflow as tf
 from keras_sngm import SNGM
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-for size in (1, 90_000):
+for size in (1, 360_000):
     variables = []
     for device in ("CPU:0", "CPU:1"):
         with tf.device(device):
