@@ -18,7 +18,7 @@ from problems import (
 )
 from reference import ReferenceSNGM
 
-# Below and above the size that is added up in 16 lanes, with and without a rest.
+# Below and above the sizes that are added up in 16 lanes, with and without a rest.
 SIZES = [(), (1,), (4095,), (4096,), (4111,), (129, 33)]
 RANGES = [("float32", 10.0**k) for k in (-35, -20, -15, 0, 15, 20, 35)]
 RANGES += [("float64", 10.0**k) for k in (-300, -150, 0, 150, 300)]
@@ -44,10 +44,12 @@ def test_squares_of_any_magnitude(dtype, scale):
     tensors = [tf.constant(array, dtype) for array in arrays]
     size = sum(array.size for array in arrays)
     by_kernel = functools.partial(tensorflow_norm.sums_of_squares, stacks=0)
+    in_lanes = tensorflow_norm.sums_of_squares_in_lanes
+    rarely = functools.partial(in_lanes, least_size=4100)
     prescales = []
-    for sums, in_xla in ((by_kernel, False), (tensorflow_norm.sums_of_squares_in_lanes, True)):
+    for usual, rare, in_xla in ((by_kernel, by_kernel, False), (in_lanes, rarely, True)):
         measure = tf.function(
-            functools.partial(tensorflow_norm.squares_and_prescale, sums, by_kernel, size=size),
+            functools.partial(tensorflow_norm.squares_and_prescale, usual, rare, size=size),
             jit_compile=in_xla,
         )
         squares, prescale = measure(tensors)

@@ -11,8 +11,9 @@ from keras_sngm import update_rule
 
 Sums = Callable[[Sequence[tf.Tensor]], tf.Tensor]
 
+LEAST_SIZE_IF_RARE = 1_000_000
 _LANES = 16
-_LEAST_SIZE_FOR_LANES = 4096
+_LEAST_SIZE = 4096
 
 
 def sums_of_squares(tensors: Sequence[tf.Tensor], stacks: int) -> tf.Tensor:
@@ -29,20 +30,33 @@ def sums_of_squares(tensors: Sequence[tf.Tensor], stacks: int) -> tf.Tensor:
     return tf.concat(sums, 0) if len(sums) > 1 else sums[0]
 
 
-def sums_of_squares_in_lanes(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+def sums_of_squares_in_lanes(
+    tensors: Sequence[tf.Tensor], least_size: int = _LEAST_SIZE
+) -> tf.Tensor:
     """One sum per tensor, for XLA on CPUs.
 
     There XLA reduces a tensor to a number on one core and without vector
     instructions, at a fifteenth of the memory's speed. Adding up slices of the
     tensor first is elementwise work, which it does well.
+
+    Args:
+        tensors: one per variable.
+        least_size: smaller tensors are left to XLA's reduction, which is quicker to
+            compile. If their elements are computed first, it keeps them in memory.
     """
-    return tf.stack([_sum_of_squares_in_lanes(tf.reshape(tensor, [-1])) for tensor in tensors])
+    vectors = [tf.reshape(tensor, [-1]) for tensor in tensors]
+    return tf.stack(
+        [
+            tf.reduce_sum(tf.square(vector))
+            if vector.shape[0] < least_size
+            else _sum_of_squares_in_lanes(vector)
+            for vector in vectors
+        ]
+    )
 
 
 def _sum_of_squares_in_lanes(vector: tf.Tensor) -> tf.Tensor:
     size = vector.shape[0]
-    if size < _LEAST_SIZE_FOR_LANES:
-        return tf.reduce_sum(tf.square(vector))
     length = size // _LANES
     lanes = [tf.square(vector[i * length : (i + 1) * length]) for i in range(_LANES)]
     rest = tf.reduce_sum(tf.square(vector[_LANES * length :]))

@@ -109,10 +109,11 @@ class LocalStep:
             self._update = _function(self._update_together, jit_compile=True)
         stacks = sum(len(bundle.slots) > 1 for bundle in self._bundles)
         sums: norm.Sums = functools.partial(norm.sums_of_squares, stacks=stacks)
-        in_lanes = (in_xla or with_norm) and not on_accelerator
-        self._measure = functools.partial(
-            norm.squares_and_prescale, norm.sums_of_squares_in_lanes if in_lanes else sums, sums
-        )
+        usual, rare = sums, sums
+        if (in_xla or with_norm) and not on_accelerator:
+            usual = norm.sums_of_squares_in_lanes
+            rare = functools.partial(usual, least_size=norm.LEAST_SIZE_IF_RARE)
+        self._measure = functools.partial(norm.squares_and_prescale, usual, rare)
         self._rescale_and_measure = functools.partial(norm.rescaled_and_squares, sums)
         self._run = _function(self._run_and_read)
 
