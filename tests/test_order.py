@@ -105,7 +105,7 @@ SNGM().apply([variable + 1.0 for variable in variables], variables)
     )
     (path,) = tmp_path.glob("*after_optimizations.txt")
     entry = path.read_text().split("ENTRY")[1]
-    loops = re.findall(r"= f32\[1000,(\d+)\]\S* fusion", entry)
+    loops = re.findall(r"= f32\[1000,(\d+)\]\S* (?:fusion|call)\(", entry)
     assert len(loops) == 2 * len(shapes)
     for i in range(len(shapes) - 2):
         weight_is_updated = loops.index(str(1000 + i), loops.index(str(1000 + i)) + 1)
