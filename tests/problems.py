@@ -21,6 +21,11 @@ def random_gradients(shapes=SHAPES, steps=STEPS, seed=1, scale=1.0):
     return [random_arrays(shapes, seed + 1000 * step, scale) for step in range(1, steps + 1)]
 
 
+TWICE = SHAPES * 2
+# Start values for which a relative error means something.
+FAR_FROM_ZERO = [4.0 + array for array in random_arrays(TWICE)]
+
+
 def variables_of(arrays, dtypes="float32"):
     dtypes = [dtypes] * len(arrays) if isinstance(dtypes, str) else dtypes
     return [

@@ -12,10 +12,11 @@ import tensorflow as tf
 from keras_sngm import SNGM
 from keras_sngm.backend import tensorflow_kernel
 from problems import (
+    FAR_FROM_ZERO,
     SHAPES,
+    TWICE,
     assert_close,
     assert_follows_the_reference,
-    random_arrays,
     random_gradients,
     tensors_of,
     train,
@@ -24,9 +25,6 @@ from problems import (
 )
 from reference import ReferenceSNGM
 
-TWICE = SHAPES * 2
-# Far from zero, where a relative error means something.
-START = [4.0 + array for array in random_arrays(TWICE)]
 COUPLED = {"weight_decay": 0.05, "decoupled_weight_decay": False}
 in_mode = pytest.mark.parametrize("jit_compile", ["auto", False])
 in_graph = pytest.mark.parametrize("outer", [None, False], ids=["eager", "function"])
@@ -61,7 +59,7 @@ def apply_to_some(optimizer, gradients, variables, positions):
 @in_graph
 @pytest.mark.parametrize("jit_compile, expected", [("auto", 6), (False, 10), (True, 0)])
 def test_the_kernel_is_called_where_it_is_quicker(kernel_calls, jit_compile, expected, outer):
-    variables = variables_of(START)
+    variables = variables_of(FAR_FROM_ZERO)
     train(SNGM(jit_compile=jit_compile), variables, random_gradients(TWICE, 3), outer)
     assert len(kernel_calls) == expected
 
@@ -72,20 +70,20 @@ def test_fewer_variables_go_to_the_kernel_where_averages_are_kept(
     kernel_calls, jit_compile, expected, outer
 ):
     optimizer = SNGM(use_ema=True, jit_compile=jit_compile)
-    train(optimizer, variables_of(START), random_gradients(TWICE, 3), outer)
+    train(optimizer, variables_of(FAR_FROM_ZERO), random_gradients(TWICE, 3), outer)
     assert len(kernel_calls) == expected
 
 
 @in_graph
 @pytest.mark.parametrize("options", [{"clipvalue": 0.3}, COUPLED], ids=str)
 def test_the_kernel_is_called_for_all_gradients_that_are_changed(kernel_calls, outer, options):
-    train(SNGM(**options), variables_of(START), random_gradients(TWICE, 2), outer)
+    train(SNGM(**options), variables_of(FAR_FROM_ZERO), random_gradients(TWICE, 2), outer)
     assert len(kernel_calls) == 10
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_the_kernel_is_not_called_where_it_would_be_imprecise(kernel_calls, dtype):
-    train(SNGM(), variables_of(START, dtype), random_gradients(TWICE, 2))
+    train(SNGM(), variables_of(FAR_FROM_ZERO, dtype), random_gradients(TWICE, 2))
     assert not kernel_calls
 
 
@@ -109,7 +107,7 @@ def test_the_kernel_is_not_called_where_it_would_be_imprecise(kernel_calls, dtyp
 )
 def test_both_ways_agree_with_the_reference(jit_compile, outer, options):
     gradients = random_gradients(TWICE, 12)
-    assert_follows_the_reference(START, gradients, outer, jit_compile, **options)
+    assert_follows_the_reference(FAR_FROM_ZERO, gradients, outer, jit_compile, **options)
 
 
 @in_mode
@@ -120,7 +118,7 @@ def test_averages_are_the_same_both_ways(jit_compile, outer, frequency):
     options = {"use_ema": True, "ema_momentum": 0.8, "ema_overwrite_frequency": frequency}
     trained = []
     for compiled in (jit_compile, True):
-        variables = variables_of(START)
+        variables = variables_of(FAR_FROM_ZERO)
         optimizer = SNGM(0.1, weight_decay=0.05, jit_compile=compiled, **options)
         *first, last = random_gradients(TWICE, 5)
         train(optimizer, variables, first, outer)
@@ -139,7 +137,7 @@ def test_averages_are_the_same_both_ways(jit_compile, outer, frequency):
 def test_small_variables_alone_need_no_xla(kernel_calls, outer, options):
     gradients = random_gradients(SHAPES[1:3] * 2, 12)
     options = {**COUPLED, **options}
-    assert_follows_the_reference(START[1:3] * 2, gradients, outer, **options)
+    assert_follows_the_reference(FAR_FROM_ZERO[1:3] * 2, gradients, outer, **options)
     assert len(kernel_calls) == 4
 
 
@@ -149,7 +147,7 @@ def test_small_variables_alone_need_no_xla(kernel_calls, outer, options):
 @pytest.mark.parametrize("options", [{}, {"clipnorm": 1e3}], ids=str)
 def test_gradients_of_any_magnitude_are_normalized(jit_compile, outer, scale, options):
     gradients = random_gradients(TWICE, 3, scale=scale)
-    assert_follows_the_reference(START, gradients, outer, jit_compile, **options)
+    assert_follows_the_reference(FAR_FROM_ZERO, gradients, outer, jit_compile, **options)
 
 
 @pytest.mark.parametrize("jit_compile", ["auto", True, False])
@@ -170,7 +168,7 @@ def test_a_norm_beyond_float32_is_divided_by(jit_compile):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("where", [0, 4, 6])
 def test_a_non_finite_gradient_skips_the_step(jit_compile, outer, bad, where):
-    variables = variables_of(START)
+    variables = variables_of(FAR_FROM_ZERO)
     optimizer = SNGM(0.1, jit_compile=jit_compile)
     first, poisoned, third = random_gradients(TWICE, 3)
     poisoned[where] = np.full_like(poisoned[where], bad)
@@ -181,7 +179,7 @@ def test_a_non_finite_gradient_skips_the_step(jit_compile, outer, bad, where):
         np.testing.assert_array_equal(now, then)
     train(optimizer, variables, [third], outer)
 
-    reference = ReferenceSNGM(START)
+    reference = ReferenceSNGM(FAR_FROM_ZERO)
     for gradient in (first, third):
         reference.step(gradient, 0.1)
     assert_close(variables, reference.w, 1e-5)
@@ -191,12 +189,12 @@ def test_a_non_finite_gradient_skips_the_step(jit_compile, outer, bad, where):
 @in_mode
 @in_graph
 def test_momentum_coasts_on_a_zero_gradient(jit_compile, outer):
-    gradients = [*random_gradients(TWICE, 1), [np.zeros_like(a) for a in START]]
-    assert_follows_the_reference(START, gradients, outer, jit_compile)
+    gradients = [*random_gradients(TWICE, 1), [np.zeros_like(a) for a in FAR_FROM_ZERO]]
+    assert_follows_the_reference(FAR_FROM_ZERO, gradients, outer, jit_compile)
 
 
 def test_norms_are_in_the_order_of_the_variables():
-    variables = variables_of(START)
+    variables = variables_of(FAR_FROM_ZERO)
     optimizer = SNGM()
     optimizer.build(variables)
     (gradients,) = random_gradients(TWICE, 1)
@@ -208,11 +206,11 @@ def test_norms_are_in_the_order_of_the_variables():
 
 def test_a_gradient_that_is_its_own_variable():
     """The kernel writes to a buffer that the gradient is read from."""
-    variables = variables_of(START)
+    variables = variables_of(FAR_FROM_ZERO)
     optimizer = SNGM(0.1)
     optimizer.build(variables)
     step = tf.function(lambda: optimizer.apply([v.value for v in variables], variables))
-    reference = ReferenceSNGM(START)
+    reference = ReferenceSNGM(FAR_FROM_ZERO)
     for _ in range(5):
         step()
         reference.step([w.copy() for w in reference.w], 0.1)

@@ -59,6 +59,20 @@ def test_squares_of_any_magnitude(dtype, scale):
     assert prescales[0] == prescales[1]
 
 
+@pytest.mark.parametrize("size", [50, 5000])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_no_magnitude_hides_what_is_not_finite(size, scale, bad):
+    vector = np.full(size, scale, "float32")
+    vector[size - 7] = bad
+    in_lanes = tensorflow_norm.sums_of_squares_in_lanes
+    squares, _ = tf.function(
+        lambda vector: tensorflow_norm.squares_and_prescale(in_lanes, in_lanes, [vector], size),
+        jit_compile=True,
+    )(vector)
+    assert not np.isfinite(squares)
+
+
 def test_rows_of_a_stack_are_variables():
     arrays = random_arrays([(7,), (2, 3, 4)])
     stack = tf.constant(np.stack(random_arrays([(3, 2)] * 4)), "float32")

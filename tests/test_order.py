@@ -10,7 +10,8 @@ import tensorflow as tf
 from keras_sngm import SNGM
 from keras_sngm.backend import tensorflow_order
 from problems import (
-    SHAPES,
+    FAR_FROM_ZERO,
+    TWICE,
     assert_follows_the_reference,
     random_arrays,
     random_gradients,
@@ -19,9 +20,6 @@ from problems import (
     variables_of,
 )
 from processes import run_python
-
-TWICE = SHAPES * 2
-START = [4.0 + array for array in random_arrays(TWICE)]
 
 
 @pytest.fixture(autouse=True)
@@ -48,14 +46,14 @@ def test_portions_are_all_there_is(sizes):
 )
 def test_a_step_in_portions_agrees_with_the_reference(options):
     gradients = random_gradients(TWICE, 12)
-    assert_follows_the_reference(START, gradients, None, jit_compile=True, **options)
+    assert_follows_the_reference(FAR_FROM_ZERO, gradients, None, jit_compile=True, **options)
 
 
 @pytest.mark.parametrize("use_ema", [False, True])
 def test_mixed_dtypes_are_updated_in_portions(monkeypatch, use_ema):
     def trained():
         dtypes = ["float32", "float64", "bfloat16", "float16", "float32"] * 2
-        variables = variables_of(START, dtypes)
+        variables = variables_of(FAR_FROM_ZERO, dtypes)
         optimizer = SNGM(0.1, use_ema=use_ema, jit_compile=True)
         train(optimizer, variables, random_gradients(TWICE, 5))
         return values_of(variables) + values_of(optimizer.momentums)
@@ -69,9 +67,9 @@ def test_mixed_dtypes_are_updated_in_portions(monkeypatch, use_ema):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 0.0, -0.0])
 def test_what_a_portion_waits_for_may_be_any_number(value):
     """Were it used, a weight that is not finite would spoil the weights after it."""
-    start = [np.full_like(array, value) for array in START[:5]] + START[5:]
+    start = [np.full_like(array, value) for array in FAR_FROM_ZERO[:5]] + FAR_FROM_ZERO[5:]
     variables = variables_of(start)
-    others = variables_of(START[:5]) + variables_of(START[5:])
+    others = variables_of(FAR_FROM_ZERO)
     for each in (variables, others):
         train(SNGM(0.1, jit_compile=True), each, random_gradients(TWICE, 3))
     for variable, expected in zip(variables[5:], others[5:], strict=True):

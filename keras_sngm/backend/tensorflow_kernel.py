@@ -76,8 +76,8 @@ class Bundle(NamedTuple):
 def chosen(rule: Rule, slots: Sequence[Slot], jit_compile: bool | str) -> list[bool]:
     """For each slot, whether the kernel is to update it.
 
-    For slots on a CPU. With `jit_compile=False` wherever it can; with `"auto"` where it is quicker
-    than XLA; never with `True`.
+    For slots on a CPU. With `jit_compile=False` wherever it can; with `"auto"` where it is as quick
+    as XLA; never with `True`.
     """
     if len({arithmetic_dtype(slot.weight.dtype) for slot in slots}) > 1:
         return [False] * len(slots)

@@ -19,10 +19,12 @@ _AT_ONCE = 2
 
 def portions(sizes: Sequence[int]) -> list[slice]:
     """Cuts a row of variables of these sizes as soon as a portion is large enough."""
-    ends = [0]
-    for i in range(len(sizes)):
-        if sum(sizes[ends[-1] : i + 1]) >= _PORTION or i + 1 == len(sizes):
-            ends.append(i + 1)
+    ends, total = [0], 0
+    for end, size in enumerate(sizes, start=1):
+        total += size
+        if total >= _PORTION or end == len(sizes):
+            ends.append(end)
+            total = 0
     return [slice(*pair) for pair in itertools.pairwise(ends)]
 
 

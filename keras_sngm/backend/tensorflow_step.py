@@ -198,6 +198,7 @@ class LocalStep:
         return gradients, normalized._replace(prescale=pending)
 
     def _coefficients(self, moment: Moment, taken: tf.Tensor) -> dict[tf.DType, Coefficients]:
+        dtypes = {arithmetic_dtype(slot.weight.dtype) for slot in [*self._slots, *self._idle]}
         return {
             dtype: update_rule.coefficients(
                 self._rule,
@@ -205,7 +206,7 @@ class LocalStep:
                 moment.first_average,
                 taken,
             )
-            for dtype in (tf.float32, tf.float64)
+            for dtype in dtypes
         }
 
     def _update_together(
