@@ -1,40 +1,94 @@
 """Callbacks that show what the optimizer measured."""
 
+import os
+import pathlib
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import keras
-import numpy as np
-from keras import ops
+
+from keras_sngm.backend import attach, detach
+from keras_sngm.logged_values import DESCRIPTIONS, LoggedValues
+from keras_sngm.measurements import Plan
+from keras_sngm.recording import Fault, Recording
+from keras_sngm.sinks import SUFFIXES, FileSink, Sink, TensorBoardSink, tensorboard_parts
+from keras_sngm.variable_groups import check_per_variable
+
+_MOST_UPDATES = 1024
+_MOST_NUMBERS = 2**21
+"""On the device. Fewer updates are kept there if each has many numbers."""
 
 
 class GradientNormLogger(keras.callbacks.Callback):
-    """Logs the norm of the gradient that `SNGM` divides by.
+    r"""Logs the norm of the gradient, and what else there is to know of a training step.
 
-    The norm is that of the whole gradient over all trainable variables, as it
-    was normalized: summed over replicas, after coupled weight decay and after
-    clipping. The optimizer has computed it anyway, so there is no second
-    backward pass, and since norms are fetched once an epoch, training never
-    waits for one.
+    Works with `SNGM` and with any other Keras optimizer, so that they can be compared,
+    also inside of a `LossScaleOptimizer` or a `MultiOptimizer`. `grad_norm` is the
+    Euclidean norm of the whole gradient of an update over all trainable variables,
+    summed over replicas and averaged over accumulated micro-batches:
 
-    Adds to `logs`, for `History`, the progress bar, `CSVLogger`, `TensorBoard`
-    and any other callback:
+    - with `SNGM`, as it was normalized: after coupled weight decay and clipping. The
+      optimizer has computed it anyway.
+    - with other optimizers, before clipping and whatever else they do with it. Here it
+      costs one more pass over the gradient in every step, and under a distribution
+      strategy one more all-reduce.
 
-    - each batch: `grad_norm`, a scalar tensor on the device of the optimizer.
-    - each epoch: `grad_norm`, the mean over the epoch's batches, and
-      `grad_norm_max`, the largest, both floats. A batch whose gradient was not
-      finite, and whose step was therefore skipped, makes them NaN or infinite.
+    What is measured stays on the device. Once a second a thread of its own fetches it,
+    so that training does not wait for it inside an epoch. Every update counts, also
+    those inside of `steps_per_execution`. A step that a `LossScaleOptimizer` leaves out
+    is no update.
 
-    With `steps_per_execution=n`, only every n-th batch is seen.
+    Keys, where `<path>` is a variable's or a group's, see `per_variable`:
+
+    | key | what | epoch `logs` | `log_dir`, `filename` |
+    |---|---|---|---|
+    | `grad_norm` | see above | mean | each |
+    | `grad_norm_max`, `grad_norm_min` | | extremes | |
+    | `grad_norm/<path>` | of the variables under `<path>` | mean | each |
+    | `gradient_noise_scale` | if `SNGM` measures it | last | each |
+    | `update_ratio` | norm(dw) / norm(w), w before the step | mean | each |
+    | `update_norm` | norm(dw) | mean | each |
+    | `weight_norm` | norm(w) before the step | mean | each |
+    | `momentum_norm` | norm(u) after the step, `SNGM` only | mean | each |
+    | `momentum_cosine` | cosine of u and g / norm(g), `SNGM` only | mean | each |
+    | `update_ratio/<path>`, ... | the same five | | each |
+    | `gradients/<path>`, `momenta/<path>` | histograms | | TensorBoard |
+
+    "Each" means every `log_every` updates, against `optimizer.iterations`, which goes
+    on counting when training is resumed. `logs` of batches hold `grad_norm` of the
+    newest update, a tensor on the device. A gradient that is not finite makes means
+    and extremes NaN or infinite.
 
     Args:
-        log_dir: Directory for TensorBoard, or `None`. If set, the scalar
-            `grad_norm` is written there for every batch, against
-            `optimizer.iterations`, at the end of each epoch. Needs the package
-            `tensorboard`.
+        log_dir: Directory for TensorBoard, or `None`. Needs the package `tensorboard`.
+        filename: File for the same scalars, or `None`: CSV if it ends in `.csv`, one
+            JSON object per line if it ends in `.jsonl`.
+        log_every: Integer. Every how many updates `log_dir` and `filename` get values.
+        per_variable: Boolean, integer or function. `True` adds keys for each trainable
+            variable, a function `variable -> bool` for those it is true for. An
+            integer adds them for groups of variables whose paths begin with the same so
+            many parts, so that `1` or `2` gives one key per block of a deep model.
+        update_ratio: Boolean. Whether to measure how far the weights move. Done at every
+            `log_every`-th update alone, where it takes some passes over the weights. A
+            copy of the weights is kept for it.
+        histogram_every: Integer or `None`. Every how many updates `log_dir` gets
+            histograms of 30 intervals of each variable's gradient, as it was
+            normalized, and with `SNGM` of its momentum. Those of all variables, or of
+            those that the function `per_variable` is true for. Keeps the same copy.
+        on_nonfinite: `"warn"`, `"stop"` or `"ignore"`: what to do about the first
+            gradient with NaN or infinity in it. `"warn"` says in which step it was and
+            in which variables, and goes on. `"stop"` takes no step any more, with any
+            optimizer, ends training within about a second, and says so; trainable and
+            other weights are as they were after the last step before.
+        append: Boolean. Whether to go on with `filename` if it exists, rather than
+            overwrite it. A second `fit` with the same logger always does.
 
     Raises:
         ImportError: if `log_dir` is set and `tensorboard` is not installed.
-        ValueError: when training begins, if the model's optimizer is not `SNGM`.
+        ValueError: if an argument is out of its range; when training begins, if the
+            model has no optimizer or `filename` has other columns.
+        OSError: when training begins, if `log_dir` or `filename` cannot be written.
 
     Example:
 
@@ -47,97 +101,155 @@ class GradientNormLogger(keras.callbacks.Callback):
     ...     np.ones((8, 2)), np.ones((8, 1)), callbacks=[GradientNormLogger()], verbose=0
     ... )
     >>> sorted(history.history)
-    ['grad_norm', 'grad_norm_max', 'loss']
+    ['grad_norm', 'grad_norm_max', 'grad_norm_min', 'loss']
     """
 
-    def __init__(self, log_dir: str | None = None) -> None:
+    async_safe = True
+    """For Keras: otherwise it would wait for the loss after every batch."""
+
+    def __init__(
+        self,
+        log_dir: str | os.PathLike | None = None,
+        filename: str | os.PathLike | None = None,
+        log_every: int = 1,
+        per_variable: bool | int | Callable[[Any], bool] = False,
+        update_ratio: bool = False,
+        histogram_every: int | None = None,
+        on_nonfinite: str = "warn",
+        append: bool = False,
+    ) -> None:
         super().__init__()
+        _check_count("log_every", log_every)
+        check_per_variable(per_variable)
+        if histogram_every is not None:
+            _check_count("histogram_every", histogram_every)
+            if log_dir is None:
+                raise ValueError(
+                    "`histogram_every` needs `log_dir`, where histograms are written to. "
+                    f"Received: histogram_every={histogram_every}, log_dir=None"
+                )
+        if on_nonfinite not in ("warn", "stop", "ignore"):
+            raise ValueError(
+                '`on_nonfinite` must be "warn", "stop" or "ignore". '
+                f"Received: on_nonfinite={on_nonfinite}"
+            )
+        if filename is not None and pathlib.Path(filename).suffix not in SUFFIXES:
+            raise ValueError(
+                f"`filename` must end in {' or '.join(SUFFIXES)}. Received: filename={filename}"
+            )
         if log_dir is not None:
-            _tensorboard()
-        self.log_dir = log_dir
-        self._writer: Any = None
-        self._norms = _DeviceSeries()
-        self._steps = _DeviceSeries()
+            tensorboard_parts()
+        self.log_dir = None if log_dir is None else str(log_dir)
+        self.filename = None if filename is None else str(filename)
+        self.log_every = log_every
+        self.per_variable = per_variable
+        self.update_ratio = update_ratio
+        self.histogram_every = histogram_every
+        self.on_nonfinite = on_nonfinite
+        self.append = append
+        self._recorders: list[Any] = []
+        self._recording: Recording | None = None
+        self._told = False
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        if not hasattr(self._optimizer(), "gradient_norm"):
+        self._close()  # an earlier `fit` may have been interrupted
+        if not isinstance(self.model.optimizer, keras.optimizers.Optimizer):
             raise ValueError(
-                "`GradientNormLogger` needs a model compiled with the optimizer "
-                f"`keras_sngm.SNGM`. Received: model.optimizer={self.model.optimizer}"
+                "`GradientNormLogger` needs a model compiled with a Keras optimizer. "
+                f"Received: model.optimizer={self.model.optimizer}"
             )
-        if self.log_dir is not None:
-            self._writer = _tensorboard().Writer(str(self.log_dir))
+        if not self.model.optimizer.built:
+            self.model.optimizer.build(self.model.trainable_variables)
+        self._recorders = attach(self.model, self._plan())
+        values = LoggedValues(self._recorders, self.per_variable)
+        try:
+            sinks = self._sinks(values)
+        except Exception:
+            self._detach()
+            raise
+        self._told = False
+        self._recording = Recording(self.model, self._recorders, values, sinks, self.log_every)
 
-    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        # An epoch that was interrupted may have left some behind.
-        self._norms, self._steps = _DeviceSeries(), _DeviceSeries()
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        # Keras calls this one in the training thread and before the step, unlike
+        # `on_train_batch_end`: so no update is overwritten before it was seen.
+        self._recording.before_updates(self.model.steps_per_execution)
+        self._tell()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        optimizer = self._optimizer()
-        # A copy: the variable itself will be overwritten by the next step.
-        norm = ops.copy(optimizer.gradient_norm)
-        self._norms.append(norm)
-        if self._writer is not None:
-            self._steps.append(ops.copy(optimizer.iterations))
         if logs is not None:
-            logs["grad_norm"] = norm
+            logs["grad_norm"] = _latest_norm(self._recorders)
+
+    def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
+        if self._recording is not None and self.on_nonfinite == "stop":
+            self._recording.wait()
+            self._recording.restore()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        norms = self._norms.fetch()
-        if not norms.size:
-            return
+        values = self._recording.end_epoch()
+        self._recording.restore()
+        self._tell()
         if logs is not None:
-            logs["grad_norm"] = float(np.mean(norms, dtype="float64"))
-            logs["grad_norm_max"] = float(np.max(norms))
-        if self._writer is not None:
-            for step, norm in zip(self._steps.fetch(), norms, strict=True):
-                self._writer.add_scalar("grad_norm", norm, int(step))
-            self._writer.flush()
+            logs.update(values)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        self._close()
 
-    def _optimizer(self) -> Any:
-        optimizer = self.model.optimizer
-        # Keras wraps the optimizer in a LossScaleOptimizer under mixed_float16.
-        return getattr(optimizer, "inner_optimizer", optimizer)
+    def _plan(self) -> Plan:
+        count = len(self.model.trainable_variables)
+        details_every = self.log_every if self.update_ratio else None
+        numbers = 4.0 + count * bool(self.per_variable)
+        numbers += 5 * count / (details_every or float("inf"))
+        numbers += 64 * count / (self.histogram_every or float("inf"))
+        return Plan(
+            per_variable=bool(self.per_variable),
+            details_every=details_every,
+            histogram_every=self.histogram_every,
+            stops=self.on_nonfinite == "stop",
+            updates=max(
+                2 * self.model.steps_per_execution, min(_MOST_UPDATES, int(_MOST_NUMBERS / numbers))
+            ),
+        )
+
+    def _sinks(self, values: LoggedValues) -> list[Sink]:
+        sinks: list[Sink] = []
+        if self.log_dir is not None:
+            sinks.append(TensorBoardSink(self.log_dir, DESCRIPTIONS))
+        if self.filename is not None:
+            sinks.append(FileSink(self.filename, values.columns(), self.append))
+            self.append = True
+        return sinks
+
+    def _tell(self) -> None:
+        fault = self._recording.fault
+        if fault is not None and not self._told and self.on_nonfinite != "ignore":
+            self._told = True
+            warnings.warn(self._message(fault), stacklevel=2)
+
+    def _message(self, fault: Fault) -> str:
+        message = f"The gradient of step {fault.step} is not finite. Variables: "
+        message += ", ".join(fault.variables) or "none by itself, their sum of squares overflows"
+        if self.on_nonfinite == "stop":
+            return f"{message}. Training stops; the model is as it was before that step."
+        return f"{message}."
+
+    def _close(self) -> None:
+        recording, self._recording = self._recording, None
+        if recording is not None:
+            recording.close()
+        self._detach()
+
+    def _detach(self) -> None:
+        recorders, self._recorders = self._recorders, []
+        if recorders:
+            detach(self.model, recorders)
 
 
-class _DeviceSeries:
-    """Scalars that stay on the device until they are fetched all at once."""
-
-    CHUNK = 1024
-
-    def __init__(self) -> None:
-        self._scalars: list[Any] = []
-        self._chunks: list[Any] = []
-
-    def append(self, scalar: Any) -> None:
-        self._scalars.append(scalar)
-        if len(self._scalars) == self.CHUNK:
-            self._pack()
-
-    def fetch(self) -> np.ndarray:
-        """Return all scalars in order, and forget them."""
-        self._pack()
-        chunks, self._chunks = self._chunks, []
-        return np.concatenate([np.zeros(0), *map(ops.convert_to_numpy, chunks)])
-
-    def _pack(self) -> None:
-        # One tensor instead of many keeps long epochs from filling memory.
-        if self._scalars:
-            self._chunks.append(ops.stack(self._scalars))
-            self._scalars = []
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be an integer >= 1. Received: {name}={value}")
 
 
-def _tensorboard() -> Any:
-    try:
-        import tensorboard.summary
-    except ImportError as error:
-        raise ImportError(
-            "`GradientNormLogger(log_dir=...)` needs TensorBoard. "
-            "Install it with `pip install tensorboard`."
-        ) from error
-    return tensorboard.summary
+def _latest_norm(recorders: list[Any]) -> Any:
+    norms = [recorder.latest_norm() for recorder in recorders]
+    return norms[0] if len(norms) == 1 else keras.ops.norm(keras.ops.stack(norms))

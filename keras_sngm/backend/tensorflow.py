@@ -24,6 +24,7 @@ from keras_sngm.backend.tensorflow_checks import (
     check_variables,
     must_leave_the_replica,
 )
+from keras_sngm.backend.tensorflow_recorder import Local, Measured, Recorder, attached
 from keras_sngm.backend.tensorflow_replicas import (
     AllReplicas,
     OwnReplica,
@@ -204,13 +205,45 @@ class BackendOptimizer(keras.optimizers.Optimizer):
         self, replicas: Replicas, active: tuple[int, ...], gradients: list[Any]
     ) -> None:
         per_variable = [replicas.parts(gradient) for gradient in replicas.sums(gradients)]
-        moment = self._moment()
+        recorders = attached(self)
+        moment = self._moment(
+            [c for r in recorders if (c := r.may_step(_on(replicas, 0))) is not None]
+        )
         for replica, local_gradients in enumerate(zip(*per_variable, strict=True)):
             step = self._local_step(replicas, replica, active)
             with tf.device(step.device):
-                step(local_gradients, moment)
+                # All replicas measure the same.
+                if recorders and replica == 0:
+                    self._recorded(recorders, _on(replicas, 0), step, local_gradients, moment)
+                else:
+                    step(local_gradients, moment)
 
-    def _moment(self) -> Moment:
+    def _recorded(
+        self,
+        recorders: Sequence[Recorder],
+        local: Local,
+        step: LocalStep,
+        gradients: Sequence[Any],
+        moment: Moment,
+    ) -> None:
+        number = tf.cast(self.iterations, tf.int64) + 1
+        for recorder in recorders:
+            recorder.before(local, number)
+        normalized = step(gradients, moment)
+        measured = Measured(
+            tf.convert_to_tensor(local(self.gradient_norm)),
+            tf.convert_to_tensor(local(self.gradient_norms)),
+            noise_scale=None,
+        )
+        for recorder in recorders:
+            recorder.after(
+                local,
+                number,
+                measured,
+                lambda weights: step.directions(gradients, weights, normalized),
+            )
+
+    def _moment(self, conditions: Sequence[tf.Tensor]) -> Moment:
         updates = tf.convert_to_tensor(self.iterations)
         overwrite = None
         if self.use_ema and self.ema_overwrite_frequency:
@@ -219,6 +252,7 @@ class BackendOptimizer(keras.optimizers.Optimizer):
             learning_rate=tf.convert_to_tensor(self._learning_rate_of_update()),
             first_average=tf.equal(updates, tf.convert_to_tensor(self.skipped_steps)),
             overwrite_with_average=overwrite,
+            may_step=tf.reduce_all(conditions) if conditions else None,
         )
 
     def _learning_rate_of_update(self) -> Any:
@@ -233,9 +267,7 @@ class BackendOptimizer(keras.optimizers.Optimizer):
         return self.learning_rate
 
     def _local_step(self, replicas: Replicas, replica: int, active: tuple[int, ...]) -> LocalStep:
-        def local(variable: Any) -> Any:
-            return None if variable is None else replicas.parts(variable)[replica]
-
+        local = _on(replicas, replica)
         # Hyper-parameters are part of the key, so that assigning to one of
         # them takes effect as it does in Keras: when Python runs again.
         rule = self._rule()
@@ -251,7 +283,7 @@ class BackendOptimizer(keras.optimizers.Optimizer):
         self,
         rule: Rule,
         active: tuple[int, ...],
-        local: Callable[[Any], Any],
+        local: Local,
         in_xla: bool,
         times: int,
     ) -> LocalStep:
@@ -280,6 +312,11 @@ class BackendOptimizer(keras.optimizers.Optimizer):
         if jit_compile == "auto" and not (_xla_is_supported() and one_device):
             jit_compile = False
         return LocalStep(rule, slots, active, readings, jit_compile, in_xla, times)
+
+
+def _on(replicas: Replicas, replica: int) -> Local:
+    """What a variable is on one of the replicas."""
+    return lambda variable: None if variable is None else replicas.parts(variable)[replica]
 
 
 class _Cache:

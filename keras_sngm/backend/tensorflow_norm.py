@@ -11,9 +11,19 @@ from keras_sngm import update_rule
 
 Sums = Callable[[Sequence[tf.Tensor]], tf.Tensor]
 
-LEAST_SIZE_IF_RARE = 1_000_000
+_LEAST_SIZE_IF_RARE = 1_000_000
 _LANES = 16
 _LEAST_SIZE = 4096
+
+
+def sums_on(on_accelerator: bool, in_xla: bool, stacks: int = 0) -> tuple[Sums, Sums]:
+    """How to take sums of squares there: usually, and of gradients that had to be rescaled."""
+    if in_xla and not on_accelerator:
+        return sums_of_squares_in_lanes, functools.partial(
+            sums_of_squares_in_lanes, least_size=_LEAST_SIZE_IF_RARE
+        )
+    sums = functools.partial(sums_of_squares, stacks=stacks)
+    return sums, sums
 
 
 def sums_of_squares(tensors: Sequence[tf.Tensor], stacks: int) -> tf.Tensor:

@@ -1,7 +1,7 @@
 """A weight with the optimizer's state for it, and the precision it is computed in."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -29,3 +29,16 @@ def arithmetic_dtype(dtype: tf.DType) -> tf.DType:
 def for_arithmetic(variable: tf.Variable) -> tf.Tensor:
     """A variable's value in the precision it is computed in."""
     return tf.cast(variable, arithmetic_dtype(variable.dtype))
+
+
+def dense(gradient: Any, shape: tf.TensorShape) -> tf.Tensor:
+    """A gradient, as slices or not, as a tensor of the shape of its variable."""
+    # Duplicate rows of a sparse gradient must be added before a norm is taken,
+    # and the momentum is dense anyway.
+    tensor = tf.convert_to_tensor(gradient)
+    return tf.ensure_shape(tensor, shape) if isinstance(gradient, tf.IndexedSlices) else tensor
+
+
+def is_accelerator(device: str) -> bool:
+    """Whether the device of this name is not a CPU."""
+    return tf.DeviceSpec.from_string(device).device_type not in (None, "CPU")

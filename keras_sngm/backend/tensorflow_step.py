@@ -11,7 +11,13 @@ from keras_sngm import update_rule
 from keras_sngm.backend import tensorflow_kernel as kernel
 from keras_sngm.backend import tensorflow_norm as norm
 from keras_sngm.backend import tensorflow_order as order
-from keras_sngm.backend.tensorflow_slot import Slot, arithmetic_dtype, for_arithmetic
+from keras_sngm.backend.tensorflow_slot import (
+    Slot,
+    arithmetic_dtype,
+    dense,
+    for_arithmetic,
+    is_accelerator,
+)
 from keras_sngm.update_rule import Coefficients, Normalization, Rule
 
 
@@ -30,6 +36,8 @@ class Moment(NamedTuple):
     first_average: tf.Tensor
     overwrite_with_average: tf.Tensor | None
     """`None` if that never happens."""
+    may_step: tf.Tensor | None
+    """Whether a step may be taken at all. `None` if it may."""
 
 
 class LocalStep:
@@ -70,7 +78,7 @@ class LocalStep:
         self._idle = [
             slot for i, slot in enumerate(slots) if slot.average is not None and i not in active
         ]
-        can_call_kernel = not in_xla and not _is_accelerator(self.device)
+        can_call_kernel = not in_xla and not is_accelerator(self.device)
         by_kernel = [False] * len(active)
         if can_call_kernel:
             by_kernel = kernel.chosen(rule, [slots[i] for i in active], jit_compile)
@@ -97,7 +105,7 @@ class LocalStep:
         # XLA on CPUs is slow at reducing a tensor to a number. So there the norm is
         # taken by TensorFlow's kernel, unless that would need one more tensor for a
         # gradient that is changed first.
-        on_accelerator = _is_accelerator(self.device)
+        on_accelerator = is_accelerator(self.device)
         with_norm = on_accelerator or update_rule.changes_gradient(self._rule)
         with_norm = with_norm and jit_compile and not self._bundles
         sizes = [slot.size for slot in self._slots[: self._together]]
@@ -108,25 +116,48 @@ class LocalStep:
         elif jit_compile:
             self._update = _function(self._update_together, jit_compile=True)
         stacks = sum(len(bundle.slots) > 1 for bundle in self._bundles)
-        sums: norm.Sums = functools.partial(norm.sums_of_squares, stacks=stacks)
-        usual, rare = sums, sums
-        if (in_xla or with_norm) and not on_accelerator:
-            usual = norm.sums_of_squares_in_lanes
-            rare = functools.partial(usual, least_size=norm.LEAST_SIZE_IF_RARE)
+        usual, rare = norm.sums_on(on_accelerator, in_xla or with_norm, stacks)
         self._measure = functools.partial(norm.squares_and_prescale, usual, rare)
-        self._rescale_and_measure = functools.partial(norm.rescaled_and_squares, sums)
+        self._rescale_and_measure = functools.partial(norm.rescaled_and_squares, usual)
         self._run = _function(self._run_and_read)
 
-    def __call__(self, gradients: Sequence[tf.Tensor | tf.IndexedSlices], moment: Moment) -> None:
-        dense = [
-            _dense(gradients[k], slot.weight.shape)
-            for k, slot in zip(self._order, self._slots, strict=True)
-        ]
+    def __call__(
+        self, gradients: Sequence[tf.Tensor | tf.IndexedSlices], moment: Moment
+    ) -> Normalization:
+        """Returns what was measured, in the order of this step's own; see `directions`."""
         # A nested function would cost an operation for each of its arguments.
         run = self._run if tf.executing_eagerly() else self._run_and_read
-        run(dense, moment)
+        return run(self._in_order(gradients), moment)
 
-    def _run_and_read(self, gradients: list[tf.Tensor], moment: Moment) -> None:
+    def directions(
+        self,
+        gradients: Sequence[tf.Tensor | tf.IndexedSlices],
+        weights: Sequence[tf.Tensor],
+        normalized: Normalization,
+    ) -> dict[int, tf.Tensor]:
+        """What has entered the momentum, computed once more.
+
+        Args:
+            gradients: those the step was called with.
+            weights: all that the optimizer was built with, as they were before.
+            normalized: what the step has returned.
+
+        Returns:
+            g / norm(g) by position among all variables.
+        """
+        positions = [position for (position,) in self._positions]
+        final, _ = self._final_gradients(
+            self._in_order(gradients), [weights[position] for position in positions]
+        )
+        return dict(zip(positions, update_rule.directions(normalized, final), strict=True))
+
+    def _in_order(self, gradients: Sequence[tf.Tensor | tf.IndexedSlices]) -> list[tf.Tensor]:
+        return [
+            dense(gradients[k], slot.weight.shape)
+            for k, slot in zip(self._order, self._slots, strict=True)
+        ]
+
+    def _run_and_read(self, gradients: list[tf.Tensor], moment: Moment) -> Normalization:
         normalized = self._normalize_and_update(gradients, moment)
         self._constrain(normalized.finite)
         norms = tf.cast(normalized.norms, tf.float32)
@@ -134,20 +165,28 @@ class LocalStep:
         self._readings.gradient_norms.assign(tf.scatter_nd(self._positions, norms, [self._count]))
         skipped = self._readings.skipped_steps
         skipped.assign_add(tf.cast(tf.logical_not(normalized.finite), skipped.dtype))
+        return normalized
 
     def _normalize_then_update(self, gradients: list[tf.Tensor], moment: Moment) -> Normalization:
-        gradients, times = self._final_gradients(gradients)
+        weights = [for_arithmetic(slot.weight) for slot in self._slots]
+        gradients, times = self._final_gradients(gradients, weights)
         joined = gradients[: self._together]
         for bundle, span in zip(self._bundles, self._spans, strict=True):
             joined.append(bundle.joined(gradients[span]))
-        joined, normalized = self._normalize(joined, times)
+        joined, pending, normalized = self._normalize(joined, times)
+        if moment.may_step is not None:
+            finite = tf.logical_and(normalized.finite, moment.may_step)
+            normalized = normalized._replace(finite=finite)
+        to_do = normalized._replace(prescale=pending)
         if self._together or self._idle:
-            own = _part(normalized, slice(self._together))
+            own = _part(to_do, slice(self._together))
             self._update(joined[: self._together], own, moment)
-        self._update_bundles(joined[self._together :], normalized, moment)
+        self._update_bundles(joined[self._together :], to_do, moment)
         return normalized
 
-    def _final_gradients(self, gradients: list[tf.Tensor]) -> tuple[list[tf.Tensor], int]:
+    def _final_gradients(
+        self, gradients: list[tf.Tensor], weights: Sequence[tf.Tensor]
+    ) -> tuple[list[tf.Tensor], int]:
         """What is to be normalized, and how many times the gradient that is."""
         gradients = [
             tf.cast(gradient, arithmetic_dtype(slot.weight.dtype))
@@ -158,10 +197,8 @@ class LocalStep:
         if self._times != 1:
             gradients = [gradient / self._times for gradient in gradients]
         return [
-            update_rule.final_gradient(
-                self._rule, gradient, for_arithmetic(slot.weight), slot.decays
-            )
-            for gradient, slot in zip(gradients, self._slots, strict=True)
+            update_rule.final_gradient(self._rule, gradient, weight, slot.decays)
+            for gradient, weight, slot in zip(gradients, weights, self._slots, strict=True)
         ], 1
 
     def _update_bundles(
@@ -184,8 +221,8 @@ class LocalStep:
 
     def _normalize(
         self, gradients: list[tf.Tensor], times: int
-    ) -> tuple[list[tf.Tensor], Normalization]:
-        """Gradients as they are to enter `directions`, and what to do with them there."""
+    ) -> tuple[list[tf.Tensor], tf.Tensor, Normalization]:
+        """The gradients, the prescale that is still to be done to them, and the whole one."""
         size = sum(slot.size for slot in self._slots)
         if self._bundles:
             gradients, squares, prescale = self._rescale_and_measure(gradients, size)
@@ -195,7 +232,7 @@ class LocalStep:
             squares, prescale = self._measure(wide, size)
             pending = prescale
         normalized = update_rule.normalization(self._rule, squares, prescale * times)
-        return gradients, normalized._replace(prescale=pending)
+        return gradients, pending, normalized._replace(prescale=prescale)
 
     def _coefficients(self, moment: Moment, taken: tf.Tensor) -> dict[tf.DType, Coefficients]:
         dtypes = {arithmetic_dtype(slot.weight.dtype) for slot in [*self._slots, *self._idle]}
@@ -283,17 +320,6 @@ def _function(method: Callable[..., Any], jit_compile: bool | None = None) -> Ca
     # retraced when it is traced once for each of several devices. A partial
     # has no code object and counts for itself.
     return tf.function(functools.partial(method), jit_compile=jit_compile, autograph=False)
-
-
-def _dense(gradient: Any, shape: tf.TensorShape) -> tf.Tensor:
-    # Duplicate rows of a sparse gradient must be added before a norm is taken,
-    # and the momentum is dense anyway.
-    dense = tf.convert_to_tensor(gradient)
-    return tf.ensure_shape(dense, shape) if isinstance(gradient, tf.IndexedSlices) else dense
-
-
-def _is_accelerator(device: str) -> bool:
-    return tf.DeviceSpec.from_string(device).device_type not in (None, "CPU")
 
 
 def _assign(variable: tf.Variable, value: tf.Tensor) -> tf.Tensor:

@@ -1,16 +1,32 @@
 """Stands in on Keras backends that have no step yet, so that importing works."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
+
+from keras_sngm.measurements import Plan
 
 
 class BackendOptimizer(keras.optimizers.Optimizer):
     """Refuses to be constructed."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError(
-            f"`{type(self).__name__}` runs on the TensorFlow backend of Keras. "
-            f"Received: keras.backend.backend()={keras.backend.backend()!r}. "
-            "Set the environment variable KERAS_BACKEND=tensorflow before importing keras."
-        )
+        raise _not_yet(type(self).__name__)
+
+
+def attach(model: keras.Model, plan: Plan) -> list[Any]:
+    """Refuses to record."""
+    raise _not_yet("GradientNormLogger")
+
+
+def detach(model: keras.Model, recorders: Sequence[Any]) -> None:
+    """Nothing was attached."""
+
+
+def _not_yet(name: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"`{name}` runs on the TensorFlow backend of Keras. "
+        f"Received: keras.backend.backend()={keras.backend.backend()!r}. "
+        "Set the environment variable KERAS_BACKEND=tensorflow before importing keras."
+    )

@@ -1,0 +1,250 @@
+"""Has the optimizer of a model recorded while it is trained, Keras' own as well as SNGM.
+
+SNGM calls its recorders itself, where it has summed up the gradients. The `apply` of
+any other optimizer is wrapped while a recorder is attached to it.
+"""
+
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+from tensorflow.python.framework.ops import get_default_graph
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+
+from keras_sngm import update_rule
+from keras_sngm.backend import tensorflow_norm as norm
+from keras_sngm.backend.tensorflow import BackendOptimizer
+from keras_sngm.backend.tensorflow_recorder import Measured, Recorder, attached
+from keras_sngm.backend.tensorflow_replicas import OwnReplica
+from keras_sngm.backend.tensorflow_slot import arithmetic_dtype, dense, is_accelerator
+from keras_sngm.measurements import Plan
+
+_AS_IT_IS = update_rule.Rule(0.0, False, None, True, None, None, None, 0.0)
+
+# The recorders that a training function was made with. It goes on calling them.
+_traced: weakref.WeakKeyDictionary[Any, list[tuple[Any, Recorder]]] = weakref.WeakKeyDictionary()
+
+
+def attach(model: keras.Model, plan: Plan) -> list[Recorder]:
+    """Record from the next training step on.
+
+    The training function is made anew, and traced again by its next call, unless it
+    already holds such recorders from an earlier `fit`.
+
+    Args:
+        model: compiled, its optimizer built.
+        plan: what to record.
+
+    Returns:
+        One recorder for each optimizer that updates variables: several under a
+        `MultiOptimizer`.
+    """
+    model.make_train_function()
+    optimizers = _updating(model.optimizer)
+    recorders = _left_by_an_earlier_fit(model, optimizers, plan)
+    if not recorders:
+        guarded = model.non_trainable_weights if plan.stops else []
+        recorders = [_recorder(optimizer, plan, guarded) for optimizer in optimizers]
+        model.make_train_function(force=True)
+    for optimizer, recorder in zip(optimizers, recorders, strict=True):
+        attached(optimizer).append(recorder)
+        if not isinstance(optimizer, (BackendOptimizer, _Watched)):
+            optimizer.apply = _Watched(optimizer)
+    _traced.setdefault(
+        model.train_function,
+        [(weakref.ref(o), recorder) for o in optimizers for recorder in attached(o)],
+    )
+    return recorders
+
+
+def detach(model: keras.Model, recorders: Sequence[Recorder]) -> None:
+    """Record no longer."""
+    for optimizer in _updating(model.optimizer):
+        left = attached(optimizer)
+        left[:] = [recorder for recorder in left if recorder not in recorders]
+        if not left and "apply" in vars(optimizer):
+            del optimizer.apply
+
+
+def _updating(optimizer: Any) -> list[Any]:
+    """The optimizers that update variables, without those around them."""
+    inside = getattr(optimizer, "inner_optimizer", None)
+    if inside is not None:
+        return _updating(inside)
+    several = getattr(optimizer, "optimizers", None)
+    if several is not None:
+        return [one for one in several if one.built]
+    return [optimizer]
+
+
+def _left_by_an_earlier_fit(
+    model: keras.Model, optimizers: Sequence[Any], plan: Plan
+) -> list[Recorder]:
+    known = _traced.get(model.train_function, [])
+    found = [
+        next(
+            (
+                recorder
+                for owner, recorder in known
+                if owner() is optimizer
+                and recorder.plan == plan
+                and recorder not in attached(optimizer)
+            ),
+            None,
+        )
+        for optimizer in optimizers
+    ]
+    return [] if None in found else found
+
+
+def _recorder(optimizer: Any, plan: Plan, guarded: Sequence[keras.Variable]) -> Recorder:
+    momentums = optimizer.momentums if isinstance(optimizer, BackendOptimizer) else ()
+    return Recorder(optimizer, plan, momentums, guarded)
+
+
+class _Watched:
+    """Takes the place of an optimizer's `apply`.
+
+    The gradients of all replicas are summed up once more here, in each training step:
+    where Keras does it, nobody else can see the result.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self._apply = optimizer.apply
+
+    def __call__(self, grads: Any, trainable_variables: Any = None) -> None:
+        optimizer = self._optimizer
+        gradients = list(grads)
+        variables = list(
+            optimizer._trainable_variables if trainable_variables is None else trainable_variables
+        )
+        given = [
+            (g, v)
+            for g, v in zip(gradients, variables, strict=True)
+            if g is not None and not getattr(v, "overwrite_with_gradient", False)
+        ]
+        if not given:
+            self._apply(gradients, variables)
+            return
+        replicas = OwnReplica(tf.distribute.get_replica_context())
+
+        def local(value: Any) -> Any:
+            return replicas.parts(value)[0]
+
+        positions = [optimizer._get_variable_index(v) for _, v in given]
+        final = [self._final(g, v, local) for g, v in given]
+        summed = [
+            dense(gradient, v.shape)
+            for gradient, (_, v) in zip(replicas.sums(final), given, strict=True)
+        ]
+        usual, rare = norm.sums_on(
+            is_accelerator(local(given[0][1]).device),
+            GraphOrParentsInXlaContext(get_default_graph()),
+        )
+        measured, directions = _measured(
+            functools.partial(norm.squares_and_prescale, usual, rare),
+            summed,
+            positions,
+            len(optimizer._trainable_variables),
+        )
+        step = tf.cast(optimizer.iterations, tf.int64) + 1
+        recorders = attached(optimizer)
+        times = [self._when(recorder, measured) for recorder in recorders]
+        for recorder, when in zip(recorders, times, strict=True):
+            _if(when, lambda r=recorder: r.before(local, step))
+        self._apply_unless_stopped(recorders, local, measured, gradients, variables)
+        for recorder, when in zip(recorders, times, strict=True):
+            _if(when, lambda r=recorder: r.after(local, step, measured, directions))
+
+    def _final(self, gradient: Any, variable: Any, local: Callable[[Any], Any]) -> Any:
+        """This replica's part of the gradient that the next update is made with."""
+        optimizer = self._optimizer
+        dtype = arithmetic_dtype(gradient.dtype)
+        if optimizer.gradient_accumulation_steps:
+            gradient = dense(gradient, variable.shape)
+        gradient = tf.cast(gradient, dtype)
+        factor = optimizer.loss_scale_factor or 1.0
+        if isinstance(gradient, tf.IndexedSlices):
+            values = gradient.values / factor
+            return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
+        gradient = gradient / factor
+        if optimizer.gradient_accumulation_steps:
+            index = optimizer._get_variable_index(variable)
+            before = tf.cast(local(optimizer._accumulated_gradients[index]), dtype)
+            gradient = (before + gradient) / optimizer.gradient_accumulation_steps
+        return gradient
+
+    def _when(self, recorder: Recorder, measured: Measured) -> tf.Tensor | None:
+        """Whether there is something to record, `None` for always."""
+        times = self._optimizer.gradient_accumulation_steps
+        if times is None:
+            return None
+        is_update = (self._optimizer._iterations + 1) % times == 0
+        if recorder.plan.stops:
+            is_update |= tf.logical_not(tf.math.is_finite(measured.norm))
+        return is_update
+
+    def _apply_unless_stopped(
+        self,
+        recorders: Sequence[Recorder],
+        local: Callable[[Any], Any],
+        measured: Measured,
+        gradients: list[Any],
+        variables: list[Any],
+    ) -> None:
+        conditions = [c for r in recorders if (c := r.may_step(local)) is not None]
+        if not conditions:
+            self._apply(gradients, variables)
+            return
+        may = tf.reduce_all([*conditions, tf.math.is_finite(measured.norm)])
+        if tf.__internal__.distribute.strategy_supports_no_merge_call():
+            _if(may, lambda: self._apply(gradients, variables))
+            return
+
+        def on_all_replicas(strategy: Any, may: Any, gradients: Any) -> None:
+            _if(
+                strategy.experimental_local_results(may)[0],
+                lambda: strategy.extended.call_for_each_replica(
+                    lambda own: self._apply(own, variables), args=(gradients,)
+                ),
+            )
+
+        # Replicas may communicate in a condition only where all of them are left.
+        tf.distribute.get_replica_context().merge_call(
+            tf.autograph.experimental.do_not_convert(on_all_replicas), args=(may, gradients)
+        )
+
+
+def _measured(
+    measure: Callable[..., tuple[tf.Tensor, tf.Tensor]],
+    gradients: Sequence[tf.Tensor],
+    positions: Sequence[int],
+    count: int,
+) -> tuple[Measured, Callable[[Any], dict[int, tf.Tensor]]]:
+    """The norms of a gradient, and a function that divides it by its norm."""
+    widest = max((g.dtype for g in gradients), key=lambda dtype: dtype.size)
+    wide = [tf.cast(gradient, widest) for gradient in gradients]
+    size = sum(gradient.shape.num_elements() for gradient in gradients)
+    squares, prescale = measure(wide, size)
+    normalized = update_rule.normalization(_AS_IT_IS, squares, prescale)
+    norms = tf.scatter_nd([[i] for i in positions], normalized.norms, [count])
+    measured = Measured(tf.cast(normalized.norm, tf.float32), tf.cast(norms, tf.float32), None)
+    return measured, lambda weights: dict(
+        zip(positions, update_rule.directions(normalized, list(gradients)), strict=True)
+    )
+
+
+def _if(condition: tf.Tensor | None, action: Callable[[], Any]) -> None:
+    """`None` stands for always."""
+
+    def act() -> None:
+        action()
+
+    if condition is None:
+        act()
+    else:
+        tf.cond(condition, act, lambda: None)

@@ -1,0 +1,144 @@
+"""What is measured on an update, and how it is laid out in the rows that hold it.
+
+The upper half is arithmetic on tensors, for backends to call; the lower half reads
+rows on the host.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from keras import ops
+
+Tensor = Any
+
+BUCKETS = 30
+"""Of a histogram; as many as TensorBoard makes by itself."""
+DETAILS = ("weight_norm", "update_norm", "momentum_norm", "alignment", "direction_norm")
+HISTOGRAM = BUCKETS + 2
+"""Length of a histogram: least value, greatest value, counts."""
+
+
+class Plan(NamedTuple):
+    """What a logger wants to be kept of the updates.
+
+    Attributes:
+        per_variable: whether the norm of each variable's gradient is, too.
+        details_every: every how many updates `DETAILS` are, if ever.
+        histogram_every: every how many updates histograms are, if ever.
+        stops: whether no step is to be taken from the first on that has a gradient
+            which is not finite.
+        updates: how many updates there may be until the rows are fetched.
+    """
+
+    per_variable: bool
+    details_every: int | None
+    histogram_every: int | None
+    stops: bool
+    updates: int
+
+
+def details(
+    before: Tensor, after: Tensor, momentum: Tensor | None, direction: Tensor | None
+) -> Tensor:
+    """`DETAILS` of one variable; 0 for what it does not have.
+
+    Args:
+        before: the variable before the update.
+        after: the variable after it.
+        momentum: u after the update, or `None`.
+        direction: g / norm(g), or `None` if there was no gradient.
+    """
+    none = ops.zeros_like(before)
+    momentum = none if momentum is None else momentum
+    direction = none if direction is None else direction
+    values = [
+        _norm(before),
+        _norm(after - before),
+        _norm(momentum),
+        _total(momentum * direction),
+        _norm(direction),
+    ]
+    return ops.stack([ops.cast(value, "float32") for value in values])
+
+
+def histogram(tensor: Tensor) -> Tensor:
+    """Least value, greatest value, and counts in `BUCKETS` intervals of one width.
+
+    All counts are 0 if an element is not finite.
+    """
+    vector = ops.cast(ops.reshape(tensor, (-1,)), "float32")
+    least, greatest = ops.min(vector), ops.max(vector)
+    finite = ops.isfinite(least) & ops.isfinite(greatest)
+    # Halves, as the difference of two float32 numbers need not be one.
+    width = (greatest / 2 - least / 2) / BUCKETS
+    offsets = (vector / 2 - least / 2) / ops.where(width > 0, width, 1.0)
+    offsets = ops.where(finite, offsets, 0.0)
+    places = ops.clip(ops.cast(ops.floor(offsets), "int32"), 0, BUCKETS - 1)
+    ones = ops.where(finite, ops.ones_like(places), 0)
+    counts = ops.segment_sum(ones, places, num_segments=BUCKETS)
+    return ops.concatenate([ops.stack([least, greatest]), ops.cast(counts, "float32")])
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    return ops.sqrt(_total(ops.square(tensor)))
+
+
+def _total(tensor: Tensor) -> Tensor:
+    """The sum, in two stages: one number alone would gather too many rounding errors."""
+    vector = ops.reshape(tensor, (-1,))
+    side = math.isqrt(vector.shape[0])
+    square = ops.reshape(vector[: side * side], (side, side))
+    return ops.sum(ops.sum(square, axis=0)) + ops.sum(vector[side * side :])
+
+
+class Rows(NamedTuple):
+    """Consecutive updates, one row each.
+
+    Attributes:
+        norm: vector, of the whole gradient.
+        noise_scale: vector, NaN where none is kept.
+        norms: matrix, of each variable's gradient; without columns if not wanted.
+    """
+
+    norm: np.ndarray
+    noise_scale: np.ndarray
+    norms: np.ndarray
+
+
+def rows_of(parts: Sequence[np.ndarray]) -> Rows:
+    """From what each of the optimizers of a model has kept of the same updates."""
+    wide = [part.astype("float64") for part in parts]
+    return Rows(
+        np.sqrt(np.sum([part[:, 0] ** 2 for part in wide], axis=0)),
+        np.fmax.reduce([part[:, 1] for part in wide]),
+        np.concatenate([part[:, 2:] for part in wide], axis=1),
+    )
+
+
+def named_details(table: np.ndarray, has_momentum: np.ndarray) -> dict[str, float]:
+    """What the details of some variables are for all of them together.
+
+    Args:
+        table: `DETAILS` of each of the variables.
+        has_momentum: whether each of them has one. What is about momentum is left
+            out if none has.
+    """
+    table = table.astype("float64")
+    norms = dict(zip(DETAILS, np.sqrt(np.sum(table**2, axis=0)).tolist(), strict=True))
+    values = {
+        "update_ratio": _quotient(norms["update_norm"], norms["weight_norm"]),
+        "update_norm": norms["update_norm"],
+        "weight_norm": norms["weight_norm"],
+    }
+    if has_momentum.any():
+        alignment = float(np.sum(table[:, DETAILS.index("alignment")]))
+        lengths = norms["momentum_norm"] * norms["direction_norm"]
+        values["momentum_norm"] = norms["momentum_norm"]
+        values["momentum_cosine"] = _quotient(alignment, lengths)
+    return values
+
+
+def _quotient(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else math.nan

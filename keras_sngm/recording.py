@@ -1,0 +1,173 @@
+"""Brings what recorders have kept on the device to the host, while training goes on.
+
+A look at the recorders takes copies on the device, which does not wait. A thread of
+its own waits for the copies and hands what came in to the sinks.
+"""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+
+from keras_sngm.logged_values import LoggedValues
+from keras_sngm.measurements import rows_of
+from keras_sngm.sinks import Sink
+
+_SECONDS_BETWEEN_LOOKS = 1.0
+
+
+class Fault(NamedTuple):
+    """The first update with a gradient that was not finite."""
+
+    step: int
+    variables: list[str]
+    """Paths of those that it belongs to."""
+
+
+class Recording:
+    """What is logged during one `fit`.
+
+    Args:
+        model: the model in training. It is told to stop if the recorders' plan says so.
+        recorders: those attached to its optimizers.
+        values: what to log of them.
+        sinks: where to. They are closed with the recording.
+        log_every: every how many updates the sinks get values.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        recorders: Sequence[Any],
+        values: LoggedValues,
+        sinks: Sequence[Sink],
+        log_every: int,
+    ) -> None:
+        self.fault: Fault | None = None
+        self._model = model
+        self._recorders = recorders
+        self._values = values
+        self._sinks = sinks
+        self._log_every = log_every
+        self._plan = recorders[0].plan
+        self._progress = [recorder.begin() for recorder in recorders]
+        self._updates: list[dict[str, np.ndarray]] = []
+        self._details: list[dict[str, float]] = []
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="GradientNormLogger")
+        self._reads: list[Future] = []
+        self._unseen = 0
+        self._looked = time.monotonic()
+
+    def before_updates(self, count: int) -> None:
+        """To be called before each time that up to so many updates are made.
+
+        Does not wait for the device. Raises what went wrong in the thread.
+        """
+        while self._reads and self._reads[0].done():
+            self._reads.pop(0).result()
+        no_room = self._unseen + count > self._plan.updates
+        if no_room or time.monotonic() - self._looked > _SECONDS_BETWEEN_LOOKS:
+            self._look()
+        self._unseen += count
+
+    def wait(self) -> None:
+        """Bring all there is to the host."""
+        self._look()
+        while self._reads:
+            self._reads.pop(0).result()
+
+    def end_epoch(self) -> dict[str, float]:
+        """What belongs into the logs of the epoch. Waits for the device."""
+        self.wait()
+        logs = self._values.of_epoch(self._updates, self._details)
+        self._updates, self._details = [], []
+        return logs
+
+    def restore(self) -> None:
+        """After a stop, bring the model back to its state after the last good step."""
+        if self._plan.stops and self.fault is not None:
+            for recorder in self._recorders:
+                recorder.restore()
+
+    def close(self) -> None:
+        """Write what there is, and end."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            for recorder in self._recorders:
+                recorder.end()
+            for sink in self._sinks:
+                sink.close()
+
+    def _look(self) -> None:
+        snapshots = [recorder.snapshot() for recorder in self._recorders]
+        self._reads.append(self._thread.submit(self._read, snapshots))
+        self._unseen = 0
+        self._looked = time.monotonic()
+
+    def _read(self, snapshots: Sequence[Any]) -> None:
+        """In the thread: waits for the copies."""
+        reads = [
+            recorder.since(progress, snapshot)
+            for recorder, progress, snapshot in zip(
+                self._recorders, self._progress, snapshots, strict=True
+            )
+        ]
+        self._progress = [progress for progress, _ in reads]
+        parts = [rows for _, rows in reads]
+        rows = rows_of([part.values for part in parts])
+        steps = parts[0].steps[: self._until_the_stop(rows.norm)].tolist()
+        self._note_fault(parts)
+        values = {name: of[: len(steps)] for name, of in self._values.of_updates(rows).items()}
+        self._updates.append(values)
+        for i, step in enumerate(steps):
+            self._log_step(step, {name: float(of[i]) for name, of in values.items()}, parts)
+        for sink in self._sinks:
+            sink.flush()
+
+    def _until_the_stop(self, norms: np.ndarray) -> int:
+        """How many of the updates came before steps were no longer taken."""
+        if not self._plan.stops:
+            return len(norms)
+        if self.fault is not None:
+            return 0
+        return min([*np.flatnonzero(~np.isfinite(norms)) + 1, len(norms)])
+
+    def _log_step(self, step: int, scalars: dict[str, float], parts: Sequence[Any]) -> None:
+        if step in parts[0].details:
+            table = np.concatenate([rows.details[step] for rows in parts])
+            details = self._values.of_details(table)
+            self._details.append(details)
+            scalars |= details
+        if step % self._log_every == 0:
+            for sink in self._sinks:
+                sink.write(step, scalars)
+        if step in parts[0].histograms:
+            self._log_histograms(step, parts)
+
+    def _log_histograms(self, step: int, parts: Sequence[Any]) -> None:
+        first, histograms = 0, {}
+        for rows in parts:
+            histograms |= self._values.of_histograms(rows.histograms[step], first)
+            first += len(rows.bad_norms)
+        for sink in self._sinks:
+            sink.write_histograms(step, histograms)
+
+    def _note_fault(self, parts: Sequence[Any]) -> None:
+        steps = [rows.bad_step for rows in parts if rows.bad_step]
+        if self.fault is not None or not steps:
+            return
+        step = min(steps)
+        norms = [
+            rows.bad_norms if rows.bad_step == step else np.zeros_like(rows.bad_norms)
+            for rows in parts
+        ]
+        bad = ~np.isfinite(np.concatenate(norms))
+        paths = [path for path, is_bad in zip(self._values.paths, bad, strict=True) if is_bad]
+        self.fault = Fault(step, paths)
+        if self._plan.stops:
+            self._model.stop_training = True

@@ -1,0 +1,173 @@
+"""Where logged values are written to: TensorBoard, CSV, JSON lines.
+
+All of them fail when they are made, rather than later, if they cannot be written.
+"""
+
+import csv
+import json
+import os
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Protocol
+
+import numpy as np
+
+from keras_sngm.measurements import BUCKETS
+
+SUFFIXES = (".csv", ".jsonl")
+
+
+class Sink(Protocol):
+    """Takes the values of one step after another."""
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """The values of a step by name."""
+
+    def write_histograms(self, step: int, histograms: Mapping[str, np.ndarray]) -> None:
+        """Histograms of a step by name: least value, greatest value, counts."""
+
+    def flush(self) -> None:
+        """Let others see what was written."""
+
+    def close(self) -> None:
+        """Write no more."""
+
+
+class TensorBoardSink:
+    """Event files for TensorBoard, one event per step.
+
+    Args:
+        log_dir: is made if there is none.
+        descriptions: of the values, by what their names begin with.
+    """
+
+    def __init__(self, log_dir: str, descriptions: Mapping[str, str]) -> None:
+        self._tensorboard = tensorboard_parts()
+        self._descriptions = descriptions
+        try:
+            gfile = self._tensorboard.gfile
+            gfile.makedirs(log_dir)
+            probe = os.path.join(log_dir, f".probe.{os.getpid()}")
+            with gfile.GFile(probe, "w") as file:
+                file.write("")
+            gfile.remove(probe)
+        except Exception as error:  # TensorFlow has errors of its own
+            raise OSError(f"`log_dir` cannot be written. Received: log_dir={log_dir}") from error
+        self._writer = self._tensorboard.EventFileWriter(log_dir)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        parts = self._tensorboard
+        event = parts.Event(step=step, wall_time=time.time())
+        for name, value in scalars.items():
+            event.summary.value.add(
+                tag=name,
+                tensor=parts.make_tensor_proto(np.float32(value)),
+                metadata=parts.scalar_metadata("", self._description(name)),
+            )
+        self._writer.add_event(event)
+
+    def write_histograms(self, step: int, histograms: Mapping[str, np.ndarray]) -> None:
+        parts = self._tensorboard
+        event = parts.Event(step=step, wall_time=time.time())
+        for name, (least, greatest, *counts) in histograms.items():
+            edges = np.linspace(least, greatest, BUCKETS + 1)
+            buckets = np.stack([edges[:-1], edges[1:], counts], axis=1)
+            event.summary.value.add(
+                tag=name,
+                tensor=parts.make_tensor_proto(buckets, dtype=np.float64),
+                metadata=parts.histogram_metadata("", self._description(name)),
+            )
+        self._writer.add_event(event)
+
+    def _description(self, name: str) -> str:
+        return self._descriptions.get(name.partition("/")[0], "")
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class FileSink:
+    """A CSV file or one JSON object per line, after the suffix of the file's name.
+
+    Args:
+        filename: its folder is made if there is none.
+        columns: names of the values.
+        append: whether to go on with a file that there is.
+    """
+
+    def __init__(self, filename: str, columns: Sequence[str], append: bool) -> None:
+        path = pathlib.Path(filename)
+        self._columns = ["step", *columns]
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            there = path.read_text() if append and path.exists() else ""
+            self._file = path.open("a" if append else "w", newline="")
+        except OSError as error:
+            raise OSError(f"`filename` cannot be written. Received: filename={filename}") from error
+        if there and not there.endswith("\n"):
+            self._file.write("\n")  # the end of a line that was broken off
+        self._csv = csv.DictWriter(self._file, self._columns) if path.suffix == ".csv" else None
+        if self._csv is not None:
+            self._begin_csv(filename, there)
+
+    def _begin_csv(self, filename: str, there: str) -> None:
+        if not there:
+            self._csv.writeheader()
+            return
+        columns = next(csv.reader([there.splitlines()[0]]))
+        if columns != self._columns:
+            self._file.close()
+            raise ValueError(
+                "A CSV file can be appended to if it has the columns "
+                f"{', '.join(self._columns)}. Received: filename={filename} with the columns "
+                f"{', '.join(columns)}"
+            )
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        row = {"step": step, **scalars}
+        if self._csv is not None:
+            self._csv.writerow(row)
+        else:
+            self._file.write(json.dumps(row) + "\n")
+
+    def write_histograms(self, step: int, histograms: Mapping[str, np.ndarray]) -> None:
+        """Left out: a line has numbers only."""
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def tensorboard_parts() -> SimpleNamespace:
+    """What is needed of TensorBoard.
+
+    Raises:
+        ImportError: if it is not installed.
+    """
+    try:
+        from tensorboard.compat import tf
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.plugins.histogram import metadata as histogram
+        from tensorboard.plugins.scalar import metadata as scalar
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        from tensorboard.util.tensor_util import make_tensor_proto
+    except ImportError as error:
+        raise ImportError(
+            "`GradientNormLogger(log_dir=...)` needs TensorBoard. "
+            "Install it with `pip install tensorboard`."
+        ) from error
+    return SimpleNamespace(
+        gfile=tf.io.gfile,
+        Event=Event,
+        EventFileWriter=EventFileWriter,
+        make_tensor_proto=make_tensor_proto,
+        scalar_metadata=scalar.create_summary_metadata,
+        histogram_metadata=histogram.create_summary_metadata,
+    )

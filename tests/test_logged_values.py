@@ -1,0 +1,170 @@
+"""Everything GradientNormLogger logs equals what a second GradientTape gives."""
+
+import functools
+import pickle
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from logged_cases import BATCH, CASES, EPOCHS, HISTOGRAM_EVERY, LOG_EVERY, RATE, STEPS_PER_EPOCH
+from processes import TESTS, run_python
+from reference import ReferenceSNGM, norm
+
+JOBS = [(name, replicas) for name, case in CASES.items() for replicas in case.replicas]
+job = pytest.mark.parametrize("name, replicas", JOBS)
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("logged")
+    results = {}
+    for replicas in (0, 1, 2):
+        run_python(TESTS / "logged_training.py", replicas, folder / "results")
+        results[replicas] = pickle.loads((folder / "results").read_bytes())
+    return results
+
+
+@pytest.fixture(scope="module")
+def updates(logged):
+    """Of a job, each update as `updates_of` gives it."""
+    return functools.cache(lambda name, n: list(updates_of(CASES[name], logged[n][name])))
+
+
+def updates_of(case, result):
+    """For each update: gradient as measured, momentum or nothing, weights before and after."""
+    gradients = recomputed_gradients(case)
+    before = [np.zeros_like(weight) for weight in result.weights[0]]
+    for first in range(0, EPOCHS * STEPS_PER_EPOCH, case.times):
+        batches = [call % STEPS_PER_EPOCH for call in range(first, first + case.times)]
+        old, new = result.weights[first], result.weights[first + case.times]
+        gradient = gradients(old, batches)
+        momentum = []
+        if case.options is not None:
+            reference = ReferenceSNGM(old, **case.options)
+            reference.u = [np.array(u, "float64") for u in before]
+            reference.step(gradient, RATE)
+            directions = [
+                u - reference.beta * b.astype("float64") for u, b in zip(reference.u, before)
+            ]
+            gradient = [reference.gradient_norm * direction for direction in directions]
+            if reference.beta:
+                before = momentum = result.momenta[first + case.times - 1]
+        yield gradient, momentum, old, new
+
+
+def recomputed_gradients(case):
+    """A function of weights and batches: the mean over these, on one device."""
+    model = case.model()
+    x, y = case.data()
+
+    @tf.function
+    def gradients_of(x, y):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((model(x) - y) ** 2)
+        gradients = tape.gradient(loss, model.trainable_variables)
+        return [tf.convert_to_tensor(gradient) for gradient in gradients]
+
+    def gradients(weights, batches):
+        for variable, weight in zip(model.trainable_variables, weights):
+            variable.assign(weight)
+        rows = [slice(BATCH * batch, BATCH * (batch + 1)) for batch in batches]
+        each = [gradients_of(x[own], y[own]) for own in rows]
+        return [np.mean([g.numpy().astype("float64") for g in of], axis=0) for of in zip(*each)]
+
+    return gradients
+
+
+def expected_scalars(case, result, gradient, momentum, old, new):
+    def of(part, ending):
+        own = slice(None) if part is None else slice(part, part + 1)
+        g, u, w = gradient[own], momentum[own], old[own]
+        change = [(n.astype("float64") - o) for n, o in zip(new[own], old[own])]
+        values = {
+            "grad_norm": norm(g),
+            "update_ratio": norm(change) / norm(w) if norm(w) else np.nan,
+            "update_norm": norm(change),
+            "weight_norm": norm(w),
+        }
+        if momentum:
+            along = sum(np.sum(a.astype("float64") * b) for a, b in zip(u, g))
+            values["momentum_norm"] = norm(u)
+            values["momentum_cosine"] = along / (norm(u) * norm(g))
+        return {key + ending: value for key, value in values.items()}
+
+    values = of(None, "")
+    for i, path in enumerate(result.paths):
+        values |= of(i, f"/{path}")
+    return values
+
+
+@job
+def test_every_scalar_equals_a_recomputation(logged, updates, name, replicas):
+    case, result = CASES[name], logged[replicas][name]
+    lines = {line.pop("step"): line for line in map(dict, result.lines)}
+    last = EPOCHS * STEPS_PER_EPOCH // case.times
+    assert list(lines) == list(range(LOG_EVERY, last + 1, LOG_EVERY))
+    assert set(result.scalars) == set(lines)
+    for step, update in enumerate(updates(name, replicas), start=1):
+        if step not in lines:
+            continue
+        expected = expected_scalars(case, result, *update)
+        assert set(lines[step]) == set(result.scalars[step]) == set(expected)
+        for key, value in expected.items():
+            wanted = pytest.approx(value, rel=1e-5, abs=1e-6, nan_ok=True)
+            assert lines[step][key] == wanted, key
+            assert result.scalars[step][key] == wanted, key
+
+
+@job
+def test_epochs_hold_the_statistics_of_all_updates(logged, updates, name, replicas):
+    case, result = CASES[name], logged[replicas][name]
+    values = [expected_scalars(case, result, *update) for update in updates(name, replicas)]
+    per_epoch = len(values) // EPOCHS
+    for epoch in range(EPOCHS):
+        own = values[epoch * per_epoch : (epoch + 1) * per_epoch]
+        first = epoch * per_epoch + 1
+        detailed = [v for step, v in enumerate(own, start=first) if step % LOG_EVERY == 0]
+        norms = [v["grad_norm"] for v in own]
+        expected = {"grad_norm_max": max(norms), "grad_norm_min": min(norms)}
+        for key in values[0]:
+            if key.startswith("grad_norm"):
+                expected[key] = np.mean([v[key] for v in own])
+            elif "/" not in key:
+                expected[key] = np.mean([v[key] for v in detailed])
+        assert set(result.history) == {"loss", *expected}
+        for key, value in expected.items():
+            assert result.history[key][epoch] == pytest.approx(value, rel=1e-5), key
+
+
+@job
+def test_histograms_count_the_elements(logged, updates, name, replicas):
+    case, result = CASES[name], logged[replicas][name]
+    last = EPOCHS * STEPS_PER_EPOCH // case.times
+    assert set(result.histograms) == set(range(HISTOGRAM_EVERY, last + 1, HISTOGRAM_EVERY))
+    for step, (gradient, momentum, _, _) in enumerate(updates(name, replicas), start=1):
+        if step not in result.histograms:
+            continue
+        kinds = {"gradients": gradient, "momenta": momentum}
+        expected = {
+            f"{kind}/{path}": tensor
+            for kind, tensors in kinds.items()
+            for path, tensor in zip(result.paths, tensors)
+        }
+        assert set(result.histograms[step]) == set(expected)
+        for key, tensor in expected.items():
+            assert_counts(result.histograms[step][key], tensor)
+
+
+def assert_counts(buckets, tensor):
+    """Rounding may bring an element at an edge to the next bucket."""
+    left, right, counts = buckets.T
+    assert counts.sum() == tensor.size
+    scale = np.abs(tensor).max()
+    assert left[0] == pytest.approx(tensor.min(), rel=1e-5, abs=1e-5 * scale)
+    assert right[-1] == pytest.approx(tensor.max(), rel=1e-5, abs=1e-5 * scale)
+    np.testing.assert_allclose(left[1:], right[:-1])
+    if tensor.size > 1:
+        inside = np.clip(tensor, left[0], right[-1])
+        wanted, _ = np.histogram(inside, bins=len(counts), range=(left[0], right[-1]))
+        assert np.abs(np.cumsum(counts - wanted)).max() <= 1
