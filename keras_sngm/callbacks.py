@@ -121,6 +121,8 @@ class GradientNormLogger(keras.callbacks.Callback):
         super().__init__()
         _check_count("log_every", log_every)
         check_per_variable(per_variable)
+        _check_boolean("update_ratio", update_ratio)
+        _check_boolean("append", append)
         if histogram_every is not None:
             _check_count("histogram_every", histogram_every)
             if log_dir is None:
@@ -243,6 +245,11 @@ class GradientNormLogger(keras.callbacks.Callback):
         recorders, self._recorders = self._recorders, []
         if recorders:
             detach(self.model, recorders)
+
+
+def _check_boolean(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"`{name}` must be a boolean. Received: {name}={value}")
 
 
 def _check_count(name: str, value: Any) -> None:

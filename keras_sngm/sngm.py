@@ -94,6 +94,16 @@ class SNGM(BackendOptimizer):
             (16,384 with `use_ema`) are left to TensorFlow's kernel for momentum,
             which is as quick there and needs no compilation; with coupled weight
             decay or `clipvalue` larger ones, too. Defaults to `"auto"`.
+        noise_scale_batch_size: Int or `None`. If set, the gradient noise scale is
+            estimated, see `gradient_noise_scale`, from how the gradients of the small
+            batches of an update differ: those of its replicas and micro-batches, of
+            which there must be two or more. The value is the number of samples in a
+            batch as `fit` gets it, all replicas together. Takes a pass over each of
+            these gradients.
+        noise_scale_momentum: Float in the range [0, 1), defaults to `0.99`. Only used if
+            `noise_scale_batch_size` is set. Numerator and denominator of the noise scale
+            are each averaged over updates: `average = noise_scale_momentum * average +
+            (1 - noise_scale_momentum) * estimate`.
         name: String. The name of the optimizer. Defaults to `"sngm"`.
 
     Attributes:
@@ -104,6 +114,14 @@ class SNGM(BackendOptimizer):
             variable, in the order the optimizer was built with; 0 where a
             variable had no gradient. Exists once the optimizer is built.
         skipped_steps: Variable, integer scalar: how many steps were skipped.
+        gradient_noise_scale: Variable, float32 scalar, in samples, or `None` without
+            `noise_scale_batch_size`: `tr(S) / norm(G) ** 2` with the expected gradient
+            `G` of the loss and the covariance `S` of the gradient of one sample (McCandlish
+            et al., 2018, B_simple). Batches much smaller than this are mostly noise, much
+            larger ones waste samples, as far as the theory reaches. Numerator and
+            denominator are estimated without bias and averaged before one is divided by
+            the other. NaN before the first update, infinite as long as the average of
+            the denominator is not positive. Checkpointed with its averages.
 
     Raises:
         ValueError: if an argument is out of its range or unknown, if more than
@@ -125,6 +143,8 @@ class SNGM(BackendOptimizer):
 
     - [Zhao, Shi, Xie, Li, 2024](https://arxiv.org/abs/2007.13985), Science
       China Information Sciences 67(11):212101.
+    - [McCandlish, Kaplan, Amodei, OpenAI Dota Team, 2018](
+      https://arxiv.org/abs/1812.06162), for the noise scale.
     """
 
     def __init__(
@@ -143,6 +163,8 @@ class SNGM(BackendOptimizer):
         loss_scale_factor: float | None = None,
         gradient_accumulation_steps: int | None = None,
         jit_compile: bool | str = "auto",
+        noise_scale_batch_size: int | None = None,
+        noise_scale_momentum: float = 0.99,
         name: str = "sngm",
         **kwargs: Any,
     ) -> None:
@@ -171,6 +193,20 @@ class SNGM(BackendOptimizer):
             raise ValueError(
                 f'`jit_compile` must be True, False or "auto". Received: jit_compile={jit_compile}'
             )
+        if noise_scale_batch_size is not None and (
+            isinstance(noise_scale_batch_size, bool)
+            or not isinstance(noise_scale_batch_size, int)
+            or noise_scale_batch_size < 1
+        ):
+            raise ValueError(
+                "`noise_scale_batch_size` must be an integer >= 1 or None. "
+                f"Received: noise_scale_batch_size={noise_scale_batch_size}"
+            )
+        if not isinstance(noise_scale_momentum, float) or not 0.0 <= noise_scale_momentum < 1.0:
+            raise ValueError(
+                "`noise_scale_momentum` must be a float in the range [0, 1). "
+                f"Received: noise_scale_momentum={noise_scale_momentum}"
+            )
         super().__init__(
             learning_rate=learning_rate,
             name=name,
@@ -189,6 +225,8 @@ class SNGM(BackendOptimizer):
         self.nesterov = nesterov
         self.decoupled_weight_decay = decoupled_weight_decay
         self.jit_compile = jit_compile
+        self.noise_scale_batch_size = noise_scale_batch_size
+        self.noise_scale_momentum = noise_scale_momentum
         self._weight_decay_exclusions = Exclusions()
         self.gradient_norm = self.add_variable(
             (), dtype="float32", aggregation="only_first_replica", name="gradient_norm"
@@ -196,6 +234,18 @@ class SNGM(BackendOptimizer):
         self.skipped_steps = self.add_variable(
             (), dtype="int", aggregation="only_first_replica", name="skipped_steps"
         )
+        self.gradient_noise_scale = self.noise_moments = None
+        if noise_scale_batch_size is not None:
+            self.gradient_noise_scale = self.add_variable(
+                (),
+                initializer=keras.initializers.Constant(math.nan),
+                dtype="float32",
+                aggregation="only_first_replica",
+                name="gradient_noise_scale",
+            )
+            self.noise_moments = self.add_variable(
+                (3,), dtype="float32", aggregation="only_first_replica", name="noise_moments"
+            )
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
         """Create the optimizer's variables.
@@ -255,6 +305,8 @@ class SNGM(BackendOptimizer):
                 "nesterov": self.nesterov,
                 "decoupled_weight_decay": self.decoupled_weight_decay,
                 "jit_compile": self.jit_compile,
+                "noise_scale_batch_size": self.noise_scale_batch_size,
+                "noise_scale_momentum": self.noise_scale_momentum,
             }
         )
         if self._weight_decay_exclusions:

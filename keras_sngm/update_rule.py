@@ -44,6 +44,8 @@ class Normalization(NamedTuple):
     """Euclidean norm of each variable's gradient after clipping."""
     norm: Tensor
     """Euclidean norm of the whole gradient after clipping."""
+    unclipped: Tensor
+    """Euclidean norm of the whole gradient before `clipnorm` and `global_clipnorm`."""
     finite: Tensor
     """Whether the step may be taken."""
 
@@ -95,8 +97,8 @@ def normalization(rule: Rule, squares: Tensor, prescale: Tensor) -> Normalizatio
     """
     finite = ops.isfinite(ops.sum(squares))
     norms = ops.sqrt(squares)
+    unclipped = norm = ops.sqrt(ops.sum(squares))
     if rule.clipnorm is None:
-        norm = ops.sqrt(ops.sum(squares))
         divisor = _nonzero(norm)
     else:
         limit = rule.clipnorm * prescale
@@ -110,7 +112,9 @@ def normalization(rule: Rule, squares: Tensor, prescale: Tensor) -> Normalizatio
         clipped = _at_most(rule.global_clipnorm * prescale, norm)
         norms = ops.where(finite, norms / _nonzero(norm) * clipped, norms)
         norm = clipped
-    return Normalization(prescale, divisor, norms / prescale, norm / prescale, finite)
+    return Normalization(
+        prescale, divisor, norms / prescale, norm / prescale, unclipped / prescale, finite
+    )
 
 
 def directions(normalized: Normalization, gradients: list[Tensor]) -> list[Tensor]:
@@ -125,6 +129,22 @@ def directions(normalized: Normalization, gradients: list[Tensor]) -> list[Tenso
         ops.cast(ops.cast(gradient, dtype) * normalized.prescale / divisor, gradient.dtype)
         for gradient, divisor in zip(gradients, divisors, strict=True)
     ]
+
+
+def noise_moments(small: Tensor, large: Tensor, count: int, samples: float) -> list[Tensor]:
+    """Unbiased estimates of tr(Sigma) and norm(G)^2 from one batch.
+
+    G is the expected gradient, Sigma the covariance of the gradient of one sample
+    (McCandlish et al., https://arxiv.org/abs/1812.06162, appendix A.1).
+
+    Args:
+        small: mean of the squared norms of the gradients of small batches.
+        large: squared norm of the mean of these gradients.
+        count: how many small batches there are, at least 2.
+        samples: how many samples there are in each.
+    """
+    between = (small - large) * count / (count - 1)
+    return [samples * between, large - between / count]
 
 
 class Coefficients(NamedTuple):

@@ -24,6 +24,7 @@ class Case(NamedTuple):
         sparse: whether the model has an embedding.
         compile: arguments of `model.compile`.
         replicas: numbers of replicas it can run on.
+        noise: whether the noise scale is measured, averaged with momentum 0.9.
     """
 
     make: Callable[[], keras.optimizers.Optimizer]
@@ -32,6 +33,7 @@ class Case(NamedTuple):
     sparse: bool = False
     compile: dict[str, Any] = {}  # noqa: RUF012
     replicas: tuple[int, ...] = (0, 1, 2)
+    noise: bool = False
 
     def model(self) -> keras.Model:
         keras.utils.set_random_seed(0)
@@ -58,6 +60,7 @@ def sgd(**options: Any) -> Callable[[], keras.optimizers.Optimizer]:
 
 
 CHANGED = {"weight_decay": 0.5, "decoupled_weight_decay": False, "clipvalue": 0.3, "nesterov": True}
+NOISE = {"noise_scale_batch_size": BATCH, "noise_scale_momentum": 0.9}
 WITHOUT_STRATEGY = (0,)
 
 CASES = {
@@ -83,6 +86,43 @@ CASES = {
     "SNGM, loss scaled": Case(sngm(loss_scale_factor=64.0), {}),
     "SNGM, LossScaleOptimizer": Case(
         lambda: keras.optimizers.LossScaleOptimizer(SNGM(RATE), initial_scale=64.0), {}
+    ),
+    "SNGM, noise scale": Case(sngm(**NOISE), {}, replicas=(2,), noise=True),
+    "SNGM, noise scale, clipped": Case(
+        sngm(clipnorm=0.2, **NOISE), {"clipnorm": 0.2}, replicas=(2,), noise=True
+    ),
+    "SNGM, noise scale, gradient changed": Case(
+        sngm(**NOISE, **CHANGED), CHANGED, replicas=(2,), noise=True
+    ),
+    "SNGM, noise scale, accumulated": Case(
+        sngm(gradient_accumulation_steps=2, **NOISE), {}, times=2, noise=True
+    ),
+    "SNGM, noise scale, accumulated, gradient changed": Case(
+        sngm(gradient_accumulation_steps=2, **NOISE, **CHANGED), CHANGED, times=2, noise=True
+    ),
+    "SNGM, noise scale, embedding, accumulated": Case(
+        sngm(gradient_accumulation_steps=2, **NOISE), {}, times=2, sparse=True, noise=True
+    ),
+    "SNGM, noise scale, LossScaleOptimizer": Case(
+        lambda: keras.optimizers.LossScaleOptimizer(sngm(**NOISE)(), initial_scale=64.0),
+        {},
+        replicas=(2,),
+        noise=True,
+    ),
+    "SNGM, noise scale, eager": Case(
+        sngm(gradient_accumulation_steps=3, **NOISE),
+        {},
+        times=3,
+        compile={"run_eagerly": True},
+        noise=True,
+    ),
+    "SNGM, noise scale, XLA": Case(
+        sngm(gradient_accumulation_steps=2, **NOISE),
+        {},
+        times=2,
+        compile={"jit_compile": True},
+        replicas=WITHOUT_STRATEGY,
+        noise=True,
     ),
     "SGD": Case(sgd()),
     "SGD, eager": Case(sgd(), compile={"run_eagerly": True}),

@@ -36,7 +36,8 @@ def updates_of(case, result):
     gradients = recomputed_gradients(case)
     before = [np.zeros_like(weight) for weight in result.weights[0]]
     for first in range(0, EPOCHS * STEPS_PER_EPOCH, case.times):
-        batches = [call % STEPS_PER_EPOCH for call in range(first, first + case.times)]
+        calls = [call % STEPS_PER_EPOCH for call in range(first, first + case.times)]
+        batches = [slice(BATCH * call, BATCH * (call + 1)) for call in calls]
         old, new = result.weights[first], result.weights[first + case.times]
         gradient = gradients(old, batches)
         momentum = []
@@ -54,7 +55,7 @@ def updates_of(case, result):
 
 
 def recomputed_gradients(case):
-    """A function of weights and batches: the mean over these, on one device."""
+    """A function of weights and slices of the data: the mean over these, on one device."""
     model = case.model()
     x, y = case.data()
 
@@ -68,8 +69,7 @@ def recomputed_gradients(case):
     def gradients(weights, batches):
         for variable, weight in zip(model.trainable_variables, weights):
             variable.assign(weight)
-        rows = [slice(BATCH * batch, BATCH * (batch + 1)) for batch in batches]
-        each = [gradients_of(x[own], y[own]) for own in rows]
+        each = [gradients_of(x[rows], y[rows]) for rows in batches]
         return [np.mean([g.numpy().astype("float64") for g in of], axis=0) for of in zip(*each)]
 
     return gradients
@@ -109,7 +109,8 @@ def test_every_scalar_equals_a_recomputation(logged, updates, name, replicas):
         if step not in lines:
             continue
         expected = expected_scalars(case, result, *update)
-        assert set(lines[step]) == set(result.scalars[step]) == set(expected)
+        noise = {"gradient_noise_scale"} if case.noise else set()
+        assert set(lines[step]) == set(result.scalars[step]) == set(expected) | noise
         for key, value in expected.items():
             wanted = pytest.approx(value, rel=1e-5, abs=1e-6, nan_ok=True)
             assert lines[step][key] == wanted, key
@@ -132,7 +133,8 @@ def test_epochs_hold_the_statistics_of_all_updates(logged, updates, name, replic
                 expected[key] = np.mean([v[key] for v in own])
             elif "/" not in key:
                 expected[key] = np.mean([v[key] for v in detailed])
-        assert set(result.history) == {"loss", *expected}
+        noise = {"gradient_noise_scale"} if case.noise else set()
+        assert set(result.history) == {"loss", *expected, *noise}
         for key, value in expected.items():
             assert result.history[key][epoch] == pytest.approx(value, rel=1e-5), key
 
@@ -156,9 +158,33 @@ def test_histograms_count_the_elements(logged, updates, name, replicas):
             assert_counts(result.histograms[step][key], tensor)
 
 
+@pytest.mark.parametrize("name, replicas", [job for job in JOBS if CASES[job[0]].noise])
+def test_the_noise_scale_equals_a_recomputation(logged, name, replicas):
+    case, result = CASES[name], logged[replicas][name]
+    gradients = recomputed_gradients(case)
+    size = BATCH // max(replicas, 1)
+    noise, signal = 0.0, 0.0
+    lines = {line["step"]: line for line in result.lines}
+    for first in range(0, EPOCHS * STEPS_PER_EPOCH, case.times):
+        begin = BATCH * (first % STEPS_PER_EPOCH)
+        shards = range(begin, begin + BATCH * case.times, size)
+        each = [gradients(result.weights[first], [slice(b, b + size)]) for b in shards]
+        small = np.mean([norm(g) ** 2 for g in each])
+        large = norm([np.mean(of, axis=0) for of in zip(*each)]) ** 2
+        batch = size * len(each)
+        signal = 0.9 * signal + 0.1 * (batch * large - size * small) / (batch - size)
+        noise = 0.9 * noise + 0.1 * (small - large) / (1 / size - 1 / batch)
+        step = first // case.times + 1
+        if step in lines:
+            expected = noise / signal if signal > 0 else np.inf
+            assert lines[step]["gradient_noise_scale"] == pytest.approx(expected, rel=1e-4)
+    assert result.history["gradient_noise_scale"][-1] == pytest.approx(expected, rel=1e-4)
+
+
 def assert_counts(buckets, tensor):
     """Rounding may bring an element at an edge to the next bucket."""
     left, right, counts = buckets.T
+    tensor = tensor.astype("float64")
     assert counts.sum() == tensor.size
     scale = np.abs(tensor).max()
     assert left[0] == pytest.approx(tensor.min(), rel=1e-5, abs=1e-5 * scale)

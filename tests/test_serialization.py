@@ -25,6 +25,8 @@ EVERYTHING = {
     "loss_scale_factor": 4.0,
     "gradient_accumulation_steps": 2,
     "jit_compile": False,
+    "noise_scale_batch_size": 8,
+    "noise_scale_momentum": 0.5,
     "name": "mine",
 }
 

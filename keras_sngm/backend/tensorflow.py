@@ -8,6 +8,7 @@ Keras calls the optimizer once per replica. A step there is to
 4. update the variables of each device, see `tensorflow_step`.
 """
 
+import functools
 import itertools
 import platform
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -19,12 +20,14 @@ from tensorflow.python.framework.config import is_op_determinism_enabled
 from tensorflow.python.framework.ops import get_default_graph
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
+from keras_sngm import update_rule
+from keras_sngm.backend import tensorflow_noise as noise
 from keras_sngm.backend.tensorflow_checks import (
     check_strategy,
     check_variables,
     must_leave_the_replica,
 )
-from keras_sngm.backend.tensorflow_recorder import Local, Measured, Recorder, attached
+from keras_sngm.backend.tensorflow_recorder import Local, Measured, attached
 from keras_sngm.backend.tensorflow_replicas import (
     AllReplicas,
     OwnReplica,
@@ -33,17 +36,20 @@ from keras_sngm.backend.tensorflow_replicas import (
 )
 from keras_sngm.backend.tensorflow_slot import Slot, arithmetic_dtype
 from keras_sngm.backend.tensorflow_step import LocalStep, Moment, Readings
-from keras_sngm.update_rule import Rule
+from keras_sngm.update_rule import Normalization, Rule
 
 
 class BackendOptimizer(keras.optimizers.Optimizer):
     """Keras' optimizer with one update for the whole model instead of one per variable.
 
-    A subclass supplies `_rule`, `_decays` and the variables read here:
-    `momentums`, `gradient_norm`, `gradient_norms` and `skipped_steps`.
+    A subclass supplies `_rule`, `_decays`, the hyper-parameters below and the variables
+    read here: `momentums`, `gradient_norm`, `gradient_norms` and `skipped_steps`, and
+    `gradient_noise_scale` and `noise_moments`, which may be `None`.
     """
 
     jit_compile: bool | str
+    noise_scale_batch_size: int | None
+    noise_scale_momentum: float
     gradient_accumulation_steps: int | None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -60,25 +66,32 @@ class BackendOptimizer(keras.optimizers.Optimizer):
         self.gradient_accumulation_steps = steps
         if steps is not None:
             self._accumulated_gradients = [self._add_accumulator(v) for v in variables]
+        if steps is not None and self.noise_scale_batch_size is not None:
+            self._accumulated_squares = self._add_total((), "float32", "squares_accumulator")
 
     def _add_accumulator(self, variable: Any) -> keras.Variable:
-        """Every replica's own sum; their total is what is read and saved."""
         native = native_variable(variable)
-        with (
-            keras.name_scope(self.name, caller=self),
-            self._distribution_strategy.extended.colocate_vars_with(native),
-        ):
-            accumulator = keras.Variable(
+        with self._distribution_strategy.extended.colocate_vars_with(native):
+            return self._add_total(
+                tuple(variable.shape),
+                arithmetic_dtype(native.dtype).name,
+                f"{variable.name.replace(':', '_')}_gradient_accumulator",
+            )
+
+    def _add_total(self, shape: tuple[int, ...], dtype: str, name: str) -> keras.Variable:
+        """Every replica's own sum; their total is what is read and saved."""
+        with self._distribution_strategy.scope(), keras.name_scope(self.name, caller=self):
+            variable = keras.Variable(
                 keras.initializers.Zeros(),
-                shape=tuple(variable.shape),
-                dtype=arithmetic_dtype(native.dtype).name,
+                shape=shape,
+                dtype=dtype,
                 trainable=False,
                 aggregation="sum",
                 synchronization="on_read",
-                name=f"{variable.name.replace(':', '_')}_gradient_accumulator",
+                name=name,
             )
-        self._track_variable(accumulator)
-        return accumulator
+        self._track_variable(variable)
+        return variable
 
     def _rule(self) -> Rule:
         raise NotImplementedError
@@ -167,44 +180,88 @@ class BackendOptimizer(keras.optimizers.Optimizer):
         return gradient / self.loss_scale_factor
 
     def _step_on(self, replicas: Replicas, active: tuple[int, ...], gradients: list[Any]) -> None:
+        squares = []
+        if active and self.noise_scale_batch_size is not None:
+            self._check_noise_scale()
+            squares = [self._squares(replicas, active, gradients)]
         if not active:
             pass
         elif self.gradient_accumulation_steps is None:
-            self._reduce_and_update(replicas, active, gradients)
+            self._reduce_and_update(replicas, active, gradients, squares)
         else:
-            self._accumulate(replicas, active, gradients)
+            self._accumulate(replicas, active, gradients, squares)
             is_last = (self._iterations + 1) % self.gradient_accumulation_steps == 0
             tf.cond(is_last, lambda: self._update_with_accumulated(replicas, active), lambda: None)
         for part in replicas.parts(self._iterations):
             with tf.device(part.device):
                 part.assign_add(1)
 
+    def _check_noise_scale(self) -> None:
+        if self._small_batches() < 2:
+            raise ValueError(
+                "`noise_scale_batch_size` needs several batches in each update, to compare them: "
+                "set `gradient_accumulation_steps`, train on several replicas, or leave it out. "
+                f"Received: noise_scale_batch_size={self.noise_scale_batch_size}, "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}, "
+                f"{self._distribution_strategy.num_replicas_in_sync} replica"
+            )
+
+    def _small_batches(self) -> int:
+        """How many make up an update."""
+        replicas = self._distribution_strategy.num_replicas_in_sync
+        return replicas * (self.gradient_accumulation_steps or 1)
+
+    def _squares(self, replicas: Replicas, active: tuple[int, ...], gradients: list[Any]) -> Any:
+        """Each replica's sum of squares of its own gradient."""
+        weights = [self._trainable_variables[i] for i in active]
+        sums = []
+        for parts in zip(*map(replicas.parts, gradients), strict=True):
+            device = replicas.parts(weights[0])[len(sums)].device
+            with tf.device(device):
+                sums.append(noise.sum_of_squares(parts, weights, device))
+        return replicas.joined(sums)
+
     def _accumulate(
-        self, replicas: Replicas, active: tuple[int, ...], gradients: list[Any]
+        self,
+        replicas: Replicas,
+        active: tuple[int, ...],
+        gradients: list[Any],
+        squares: list[Any],
     ) -> None:
-        for i, gradient in zip(active, gradients, strict=True):
-            accumulators = replicas.parts(self._accumulated_gradients[i])
+        variables = [self._accumulated_gradients[i] for i in active]
+        if squares:
+            variables.append(self._accumulated_squares)
+        for variable, gradient in zip(variables, [*gradients, *squares], strict=True):
+            accumulators = replicas.parts(variable)
             for accumulator, part in zip(accumulators, replicas.parts(gradient), strict=True):
                 with tf.device(accumulator.device):
                     _add(accumulator, part)
 
     def _update_with_accumulated(self, replicas: Replicas, active: tuple[int, ...]) -> None:
+        measures = self.noise_scale_batch_size is not None
+        squares = [self._accumulated_squares] if measures else []
         sums = []
-        for i in active:
+        for variable in [*(self._accumulated_gradients[i] for i in active), *squares]:
             parts = []
-            for accumulator in replicas.parts(self._accumulated_gradients[i]):
+            for accumulator in replicas.parts(variable):
                 with tf.device(accumulator.device):
                     parts.append(tf.identity(accumulator))
             sums.append(replicas.joined(parts))
-        self._reduce_and_update(replicas, active, sums)
-        for part in itertools.chain(*map(replicas.parts, self._accumulated_gradients)):
+        self._reduce_and_update(replicas, active, sums[: len(active)], sums[len(active) :])
+        variables = [*self._accumulated_gradients, *squares]
+        for part in itertools.chain(*map(replicas.parts, variables)):
             with tf.device(part.device):
                 part.assign(tf.zeros_like(part))
 
     def _reduce_and_update(
-        self, replicas: Replicas, active: tuple[int, ...], gradients: list[Any]
+        self,
+        replicas: Replicas,
+        active: tuple[int, ...],
+        gradients: list[Any],
+        squares: list[Any],
     ) -> None:
-        per_variable = [replicas.parts(gradient) for gradient in replicas.sums(gradients)]
+        sums = [replicas.parts(summed) for summed in replicas.sums([*gradients, *squares])]
+        per_variable, of_squares = sums[: len(active)], sums[len(active) :]
         recorders = attached(self)
         moment = self._moment(
             [c for r in recorders if (c := r.may_step(_on(replicas, 0))) is not None]
@@ -212,36 +269,58 @@ class BackendOptimizer(keras.optimizers.Optimizer):
         for replica, local_gradients in enumerate(zip(*per_variable, strict=True)):
             step = self._local_step(replicas, replica, active)
             with tf.device(step.device):
+                local = _on(replicas, replica)
                 # All replicas measure the same.
-                if recorders and replica == 0:
-                    self._recorded(recorders, _on(replicas, 0), step, local_gradients, moment)
-                else:
-                    step(local_gradients, moment)
+                number = tf.cast(self.iterations, tf.int64) + 1
+                recording = recorders if replica == 0 else []
+                for recorder in recording:
+                    recorder.before(local, number)
+                normalized = step(local_gradients, moment)
+                for total in of_squares:
+                    self._measure_noise(local, active, local_gradients, total[replica], normalized)
+                for recorder in recording:
+                    recorder.after(
+                        local,
+                        number,
+                        self._measured(local),
+                        functools.partial(_directions, step, local_gradients, normalized),
+                    )
 
-    def _recorded(
-        self,
-        recorders: Sequence[Recorder],
-        local: Local,
-        step: LocalStep,
-        gradients: Sequence[Any],
-        moment: Moment,
-    ) -> None:
-        number = tf.cast(self.iterations, tf.int64) + 1
-        for recorder in recorders:
-            recorder.before(local, number)
-        normalized = step(gradients, moment)
-        measured = Measured(
+    def _measured(self, local: Local) -> Measured:
+        noise_scale = local(self.gradient_noise_scale)
+        return Measured(
             tf.convert_to_tensor(local(self.gradient_norm)),
             tf.convert_to_tensor(local(self.gradient_norms)),
-            noise_scale=None,
+            None if noise_scale is None else tf.convert_to_tensor(noise_scale),
         )
-        for recorder in recorders:
-            recorder.after(
-                local,
-                number,
-                measured,
-                lambda weights: step.directions(gradients, weights, normalized),
-            )
+
+    def _measure_noise(
+        self,
+        local: Local,
+        active: tuple[int, ...],
+        gradients: Sequence[Any],
+        total: tf.Tensor,
+        normalized: Normalization,
+    ) -> None:
+        """From the total of the squares of all small batches, as replicas see them."""
+        times = self.gradient_accumulation_steps or 1
+        if update_rule.changes_gradient(self._rule()):
+            weights = [self._trainable_variables[i] for i in active]
+            device = local(weights[0]).device
+            large = noise.sum_of_squares(gradients, weights, device) / times**2
+        else:
+            large = tf.cast(normalized.unclipped, tf.float32) ** 2
+        count = self._small_batches()
+        # Keras has divided the loss by the number of replicas.
+        small = total * (count // times) ** 2 / count
+        samples = self.noise_scale_batch_size / (count // times)
+        noise.update(
+            local(self.noise_moments),
+            local(self.gradient_noise_scale),
+            update_rule.noise_moments(small, large, count, samples),
+            self.noise_scale_momentum,
+            normalized.finite,
+        )
 
     def _moment(self, conditions: Sequence[tf.Tensor]) -> Moment:
         updates = tf.convert_to_tensor(self.iterations)
@@ -312,6 +391,12 @@ class BackendOptimizer(keras.optimizers.Optimizer):
         if jit_compile == "auto" and not (_xla_is_supported() and one_device):
             jit_compile = False
         return LocalStep(rule, slots, active, readings, jit_compile, in_xla, times)
+
+
+def _directions(
+    step: LocalStep, gradients: Sequence[Any], normalized: Normalization, weights: Sequence[Any]
+) -> dict[int, tf.Tensor]:
+    return step.directions(gradients, weights, normalized)
 
 
 def _on(replicas: Replicas, replica: int) -> Local:
