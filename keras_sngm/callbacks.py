@@ -150,7 +150,7 @@ class GradientNormLogger(keras.callbacks.Callback):
         self.on_nonfinite = on_nonfinite
         self.append = append
         self._recorders: list[Any] = []
-        self._recording: Recording | None = None
+        self._recording: Any = None
         self._told = False
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:

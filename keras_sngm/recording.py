@@ -150,7 +150,8 @@ class Recording:
             self._log_histograms(step, parts)
 
     def _log_histograms(self, step: int, parts: Sequence[Any]) -> None:
-        first, histograms = 0, {}
+        first = 0
+        histograms: dict[str, np.ndarray] = {}
         for rows in parts:
             histograms |= self._values.of_histograms(rows.histograms[step], first)
             first += len(rows.bad_norms)

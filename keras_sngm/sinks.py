@@ -112,13 +112,12 @@ class FileSink:
         if there and not there.endswith("\n"):
             self._file.write("\n")  # the end of a line that was broken off
         self._csv = csv.DictWriter(self._file, self._columns) if path.suffix == ".csv" else None
-        if self._csv is not None:
-            self._begin_csv(filename, there)
-
-    def _begin_csv(self, filename: str, there: str) -> None:
-        if not there:
+        if self._csv is not None and there:
+            self._check_columns(filename, there)
+        elif self._csv is not None:
             self._csv.writeheader()
-            return
+
+    def _check_columns(self, filename: str, there: str) -> None:
         columns = next(csv.reader([there.splitlines()[0]]))
         if columns != self._columns:
             self._file.close()

@@ -29,7 +29,7 @@ def groups_of(variables: Sequence[Any], per_variable: PerVariable) -> dict[str, 
     if per_variable is False:
         return {}
     depth = None
-    chosen = range(len(variables))
+    chosen = list(range(len(variables)))
     if callable(per_variable):
         chosen = [i for i in chosen if per_variable(variables[i])]
     elif per_variable is not True:

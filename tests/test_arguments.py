@@ -88,6 +88,8 @@ def test_defaults():
         "loss_scale_factor": None,
         "gradient_accumulation_steps": None,
         "jit_compile": "auto",
+        "noise_scale_batch_size": None,
+        "noise_scale_momentum": 0.99,
     }
 
 

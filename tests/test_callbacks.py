@@ -77,7 +77,7 @@ def lines_of(path):
 
 
 def scalars_in(log_dir):
-    events = EventAccumulator(str(log_dir)).Reload()
+    events = EventAccumulator(str(log_dir), size_guidance={"tensors": 0}).Reload()
     data = events.Tensors("grad_norm")
     return [e.step for e in data], [float(tf.make_ndarray(e.tensor_proto)) for e in data]
 
@@ -243,7 +243,7 @@ def test_more_updates_than_are_kept_at_once(tmp_path, monkeypatch):
     norms = norms_from_scratch(7)
     np.testing.assert_allclose(history["grad_norm"], norms.mean(axis=1), rtol=1e-5)
     assert list(lines_of(tmp_path / "log.jsonl")) == list(range(1, 36))
-    events = EventAccumulator(str(tmp_path)).Reload()
+    events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
     histograms = events.Tensors("gradients/net/hidden/kernel")
     assert [event.step for event in histograms] == list(range(3, 36, 3))
 
@@ -289,15 +289,22 @@ if hasattr(keras.optimizers, "MultiOptimizer"):  # Keras got it later than 3.10
         assert "momenta/net/hidden/kernel" in tags
         assert "momenta/net/head/kernel" not in tags
 
+    def test_a_multi_optimizer_with_different_updates_is_refused():
+        halves = keras.optimizers.OptimizerMap(
+            SNGM(0.05, gradient_accumulation_steps=2), {"net/head/.*": keras.optimizers.SGD(0.05)}
+        )
+        with pytest.raises(ValueError, match=r"same `gradient_accumulation_steps`.*\[None, 2\]"):
+            fit(build_model(keras.optimizers.MultiOptimizer(halves)), GradientNormLogger())
 
-class _Killed(Exception):
+
+class _KilledError(Exception):
     pass
 
 
 def kill_in_epoch(number):
     def act(epoch, logs):
         if epoch == number:
-            raise _Killed
+            raise _KilledError
 
     return keras.callbacks.LambdaCallback(on_epoch_begin=act)
 
@@ -312,7 +319,7 @@ def test_resumed_training_goes_on_counting(tmp_path, make):
         )
         return logger, keras.callbacks.BackupAndRestore(tmp_path / "backup")
 
-    with pytest.raises(_Killed):
+    with pytest.raises(_KilledError):
         fit(build_model(make()), *callbacks(), kill_in_epoch(2), epochs=4)
     fit(build_model(make()), *callbacks(), epochs=4)
     whole = GradientNormLogger(filename=tmp_path / "whole.csv", update_ratio=True)
@@ -415,6 +422,8 @@ def waits_in_an_epoch(*callbacks):
     tensor = type(tf.constant(0.0)).__mro__[1]
     fetch = tensor._numpy
     training = threading.get_ident()
+    model = build_model()
+    fit(model, *callbacks, epochs=1)  # tracing asks for values, too
 
     def counted(self):
         nonlocal count
@@ -426,7 +435,7 @@ def waits_in_an_epoch(*callbacks):
             on_epoch_begin=lambda epoch, logs: patch.setattr(tensor, "_numpy", counted)
         )
         end = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: patch.undo())
-        fit(build_model(), begin, end, *callbacks, epochs=1)
+        fit(model, begin, end, *callbacks, epochs=1)
     return count
 
 
@@ -447,7 +456,7 @@ def test_training_never_waits_inside_an_epoch(tmp_path, monkeypatch, on_nonfinit
     )
     without = waits_in_an_epoch()
     assert waits_in_an_epoch(logger) == without
-    assert waits_in_an_epoch(GradientNormLogger(), waits) >= without + len(X) / BATCH
+    assert waits_in_an_epoch(GradientNormLogger(), waits) >= without + len(X) // BATCH
 
 
 # Gradients that are not finite.
@@ -493,7 +502,7 @@ def test_the_variables_at_fault_are_named():
         name="net",
     )
     model.compile(SNGM(), "mse")
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="not finite") as caught:
         fit(model, GradientNormLogger(), epochs=1)
     message = next(str(w.message) for w in caught if "not finite" in str(w.message))
     assert "Variables: net/first/kernel, net/first/bias." in message
@@ -570,7 +579,7 @@ def test_stopping_does_not_wait_for_the_end_of_the_epoch(monkeypatch):
     monkeypatch.setattr("keras_sngm.recording._SECONDS_BETWEEN_LOOKS", 0.0)
     batches = []
     count = keras.callbacks.LambdaCallback(
-        on_train_batch_end=lambda batch, _: batches.append(batch)
+        on_train_batch_end=lambda batch, logs: batches.append(batch)
     )
     x = tf.data.Dataset.from_tensor_slices((with_nan(3), Y)).batch(BATCH).repeat()
     with pytest.warns(UserWarning, match="step 1 is not finite"):

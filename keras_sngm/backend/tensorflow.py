@@ -21,12 +21,12 @@ from tensorflow.python.framework.ops import get_default_graph
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from keras_sngm import update_rule
-from keras_sngm.backend import tensorflow_noise as noise
 from keras_sngm.backend.tensorflow_checks import (
     check_strategy,
     check_variables,
     must_leave_the_replica,
 )
+from keras_sngm.backend.tensorflow_noise import NoiseMeter, sum_of_squares
 from keras_sngm.backend.tensorflow_recorder import Local, Measured, attached
 from keras_sngm.backend.tensorflow_replicas import (
     AllReplicas,
@@ -181,8 +181,8 @@ class BackendOptimizer(keras.optimizers.Optimizer):
 
     def _step_on(self, replicas: Replicas, active: tuple[int, ...], gradients: list[Any]) -> None:
         squares = []
-        if active and self.noise_scale_batch_size is not None:
-            self._check_noise_scale()
+        if active and (meter := self._noise_meter()) is not None:
+            meter.check()
             squares = [self._squares(replicas, active, gradients)]
         if not active:
             pass
@@ -196,29 +196,24 @@ class BackendOptimizer(keras.optimizers.Optimizer):
             with tf.device(part.device):
                 part.assign_add(1)
 
-    def _check_noise_scale(self) -> None:
-        if self._small_batches() < 2:
-            raise ValueError(
-                "`noise_scale_batch_size` needs several batches in each update, to compare them: "
-                "set `gradient_accumulation_steps`, train on several replicas, or leave it out. "
-                f"Received: noise_scale_batch_size={self.noise_scale_batch_size}, "
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps}, "
-                f"{self._distribution_strategy.num_replicas_in_sync} replica"
-            )
-
-    def _small_batches(self) -> int:
-        """How many make up an update."""
-        replicas = self._distribution_strategy.num_replicas_in_sync
-        return replicas * (self.gradient_accumulation_steps or 1)
+    def _noise_meter(self) -> NoiseMeter | None:
+        if self.noise_scale_batch_size is None:
+            return None
+        return NoiseMeter(
+            self.noise_scale_batch_size,
+            self.noise_scale_momentum,
+            self._distribution_strategy.num_replicas_in_sync,
+            self.gradient_accumulation_steps or 1,
+        )
 
     def _squares(self, replicas: Replicas, active: tuple[int, ...], gradients: list[Any]) -> Any:
         """Each replica's sum of squares of its own gradient."""
         weights = [self._trainable_variables[i] for i in active]
-        sums = []
+        sums: list[tf.Tensor] = []
         for parts in zip(*map(replicas.parts, gradients), strict=True):
             device = replicas.parts(weights[0])[len(sums)].device
             with tf.device(device):
-                sums.append(noise.sum_of_squares(parts, weights, device))
+                sums.append(sum_of_squares(parts, weights, device))
         return replicas.joined(sums)
 
     def _accumulate(
@@ -302,23 +297,20 @@ class BackendOptimizer(keras.optimizers.Optimizer):
         total: tf.Tensor,
         normalized: Normalization,
     ) -> None:
-        """From the total of the squares of all small batches, as replicas see them."""
-        times = self.gradient_accumulation_steps or 1
+        """From the total of the squares of all small batches."""
+        meter = self._noise_meter()
+        if meter is None:
+            return
         if update_rule.changes_gradient(self._rule()):
             weights = [self._trainable_variables[i] for i in active]
             device = local(weights[0]).device
-            large = noise.sum_of_squares(gradients, weights, device) / times**2
+            large = sum_of_squares(gradients, weights, device) / meter.times**2
         else:
             large = tf.cast(normalized.unclipped, tf.float32) ** 2
-        count = self._small_batches()
-        # Keras has divided the loss by the number of replicas.
-        small = total * (count // times) ** 2 / count
-        samples = self.noise_scale_batch_size / (count // times)
-        noise.update(
+        meter.update(
             local(self.noise_moments),
             local(self.gradient_noise_scale),
-            update_rule.noise_moments(small, large, count, samples),
-            self.noise_scale_momentum,
+            meter.estimates(total, large),
             normalized.finite,
         )
 

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_sngm.backend.tensorflow_replicas import native_variable
-from keras_sngm.backend.tensorflow_ring import Ring, Snapshot
+from keras_sngm.backend.tensorflow_ring import Ring
 from keras_sngm.backend.tensorflow_slot import arithmetic_dtype, for_arithmetic
 from keras_sngm.measurements import DETAILS, HISTOGRAM, Plan, details, histogram
 
@@ -97,7 +97,8 @@ class Recorder:
         self._details = self._rarer_ring(plan.details_every, count * len(DETAILS))
         kinds = 2 if self.has_momentum else 1
         self._histograms = self._rarer_ring(plan.histogram_every, count * kinds * HISTOGRAM)
-        needs_weights = self._details or self._histograms
+        self._rings = (self._updates, self._details, self._histograms)
+        needs_weights = plan.details_every or plan.histogram_every
         self._before = [
             self._variable(v.shape, arithmetic_dtype(native_variable(v).dtype).name)
             for v in (self.variables if needs_weights else ())
@@ -116,9 +117,9 @@ class Recorder:
                 synchronization="on_read",
             )
 
-    def _rarer_ring(self, every: int | None, columns: int) -> Ring | None:
+    def _rarer_ring(self, every: int | None, columns: int) -> Ring:
         if every is None:
-            return None
+            return Ring(self._variable, 1, 0)
         return Ring(self._variable, self.plan.updates // every + 1, columns)
 
     # On the host, between steps.
@@ -130,8 +131,7 @@ class Recorder:
         self._bad_step.assign(0)
         for variable, backup in zip(self._guarded, self._backups, strict=True):
             backup.assign(variable)
-        rings = (self._updates, self._details, self._histograms)
-        return Progress(*(0 if ring is None else ring.count() for ring in rings))
+        return Progress(*(ring.count() for ring in self._rings))
 
     def end(self) -> None:
         """Do no more than a graph that is traced already has to."""
@@ -140,32 +140,32 @@ class Recorder:
 
     def snapshot(self) -> list[Any]:
         """Copies of all rows, on the device."""
-        rings = (self._updates, self._details, self._histograms)
         return [
-            *(None if ring is None else ring.snapshot() for ring in rings),
+            *(ring.snapshot() for ring in self._rings),
             keras.ops.copy(self._bad_step),
             keras.ops.copy(self._bad_norms),
         ]
 
     def since(self, progress: Progress, snapshot: Sequence[Any]) -> tuple[Progress, NewRows]:
         """What came in. Waits for the device, in whatever thread this is called."""
-        updates, details_, histograms, bad_step, bad_norms = snapshot
-        end, steps, values = self._updates.since(progress.updates, updates)
-        shape = (len(self.variables), len(DETAILS))
-        details_end, details_ = _by_step(self._details, progress.details, details_, shape)
-        shape = (len(self.variables), -1, HISTOGRAM)
-        histograms_end, histograms = _by_step(
-            self._histograms, progress.histograms, histograms, shape
+        *of_rings, bad_step, bad_norms = snapshot
+        ends, steps, rows = zip(
+            *(
+                ring.since(begin, copy)
+                for ring, begin, copy in zip(self._rings, progress, of_rings, strict=True)
+            ),
+            strict=True,
         )
-        rows = NewRows(
-            steps,
-            values,
-            details_,
-            histograms,
+        count = len(self.variables)
+        new = NewRows(
+            steps[0],
+            rows[0],
+            _by_step(steps[1], rows[1], (count, len(DETAILS))),
+            _by_step(steps[2], rows[2], (count, -1, HISTOGRAM)),
             int(keras.ops.convert_to_numpy(bad_step)),
             keras.ops.convert_to_numpy(bad_norms),
         )
-        return Progress(end, details_end, histograms_end), rows
+        return Progress(*ends), new
 
     def latest_norm(self) -> Any:
         """The norm of the last update, a scalar on the device."""
@@ -223,10 +223,10 @@ class Recorder:
         def write_histograms() -> None:
             self._write_histograms(local, step, measured.norm, directions(weights))
 
-        if self._details is not None:
+        if self.plan.details_every is not None:
             due = self._is_due(local, self.plan.details_every, step)
             tf.cond(due, write_details, lambda: None)
-        if self._histograms is not None:
+        if self.plan.histogram_every is not None:
             due = self._is_due(local, self.plan.histogram_every, step)
             tf.cond(due, write_histograms, lambda: None)
 
@@ -297,10 +297,5 @@ class Recorder:
         self._histograms.write(local, step, tf.concat(rows, 0))
 
 
-def _by_step(
-    ring: Ring | None, begin: int, snapshot: Snapshot | None, shape: tuple[int, ...]
-) -> tuple[int, dict[int, np.ndarray]]:
-    if ring is None:
-        return 0, {}
-    end, steps, rows = ring.since(begin, snapshot)
-    return end, {int(step): row.reshape(shape) for step, row in zip(steps, rows, strict=True)}
+def _by_step(steps: np.ndarray, rows: np.ndarray, shape: tuple[int, ...]) -> dict[int, np.ndarray]:
+    return {int(step): row.reshape(shape) for step, row in zip(steps, rows, strict=True)}

@@ -41,9 +41,18 @@ def attach(model: keras.Model, plan: Plan) -> list[Recorder]:
     Returns:
         One recorder for each optimizer that updates variables: several under a
         `MultiOptimizer`.
+
+    Raises:
+        ValueError: if these do not accumulate over the same number of steps.
     """
     model.make_train_function()
     optimizers = _updating(model.optimizer)
+    times = [optimizer.gradient_accumulation_steps for optimizer in optimizers]
+    if len(set(times)) > 1:
+        raise ValueError(
+            "The optimizers of a `MultiOptimizer` can be logged together if they have the same "
+            f"`gradient_accumulation_steps`. Received: {times}"
+        )
     recorders = _left_by_an_earlier_fit(model, optimizers, plan)
     if not recorders:
         guarded = model.non_trainable_weights if plan.stops else []
@@ -51,7 +60,7 @@ def attach(model: keras.Model, plan: Plan) -> list[Recorder]:
         model.make_train_function(force=True)
     for optimizer, recorder in zip(optimizers, recorders, strict=True):
         attached(optimizer).append(recorder)
-        if not isinstance(optimizer, (BackendOptimizer, _Watched)):
+        if not isinstance(optimizer, BackendOptimizer) and "apply" not in vars(optimizer):
             optimizer.apply = _Watched(optimizer)
     _traced.setdefault(
         model.train_function,
@@ -85,19 +94,16 @@ def _left_by_an_earlier_fit(
 ) -> list[Recorder]:
     known = _traced.get(model.train_function, [])
     found = [
-        next(
-            (
-                recorder
-                for owner, recorder in known
-                if owner() is optimizer
-                and recorder.plan == plan
-                and recorder not in attached(optimizer)
-            ),
-            None,
-        )
+        [
+            recorder
+            for owner, recorder in known
+            if owner() is optimizer
+            and recorder.plan == plan
+            and recorder not in attached(optimizer)
+        ]
         for optimizer in optimizers
     ]
-    return [] if None in found else found
+    return [fitting[0] for fitting in found] if all(found) else []
 
 
 def _recorder(optimizer: Any, plan: Plan, guarded: Sequence[keras.Variable]) -> Recorder:
@@ -155,10 +161,10 @@ class _Watched:
         recorders = attached(optimizer)
         times = [self._when(recorder, measured) for recorder in recorders]
         for recorder, when in zip(recorders, times, strict=True):
-            _if(when, lambda r=recorder: r.before(local, step))
+            _if(when, functools.partial(recorder.before, local, step))
         self._apply_unless_stopped(recorders, local, measured, gradients, variables)
         for recorder, when in zip(recorders, times, strict=True):
-            _if(when, lambda r=recorder: r.after(local, step, measured, directions))
+            _if(when, functools.partial(recorder.after, local, step, measured, directions))
 
     def _final(self, gradient: Any, variable: Any, local: Callable[[Any], Any]) -> Any:
         """This replica's part of the gradient that the next update is made with."""
