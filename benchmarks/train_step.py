@@ -61,18 +61,12 @@ def transformer(quick: bool, tokens: int = 5_000, length: int = 64, width: int =
     batch_size = 4 if quick else 32
     text = np.random.default_rng(0).integers(tokens, size=(batch_size, length + 1))
 
-    def make_model() -> keras.Model:
-        inputs = keras.Input((length,), dtype="int32")
-        x = layers.Embedding(tokens, width)(inputs)
-        for _ in range(3):
-            normalized = layers.LayerNormalization()(x)
-            attention = layers.MultiHeadAttention(4, width // 4)
-            x = layers.Add()([x, attention(normalized, normalized, use_causal_mask=True)])
-            hidden = layers.Dense(4 * width, "gelu")(layers.LayerNormalization()(x))
-            x = layers.Add()([x, layers.Dense(width)(hidden)])
-        return keras.Model(inputs, layers.Dense(tokens)(layers.LayerNormalization()(x)))
-
-    return Task(make_model, text[:, :-1], text[:, 1:], steps_of_a_fit=5)
+    return Task(
+        lambda: models.transformer(tokens, length, width),
+        text[:, :-1],
+        text[:, 1:],
+        steps_of_a_fit=5,
+    )
 
 
 def embedding(quick: bool, ids: int = 20, width: int = 32) -> Task:

@@ -62,6 +62,30 @@ def _generated_mnist1d(samples: int) -> tuple[np.ndarray, np.ndarray]:
         return file["x"], file["y"]
 
 
+class Text(NamedTuple):
+    """Pieces of a text, as pairs of characters and the characters that follow."""
+
+    pairs: tf.data.Dataset
+    characters: int
+
+
+def python_manual(length: int, pieces: int) -> Text:
+    """English prose that comes with Python: the help on its language, by character.
+
+    Args:
+        length: of a piece.
+        pieces: how many. They follow each other without a gap.
+    """
+    from pydoc_data.topics import topics
+
+    text = "\n".join(topics[name] for name in sorted(topics))[: length * pieces + 1]
+    alphabet, tokens = np.unique(np.array(list(text)), return_inverse=True)
+    tokens = tokens.astype("int32")
+    pieces = (len(tokens) - 1) // length
+    inputs, labels = (t[: pieces * length].reshape(-1, length) for t in (tokens[:-1], tokens[1:]))
+    return Text(tf.data.Dataset.from_tensor_slices((inputs, labels)), len(alphabet))
+
+
 def images(name: str, quick: bool = False) -> Task:
     """Images of any size, scaled to 32x32 and [-1, 1].
 

@@ -61,3 +61,20 @@ def _conv(x: keras.KerasTensor, channels: int, stride: int = 1) -> keras.KerasTe
         kernel_initializer="he_normal",
     )(x)
     return layers.BatchNormalization()(x)
+
+
+def transformer(tokens: int, length: int, width: int = 128, blocks: int = 3) -> keras.Model:
+    """A decoder that says of every token what comes next.
+
+    Normalization comes before each part. There is no encoding of positions: causal
+    attention can tell them (Haviv et al., 2022, https://arxiv.org/abs/2203.16634).
+    """
+    inputs = keras.Input((length,), dtype="int32")
+    x = layers.Embedding(tokens, width)(inputs)
+    for _ in range(blocks):
+        normalized = layers.LayerNormalization()(x)
+        attention = layers.MultiHeadAttention(4, width // 4)
+        x = layers.Add()([x, attention(normalized, normalized, use_causal_mask=True)])
+        hidden = layers.Dense(4 * width, "gelu")(layers.LayerNormalization()(x))
+        x = layers.Add()([x, layers.Dense(width)(hidden)])
+    return keras.Model(inputs, layers.Dense(tokens)(layers.LayerNormalization()(x)))

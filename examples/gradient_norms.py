@@ -1,0 +1,207 @@
+"""Watches a conv net and a small transformer learn with SNGM and with momentum SGD.
+
+Everything that `GradientNormLogger` can log is switched on. The data need no network:
+MNIST-1D is generated, the text is the help that comes with Python.
+
+    python examples/gradient_norms.py            a few minutes
+    python examples/gradient_norms.py --quick    a smoke run
+    tensorboard --logdir results/gradient_norms/tensorboard
+
+Both optimizers get the same batches, in micro-batches, whose differences give the
+gradient noise scale. This shows what can be seen, it does not compare the optimizers:
+learning rates of the conv net are those of large_batch.py, those of the transformer the
+best of a few powers of 2 by training loss.
+"""
+
+import argparse
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import keras
+import matplotlib.pyplot as plt
+import numpy as np
+import tensorflow as tf
+from matplotlib.axes import Axes
+from tqdm.keras import TqdmCallback
+
+import data
+import models
+from keras_sngm import SNGM, GradientNormLogger
+
+MICRO_BATCHES = 4
+MOST_LAYERS = 8
+
+
+class Task(NamedTuple):
+    """What to train, and how.
+
+    Attributes:
+        pairs: inputs and labels.
+        make_model: gives logits.
+        micro_batch: samples that go through the network at once.
+        epochs: how often to see the data.
+        depth: how many parts of a variable's path name its layer.
+        rates: learning rates by optimizer.
+    """
+
+    pairs: tf.data.Dataset
+    make_model: Callable[[], keras.Model]
+    micro_batch: int
+    epochs: int
+    depth: int
+    rates: dict[str, float]
+
+
+def conv_net(quick: bool) -> Task:
+    """MNIST-1D."""
+    task = data.mnist1d(quick)
+    return Task(
+        task.train,
+        lambda: models.for_input(task.input_shape, task.classes),
+        micro_batch=25 if quick else 250,
+        epochs=2 if quick else 60,
+        depth=2,
+        rates={"SNGM": 0.5, "SGD": 0.35},
+    )
+
+
+def transformer(quick: bool, length: int = 64) -> Task:
+    """Which character follows."""
+    text = data.python_manual(length, pieces=64 if quick else 4096)
+    return Task(
+        text.pairs,
+        lambda: models.transformer(text.characters, length, width=64, blocks=2),
+        micro_batch=4 if quick else 32,
+        epochs=2 if quick else 15,
+        depth=1,
+        rates={"SNGM": 0.25, "SGD": 0.35},
+    )
+
+
+TASKS = {"conv net": conv_net, "transformer": transformer}
+
+
+def optimizers(task: Task, updates: int) -> dict[str, keras.optimizers.Optimizer]:
+    """By name, with a learning rate that decays to zero."""
+
+    def decaying(name: str) -> keras.optimizers.schedules.LearningRateSchedule:
+        # Schedules count micro-batches.
+        return keras.optimizers.schedules.PolynomialDecay(
+            task.rates[name], updates * MICRO_BATCHES, end_learning_rate=0.0
+        )
+
+    return {
+        "SNGM": SNGM(
+            decaying("SNGM"),
+            gradient_accumulation_steps=MICRO_BATCHES,
+            noise_scale_batch_size=task.micro_batch,
+            noise_scale_momentum=0.95,
+        ),
+        "SGD": keras.optimizers.SGD(
+            decaying("SGD"), momentum=0.9, gradient_accumulation_steps=MICRO_BATCHES
+        ),
+    }
+
+
+def train(name: str, task: Task, output: pathlib.Path) -> dict[str, list[dict]]:
+    """What was logged of each update, by optimizer."""
+    samples, epochs = int(task.pairs.cardinality()), task.epochs
+    updates = samples // (task.micro_batch * MICRO_BATCHES)
+    batches = (
+        task.pairs.cache()
+        .shuffle(samples, seed=0)
+        .batch(task.micro_batch, drop_remainder=True)
+        .take(updates * MICRO_BATCHES)
+        .prefetch(tf.data.AUTOTUNE)
+    )
+    logged = {}
+    for kind, optimizer in optimizers(task, epochs * updates).items():
+        keras.utils.set_random_seed(0)
+        model = task.make_model()
+        model.compile(
+            optimizer,
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            metrics=["accuracy"],
+        )
+        filename = output / f"{name} {kind}.jsonl"
+        logger = GradientNormLogger(
+            log_dir=output / "tensorboard" / name / kind,
+            filename=filename,
+            per_variable=task.depth,
+            update_ratio=True,
+            histogram_every=max(1, epochs * updates // 20),
+            on_nonfinite="stop",
+        )
+        bar = TqdmCallback(verbose=0, desc=f"{name}, {kind}")
+        history = model.fit(
+            batches, epochs=epochs, shuffle=False, verbose=0, callbacks=[logger, bar]
+        ).history
+        print(f"{name}, {kind}: training accuracy {history['accuracy'][-1]:.3f}", flush=True)
+        logged[kind] = [json.loads(line) for line in filename.read_text().splitlines()]
+    return logged
+
+
+def draw(logged: dict[str, dict[str, list[dict]]], path: pathlib.Path) -> None:
+    """A row for each task."""
+    figure, rows = plt.subplots(
+        len(logged), 4, figsize=(15, 3.4 * len(logged)), layout="constrained", squeeze=False
+    )
+    for (task, runs), (norms, layers, ratios, noise) in zip(logged.items(), rows, strict=True):
+        for kind, lines in runs.items():
+            plot(norms, lines, "grad_norm", kind)
+            plot(ratios, lines, "update_ratio", kind)
+        plot_layers(layers, runs["SNGM"])
+        plot(noise, runs["SNGM"], "gradient_noise_scale", "SNGM")
+        norms.set(title=f"{task}: norm of the gradient", yscale="log")
+        layers.set(title="of its layers, SNGM", yscale="log")
+        ratios.set(title="change of the weights / weights", yscale="log")
+        noise.set(title="gradient noise scale, samples", yscale="log")
+        for panel in (norms, layers, ratios, noise):
+            panel.set_xlabel("update")
+            panel.grid(alpha=0.3)
+            panel.legend(fontsize="x-small")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot(panel: Axes, lines: list[dict], key: str, label: str) -> None:
+    values = np.array([line[key] for line in lines])
+    panel.plot([line["step"] for line in lines], values, label=label, lw=1)
+
+
+def plot_layers(panel: Axes, lines: list[dict]) -> None:
+    """Those with the largest gradients."""
+    keys = [key for key in lines[0] if key.startswith("grad_norm/")]
+    keys.sort(key=lambda key: -np.mean([line[key] for line in lines]))
+    for key in keys[:MOST_LAYERS]:
+        plot(panel, lines, key, key.rpartition("/")[2])
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="little data, two epochs")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument(
+        "--output", type=pathlib.Path, default=pathlib.Path("results/gradient_norms")
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse(argv)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    logged = {
+        name: train(name, TASKS[name](arguments.quick), arguments.output)
+        for name in arguments.tasks
+    }
+    picture = arguments.output / "gradient_norms.png"
+    draw(logged, picture)
+    print(f"\nWrote {picture}. To see more: tensorboard --logdir {arguments.output}/tensorboard")
+
+
+if __name__ == "__main__":
+    main()
