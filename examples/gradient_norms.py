@@ -17,18 +17,19 @@ import argparse
 import json
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import matplotlib.pyplot as plt
 import numpy as np
 import tensorflow as tf
 from matplotlib.axes import Axes
-from tqdm.keras import TqdmCallback
+from tqdm import tqdm
 
 import data
 import models
 from keras_sngm import SNGM, GradientNormLogger
+from progress import Advance
 
 MICRO_BATCHES = 4
 MOST_LAYERS = 8
@@ -83,29 +84,23 @@ def transformer(quick: bool, length: int = 64) -> Task:
 TASKS = {"conv net": conv_net, "transformer": transformer}
 
 
-def optimizers(task: Task, updates: int) -> dict[str, keras.optimizers.Optimizer]:
-    """By name, with a learning rate that decays to zero."""
-
-    def decaying(name: str) -> keras.optimizers.schedules.LearningRateSchedule:
-        # Schedules count micro-batches.
-        return keras.optimizers.schedules.PolynomialDecay(
-            task.rates[name], updates * MICRO_BATCHES, end_learning_rate=0.0
-        )
-
-    return {
-        "SNGM": SNGM(
-            decaying("SNGM"),
-            gradient_accumulation_steps=MICRO_BATCHES,
-            noise_scale_batch_size=task.micro_batch,
-            noise_scale_momentum=0.95,
-        ),
-        "SGD": keras.optimizers.SGD(
-            decaying("SGD"), momentum=0.9, gradient_accumulation_steps=MICRO_BATCHES
-        ),
-    }
+def sngm(rate: Any, task: Task) -> keras.optimizers.Optimizer:
+    return SNGM(
+        rate,
+        gradient_accumulation_steps=MICRO_BATCHES,
+        noise_scale_batch_size=task.micro_batch,
+        noise_scale_momentum=0.95,
+    )
 
 
-def train(name: str, task: Task, output: pathlib.Path) -> dict[str, list[dict]]:
+def sgd(rate: Any, task: Task) -> keras.optimizers.Optimizer:
+    return keras.optimizers.SGD(rate, momentum=0.9, gradient_accumulation_steps=MICRO_BATCHES)
+
+
+KINDS = {"SNGM": sngm, "SGD": sgd}
+
+
+def train(name: str, task: Task, output: pathlib.Path, bar: tqdm) -> dict[str, list[dict]]:
     """What was logged of each update, by optimizer."""
     samples, epochs = int(task.pairs.cardinality()), task.epochs
     updates = samples // (task.micro_batch * MICRO_BATCHES)
@@ -117,11 +112,16 @@ def train(name: str, task: Task, output: pathlib.Path) -> dict[str, list[dict]]:
         .prefetch(tf.data.AUTOTUNE)
     )
     logged = {}
-    for kind, optimizer in optimizers(task, epochs * updates).items():
+    for kind, make in KINDS.items():
         keras.utils.set_random_seed(0)
+        keras.backend.clear_session()  # so that layers get the same names each time
         model = task.make_model()
+        # Schedules count micro-batches.
+        schedule = keras.optimizers.schedules.PolynomialDecay(
+            task.rates[kind], epochs * updates * MICRO_BATCHES, end_learning_rate=0.0
+        )
         model.compile(
-            optimizer,
+            make(schedule, task),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             metrics=["accuracy"],
         )
@@ -134,11 +134,11 @@ def train(name: str, task: Task, output: pathlib.Path) -> dict[str, list[dict]]:
             histogram_every=max(1, epochs * updates // 20),
             on_nonfinite="stop",
         )
-        bar = TqdmCallback(verbose=0, desc=f"{name}, {kind}")
+        bar.set_description(f"{name}, {kind}")
         history = model.fit(
-            batches, epochs=epochs, shuffle=False, verbose=0, callbacks=[logger, bar]
+            batches, epochs=epochs, shuffle=False, verbose=0, callbacks=[logger, Advance(bar)]
         ).history
-        print(f"{name}, {kind}: training accuracy {history['accuracy'][-1]:.3f}", flush=True)
+        tqdm.write(f"{name}, {kind}: training loss {history['loss'][-1]:.3f}")
         logged[kind] = [json.loads(line) for line in filename.read_text().splitlines()]
     return logged
 
@@ -194,10 +194,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    logged = {
-        name: train(name, TASKS[name](arguments.quick), arguments.output)
-        for name in arguments.tasks
-    }
+    tasks = {name: TASKS[name](arguments.quick) for name in arguments.tasks}
+    epochs = len(KINDS) * sum(task.epochs for task in tasks.values())
+    with tqdm(total=epochs, unit="epoch", dynamic_ncols=True) as bar:
+        logged = {name: train(name, task, arguments.output, bar) for name, task in tasks.items()}
     picture = arguments.output / "gradient_norms.png"
     draw(logged, picture)
     print(f"\nWrote {picture}. To see more: tensorboard --logdir {arguments.output}/tensorboard")

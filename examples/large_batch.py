@@ -29,6 +29,7 @@ import models
 from arguments import with_defaults
 from baselines import Lamb, MomentumSGD
 from keras_sngm import SNGM, GradientNormLogger
+from progress import Advance
 
 WEIGHT_DECAY = 1e-4
 DECAY_POWER = 1.1
@@ -105,7 +106,7 @@ class Trainer:
             self._batches(batch_size),
             epochs=self.epochs,
             validation_data=_evaluation_batches(self.task.validation),
-            callbacks=[GradientNormLogger(), _Advance(self.bar)],
+            callbacks=[GradientNormLogger(), Advance(self.bar)],
             shuffle=False,  # `_batches` shuffles
             verbose=0,
         ).history
@@ -141,15 +142,6 @@ class Trainer:
         # A last, smaller batch would weigh as much as a whole one in SNGM.
         train = self.task.train.cache().shuffle(min(self.train_size, 50_000))
         return train.batch(batch_size, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
-
-
-class _Advance(keras.callbacks.Callback):
-    def __init__(self, bar: tqdm) -> None:
-        super().__init__()
-        self.bar = bar
-
-    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        self.bar.update()
 
 
 def _evaluation_batches(dataset: tf.data.Dataset) -> tf.data.Dataset:

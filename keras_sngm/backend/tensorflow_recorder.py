@@ -3,8 +3,9 @@
 Nothing here makes the host wait but what says so.
 """
 
+import functools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -103,6 +104,7 @@ class Recorder:
             self._variable(v.shape, arithmetic_dtype(native_variable(v).dtype).name)
             for v in (self.variables if needs_weights else ())
         ]
+        self._functions: dict[Hashable, Callable[..., tf.Tensor]] = {}
         self._guarded = list(guarded)
         self._backups = [self._variable(v.shape, v.dtype) for v in guarded]
 
@@ -266,7 +268,8 @@ class Recorder:
         directions: Mapping[int, tf.Tensor],
     ) -> None:
         rows = [
-            details(
+            self._traced_once(
+                details,
                 before,
                 for_arithmetic(local(variable)),
                 None if momentum is None else for_arithmetic(local(momentum)),
@@ -291,10 +294,31 @@ class Recorder:
             if direction is None:
                 rows.append(tf.zeros([HISTOGRAM]))
             else:
-                rows.append(histogram(direction * tf.cast(norm, direction.dtype)))
+                gradient = direction * tf.cast(norm, direction.dtype)
+                rows.append(self._traced_once(histogram, gradient))
             if momentum is not None:
-                rows.append(histogram(local(momentum)))
+                rows.append(self._traced_once(histogram, tf.convert_to_tensor(local(momentum))))
         self._histograms.write(local, step, tf.concat(rows, 0))
+
+    def _traced_once(
+        self, function: Callable[..., tf.Tensor], *tensors: tf.Tensor | None
+    ) -> tf.Tensor:
+        """Calls it as a function of the graph that variables of one shape share.
+
+        Otherwise tracing a deep model would take many times as long.
+        """
+        alike = tuple(
+            None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors
+        )
+        if (function, alike) not in self._functions:
+            # One function for each shape, for TensorFlow warns of functions that it
+            # traces again and again.
+            self._functions[function, alike] = tf.function(
+                functools.partial(function),
+                autograph=False,
+                experimental_attributes={"_noinline": True},
+            )
+        return self._functions[function, alike](*tensors)
 
 
 def _by_step(steps: np.ndarray, rows: np.ndarray, shape: tuple[int, ...]) -> dict[int, np.ndarray]:
