@@ -9,8 +9,8 @@ MNIST-1D is generated, the text is the help that comes with Python.
 
 Both optimizers get the same batches, in micro-batches, whose differences give the
 gradient noise scale. This shows what can be seen, it does not compare the optimizers:
-learning rates of the conv net are those of large_batch.py, those of the transformer the
-best of a few powers of 2 by training loss.
+learning rates of the conv net are those of large_batch.py, those of the transformer were
+not tuned.
 """
 
 import argparse

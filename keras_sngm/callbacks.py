@@ -1,5 +1,6 @@
 """Callbacks that show what the optimizer measured."""
 
+import contextlib
 import os
 import pathlib
 import warnings
@@ -162,15 +163,17 @@ class GradientNormLogger(keras.callbacks.Callback):
             )
         if not self.model.optimizer.built:
             self.model.optimizer.build(self.model.trainable_variables)
-        self._recorders = attach(self.model, self._plan())
-        values = LoggedValues(self._recorders, self.per_variable)
-        try:
-            sinks = self._sinks(values)
-        except Exception:
-            self._detach()
-            raise
         self._told = False
-        self._recording = Recording(self.model, self._recorders, values, sinks, self.log_every)
+        self._recorders = attach(self.model, self._plan())
+        try:
+            self._recording = self._begin(self._recorders)
+        except Exception:
+            self._close()
+            raise
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        # Not earlier: other callbacks may restore the model when training begins.
+        self._recording.begin()
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         # Keras calls this one in the training thread and before the step, unlike
@@ -213,14 +216,18 @@ class GradientNormLogger(keras.callbacks.Callback):
             ),
         )
 
-    def _sinks(self, values: LoggedValues) -> list[Sink]:
+    def _begin(self, recorders: list[Any]) -> Recording:
+        values = LoggedValues(recorders, self.per_variable)
         sinks: list[Sink] = []
-        if self.log_dir is not None:
-            sinks.append(TensorBoardSink(self.log_dir, DESCRIPTIONS))
-        if self.filename is not None:
-            sinks.append(FileSink(self.filename, values.columns(), self.append))
-            self.append = True
-        return sinks
+        with contextlib.ExitStack() as opened:
+            if self.filename is not None:
+                sinks.append(FileSink(self.filename, values.columns(), self.append))
+                opened.callback(sinks[-1].close)
+            if self.log_dir is not None:
+                sinks.append(TensorBoardSink(self.log_dir, DESCRIPTIONS))
+            opened.pop_all()
+        self.append = True  # from now on
+        return Recording(self.model, recorders, values, sinks, self.log_every)
 
     def _tell(self) -> None:
         fault = self._recording.fault
@@ -239,12 +246,8 @@ class GradientNormLogger(keras.callbacks.Callback):
         recording, self._recording = self._recording, None
         if recording is not None:
             recording.close()
-        self._detach()
-
-    def _detach(self) -> None:
         recorders, self._recorders = self._recorders, []
-        if recorders:
-            detach(self.model, recorders)
+        detach(recorders)
 
 
 def _check_boolean(name: str, value: Any) -> None:

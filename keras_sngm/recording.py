@@ -53,13 +53,18 @@ class Recording:
         self._sinks = sinks
         self._log_every = log_every
         self._plan = recorders[0].plan
-        self._progress = [recorder.begin() for recorder in recorders]
+        self._progress: list[Any] = []
         self._updates: list[dict[str, np.ndarray]] = []
         self._details: list[dict[str, float]] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="GradientNormLogger")
         self._reads: list[Future] = []
         self._unseen = 0
         self._looked = time.monotonic()
+
+    def begin(self) -> None:
+        """To be called when no more will be done to the model but to train it."""
+        if not self._progress:
+            self._progress = [recorder.begin() for recorder in self._recorders]
 
     def before_updates(self, count: int) -> None:
         """To be called before each time that up to so many updates are made.
@@ -72,10 +77,13 @@ class Recording:
         if no_room or time.monotonic() - self._looked > _SECONDS_BETWEEN_LOOKS:
             self._look()
         self._unseen += count
+        for recorder in self._recorders:
+            recorder.hold(count)
 
     def wait(self) -> None:
         """Bring all there is to the host."""
-        self._look()
+        if self._progress:
+            self._look()
         while self._reads:
             self._reads.pop(0).result()
 

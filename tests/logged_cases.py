@@ -23,7 +23,7 @@ class Case(NamedTuple):
         times: how many micro-batches make up an update.
         sparse: whether the model has an embedding.
         compile: arguments of `model.compile`.
-        replicas: numbers of replicas it can run on.
+        strategies: names of those it is to run under, see `logged_training.py`.
         noise: whether the noise scale is measured, averaged with momentum 0.9.
     """
 
@@ -32,7 +32,7 @@ class Case(NamedTuple):
     times: int = 1
     sparse: bool = False
     compile: dict[str, Any] = {}  # noqa: RUF012
-    replicas: tuple[int, ...] = (0, 1, 2)
+    strategies: tuple[str, ...] = ("0", "2")
     noise: bool = False
 
     def model(self) -> keras.Model:
@@ -61,21 +61,22 @@ def sgd(**options: Any) -> Callable[[], keras.optimizers.Optimizer]:
 
 CHANGED = {"weight_decay": 0.5, "decoupled_weight_decay": False, "clipvalue": 0.3, "nesterov": True}
 NOISE = {"noise_scale_batch_size": BATCH, "noise_scale_momentum": 0.9}
-WITHOUT_STRATEGY = (0,)
+WITHOUT_STRATEGY = ("0",)
+ALL = ("0", "1", "2", "2-in-replicas")
 
 CASES = {
-    "SNGM": Case(sngm(), {}),
+    "SNGM": Case(sngm(), {}, strategies=ALL),
     "SNGM, eager": Case(sngm(), {}, compile={"run_eagerly": True}),
-    "SNGM, XLA": Case(sngm(), {}, compile={"jit_compile": True}, replicas=WITHOUT_STRATEGY),
+    "SNGM, XLA": Case(sngm(), {}, compile={"jit_compile": True}, strategies=WITHOUT_STRATEGY),
     "SNGM, update in XLA": Case(sngm(jit_compile=True), {}),
     "SNGM, no momentum": Case(sngm(momentum=0.0), {"momentum": 0.0}),
-    "SNGM, gradient changed": Case(sngm(**CHANGED), CHANGED),
+    "SNGM, gradient changed": Case(sngm(**CHANGED), CHANGED, strategies=ALL),
     "SNGM, gradient changed, XLA": Case(
-        sngm(**CHANGED), CHANGED, compile={"jit_compile": True}, replicas=WITHOUT_STRATEGY
+        sngm(**CHANGED), CHANGED, compile={"jit_compile": True}, strategies=WITHOUT_STRATEGY
     ),
     "SNGM, decay": Case(sngm(weight_decay=0.5), {"weight_decay": 0.5}),
     "SNGM, clipped": Case(sngm(clipnorm=0.2), {"clipnorm": 0.2}),
-    "SNGM, accumulated": Case(sngm(gradient_accumulation_steps=2), {}, times=2),
+    "SNGM, accumulated": Case(sngm(gradient_accumulation_steps=2), {}, times=2, strategies=ALL),
     "SNGM, accumulated, eager": Case(
         sngm(gradient_accumulation_steps=2), {}, times=2, compile={"run_eagerly": True}
     ),
@@ -87,15 +88,15 @@ CASES = {
     "SNGM, LossScaleOptimizer": Case(
         lambda: keras.optimizers.LossScaleOptimizer(SNGM(RATE), initial_scale=64.0), {}
     ),
-    "SNGM, noise scale": Case(sngm(**NOISE), {}, replicas=(2,), noise=True),
+    "SNGM, noise scale": Case(sngm(**NOISE), {}, strategies=("2", "2-in-replicas"), noise=True),
     "SNGM, noise scale, clipped": Case(
-        sngm(clipnorm=0.2, **NOISE), {"clipnorm": 0.2}, replicas=(2,), noise=True
+        sngm(clipnorm=0.2, **NOISE), {"clipnorm": 0.2}, strategies=("2",), noise=True
     ),
     "SNGM, noise scale, gradient changed": Case(
-        sngm(**NOISE, **CHANGED), CHANGED, replicas=(2,), noise=True
+        sngm(**NOISE, **CHANGED), CHANGED, strategies=("2",), noise=True
     ),
     "SNGM, noise scale, accumulated": Case(
-        sngm(gradient_accumulation_steps=2, **NOISE), {}, times=2, noise=True
+        sngm(gradient_accumulation_steps=2, **NOISE), {}, times=2, strategies=ALL, noise=True
     ),
     "SNGM, noise scale, accumulated, gradient changed": Case(
         sngm(gradient_accumulation_steps=2, **NOISE, **CHANGED), CHANGED, times=2, noise=True
@@ -106,7 +107,7 @@ CASES = {
     "SNGM, noise scale, LossScaleOptimizer": Case(
         lambda: keras.optimizers.LossScaleOptimizer(sngm(**NOISE)(), initial_scale=64.0),
         {},
-        replicas=(2,),
+        strategies=("2",),
         noise=True,
     ),
     "SNGM, noise scale, eager": Case(
@@ -121,23 +122,23 @@ CASES = {
         {},
         times=2,
         compile={"jit_compile": True},
-        replicas=WITHOUT_STRATEGY,
+        strategies=WITHOUT_STRATEGY,
         noise=True,
     ),
-    "SGD": Case(sgd()),
+    "SGD": Case(sgd(), strategies=("0", "1", "2")),
     "SGD, eager": Case(sgd(), compile={"run_eagerly": True}),
-    "SGD, XLA": Case(sgd(), compile={"jit_compile": True}, replicas=WITHOUT_STRATEGY),
+    "SGD, XLA": Case(sgd(), compile={"jit_compile": True}, strategies=WITHOUT_STRATEGY),
     "SGD, accumulated": Case(
-        sgd(gradient_accumulation_steps=2), times=2, replicas=WITHOUT_STRATEGY
+        sgd(gradient_accumulation_steps=2), times=2, strategies=WITHOUT_STRATEGY
     ),
     "SGD, accumulated, eager": Case(
         sgd(gradient_accumulation_steps=2),
         times=2,
         compile={"run_eagerly": True},
-        replicas=WITHOUT_STRATEGY,
+        strategies=WITHOUT_STRATEGY,
     ),
     "SGD, accumulated, embedding": Case(
-        sgd(gradient_accumulation_steps=2), times=2, sparse=True, replicas=WITHOUT_STRATEGY
+        sgd(gradient_accumulation_steps=2), times=2, sparse=True, strategies=WITHOUT_STRATEGY
     ),
     "SGD, embedding": Case(sgd(), sparse=True),
     "SGD, loss scaled": Case(sgd(loss_scale_factor=64.0)),

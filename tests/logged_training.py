@@ -2,9 +2,10 @@
 
 Run by `test_logged_values.py`, as devices must be configured before TensorFlow starts.
 
-    python logged_training.py N OUTPUT
+    python logged_training.py STRATEGY OUTPUT
 
-N is the number of replicas, 0 means no strategy.
+STRATEGY is the number of replicas, "0" for none, or "2-in-replicas": two that
+TensorFlow does not let a step leave, as in XLA on GPUs.
 """
 
 import json
@@ -30,7 +31,7 @@ from logged_cases import (
     Case,
     Logged,
 )
-from replica_training import components, inner, make_strategy
+from replica_training import components, forbid_merge_call, inner, make_strategy
 
 
 class Witness(keras.callbacks.Callback):
@@ -93,14 +94,15 @@ def train(strategy: tf.distribute.Strategy, case: Case) -> Logged:
     return Logged(witness.weights, witness.momenta, lines, scalars, histograms, history, paths)
 
 
-def main(replicas: int, output: str) -> None:
-    strategy = make_strategy(replicas)
-    results = {
-        name: train(strategy, case) for name, case in CASES.items() if replicas in case.replicas
-    }
+def main(name: str, output: str) -> None:
+    replicas, _, cannot_be_left = name.partition("-")
+    strategy = make_strategy(int(replicas))
+    if cannot_be_left:
+        forbid_merge_call()
+    results = {job: train(strategy, case) for job, case in CASES.items() if name in case.strategies}
     with open(output, "wb") as file:
         pickle.dump(results, file)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(*sys.argv[1:])

@@ -161,6 +161,9 @@ OPTIONS = {
     "`gradient_accumulation_steps` with averages": Option(
         {**AVERAGED, "gradient_accumulation_steps": 2, "ema_overwrite_frequency": 2}
     ),
+    "`noise_scale_batch_size` with `gradient_accumulation_steps`": Option(
+        {"noise_scale_batch_size": BATCH, "gradient_accumulation_steps": 2}
+    ),
     "`loss_scale_factor`": Option({"loss_scale_factor": 1024.0}),
     "`LossScaleOptimizer`": Option(loss_scale=True),
     "`mixed_float16`": Option(policy="mixed_float16", loss_scale=True),

@@ -15,6 +15,8 @@ from tqdm import tqdm
 from processes import TESTS, run_python
 from replica_options import FAULTS, OPTIONS, Option, Outcome
 
+NOT_OFFERED = {"decoupled_weight_decay", "noise_scale_batch_size"}
+
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -34,7 +36,7 @@ def row(name: str, sgd: str) -> str:
 
 def said_of(option: Option, alone: Outcome, on_two: Outcome) -> str:
     """What Keras' SGD did, in a few words."""
-    if "decoupled_weight_decay" in option.arguments:
+    if NOT_OFFERED & set(option.arguments):
         return "not offered"
     if alone.error:
         return f"`{alone.error}`, on one device too"

@@ -22,6 +22,31 @@ def report(monkeypatch):
     del sys.modules["report"]
 
 
+def test_every_way_of_logging_is_timed():
+    run_python(
+        "-c",
+        """
+import sys
+sys.path.insert(0, sys.argv[1])
+import logging_cost
+samples = logging_cost.times("tiny", 0.0)
+assert len(samples) == len(logging_cost.VARIANTS)
+assert all(seconds > 0 for values in samples.values() for seconds in values)
+results = dict.fromkeys(("tiny", "batch"), logging_cost.costs(samples, "tiny"))
+assert len(logging_cost.table(results)) == 1 + len(logging_cost.LOGGERS) + 1
+""",
+        BENCHMARKS,
+    )
+
+
+def test_the_readme_shows_what_logging_costs():
+    printed = run_python(BENCHMARKS / "logging_cost.py", "--report")
+    rows = [line for line in printed.splitlines() if line.startswith("| S")]
+    assert len(rows) == 5
+    readme = (ROOT / "README.md").read_text()
+    assert all(row in readme for row in rows)
+
+
 def test_every_contestant_takes_steps_in_every_mode():
     run_python(
         "-c",

@@ -592,6 +592,53 @@ def test_stopping_does_not_wait_for_the_end_of_the_epoch(monkeypatch):
     assert len(batches) < 20_000
 
 
+@every_optimizer
+def test_an_interrupted_stop_does_not_hold_what_is_trained_next(make):
+    """Though the graph is the same, and nobody was told that training ended."""
+
+    def interrupt(batch, logs):
+        if batch == 3:
+            raise KeyboardInterrupt
+
+    model = build_model(make())
+    traces = counted_traces(model)
+    logger = GradientNormLogger(on_nonfinite="stop")
+    by_hand = keras.callbacks.LambdaCallback(on_train_batch_end=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, logger, by_hand, x=with_nan(17))
+    before = values_of(model.weights)
+    fit(model, epochs=1)
+    assert len(traces) == 1
+    assert not np.array_equal(values_of(model.weights)[0], before[0])
+
+
+def test_batch_statistics_that_were_restored_before_are_the_last_good_ones(tmp_path):
+    """The logger comes before the callback that restores them."""
+
+    def callbacks():
+        return (
+            GradientNormLogger(on_nonfinite="stop"),
+            keras.callbacks.BackupAndRestore(tmp_path / "backup"),
+        )
+
+    def model_with_statistics():
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential(
+            [keras.Input((6,)), keras.layers.BatchNormalization(), keras.layers.Dense(1)]
+        )
+        model.compile(SNGM(), "mse")
+        return model
+
+    good = model_with_statistics()
+    with pytest.raises(_KilledError):
+        fit(good, *callbacks(), kill_in_epoch(1))
+    model = model_with_statistics()
+    with pytest.warns(UserWarning, match="step 6"):
+        fit(model, *callbacks(), x=with_nan(0))
+    for value, expected in zip(values_of(model.weights), values_of(good.weights)):
+        np.testing.assert_array_equal(value, expected)
+
+
 def test_stopping_on_several_replicas():
     run_python(TESTS / "stopped_training.py")
 

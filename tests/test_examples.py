@@ -1,17 +1,21 @@
 """The examples run, and say what they measured."""
 
 import json
+import re
 
 import numpy as np
 import pytest
+import tensorflow as tf
 import tensorflow_datasets as tfds
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import data
 import large_batch
 import models
 from processes import TESTS, run_python
 
-SCRIPT = TESTS.parent / "examples" / "large_batch.py"
+EXAMPLES = TESTS.parent / "examples"
+SCRIPT = EXAMPLES / "large_batch.py"
 
 
 @pytest.fixture(autouse=True)
@@ -121,6 +125,59 @@ def test_the_main_job_on_images(tmp_path, capsys):
         )
     assert "| SNGM | 8 |" in capsys.readouterr().out
     assert [run["steps"] for run in saved_runs(tmp_path / "compare.json")] == [2, 2, 2, 4]
+
+
+@pytest.fixture(scope="module")
+def gradient_norms(tmp_path_factory):
+    output = tmp_path_factory.mktemp("gradient_norms")
+    home = {"KERAS_HOME": str(output / "keras"), "MPLBACKEND": "agg"}
+    printed = run_python(EXAMPLES / "gradient_norms.py", "--quick", "--output", output, **home)
+    assert str(output / "gradient_norms.png") in printed
+    return output
+
+
+@pytest.mark.parametrize(
+    "task, layer, updates", [("conv net", "conv1d", 8), ("transformer", "embedding", 8)]
+)
+@pytest.mark.parametrize("kind", ["SNGM", "SGD"])
+def test_gradient_norms_are_read_by_tensorboard(gradient_norms, task, kind, layer, updates):
+    events = EventAccumulator(str(gradient_norms / "tensorboard" / task / kind)).Reload()
+    tags = set(events.Tags()["tensors"])
+    (of_layer,) = (tag for tag in tags if re.fullmatch(f"grad_norm/(.+/)?{layer}", tag))
+    text = (gradient_norms / f"{task} {kind}.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    for tag in ("grad_norm", of_layer, "update_ratio", "weight_norm"):
+        values = {e.step: float(tf.make_ndarray(e.tensor_proto)) for e in events.Tensors(tag)}
+        assert list(values) == list(range(1, updates + 1))
+        assert values == pytest.approx({line["step"]: line[tag] for line in lines}, rel=1e-6)
+        plugin = events.SummaryMetadata(tag).plugin_data.plugin_name
+        assert plugin == "scalars"
+        assert events.SummaryMetadata(tag).summary_description
+    histograms = {tag for tag in tags if tag.startswith(("gradients/", "momenta/"))}
+    assert {tag.partition("/")[0] for tag in histograms} == (
+        {"gradients", "momenta"} if kind == "SNGM" else {"gradients"}
+    )
+    for tag in histograms:
+        assert events.SummaryMetadata(tag).plugin_data.plugin_name == "histograms"
+        assert tf.make_ndarray(events.Tensors(tag)[0].tensor_proto).shape == (30, 3)
+    assert ("gradient_noise_scale" in tags) == (kind == "SNGM")
+
+
+def test_the_picture_of_gradient_norms(gradient_norms):
+    picture = (gradient_norms / "gradient_norms.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 20_000
+
+
+def test_the_manual_of_python_as_a_text():
+    text = data.python_manual(16, pieces=5)
+    pieces = [(x.numpy(), y.numpy()) for x, y in text.pairs]
+    assert len(pieces) == 5
+    for (x, y), (following, _) in zip(pieces, [*pieces[1:], pieces[0]]):
+        np.testing.assert_array_equal(x[1:], y[:-1])
+        assert y.max() < text.characters
+        if following is not pieces[0][0]:
+            assert y[-1] == following[0]
 
 
 def test_mnist1d_is_generated_once(capsys):

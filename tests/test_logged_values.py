@@ -7,21 +7,30 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from logged_cases import BATCH, CASES, EPOCHS, HISTOGRAM_EVERY, LOG_EVERY, RATE, STEPS_PER_EPOCH
+from logged_cases import (
+    ALL,
+    BATCH,
+    CASES,
+    EPOCHS,
+    HISTOGRAM_EVERY,
+    LOG_EVERY,
+    RATE,
+    STEPS_PER_EPOCH,
+)
 from processes import TESTS, run_python
 from reference import ReferenceSNGM, norm
 
-JOBS = [(name, replicas) for name, case in CASES.items() for replicas in case.replicas]
-job = pytest.mark.parametrize("name, replicas", JOBS)
+JOBS = [(name, strategy) for name, case in CASES.items() for strategy in case.strategies]
+job = pytest.mark.parametrize("name, strategy", JOBS)
 
 
 @pytest.fixture(scope="module")
 def logged(tmp_path_factory):
     folder = tmp_path_factory.mktemp("logged")
     results = {}
-    for replicas in (0, 1, 2):
-        run_python(TESTS / "logged_training.py", replicas, folder / "results")
-        results[replicas] = pickle.loads((folder / "results").read_bytes())
+    for strategy in ALL:
+        run_python(TESTS / "logged_training.py", strategy, folder / "results")
+        results[strategy] = pickle.loads((folder / "results").read_bytes())
     return results
 
 
@@ -99,13 +108,13 @@ def expected_scalars(case, result, gradient, momentum, old, new):
 
 
 @job
-def test_every_scalar_equals_a_recomputation(logged, updates, name, replicas):
-    case, result = CASES[name], logged[replicas][name]
+def test_every_scalar_equals_a_recomputation(logged, updates, name, strategy):
+    case, result = CASES[name], logged[strategy][name]
     lines = {line.pop("step"): line for line in map(dict, result.lines)}
     last = EPOCHS * STEPS_PER_EPOCH // case.times
     assert list(lines) == list(range(LOG_EVERY, last + 1, LOG_EVERY))
     assert set(result.scalars) == set(lines)
-    for step, update in enumerate(updates(name, replicas), start=1):
+    for step, update in enumerate(updates(name, strategy), start=1):
         if step not in lines:
             continue
         expected = expected_scalars(case, result, *update)
@@ -118,9 +127,9 @@ def test_every_scalar_equals_a_recomputation(logged, updates, name, replicas):
 
 
 @job
-def test_epochs_hold_the_statistics_of_all_updates(logged, updates, name, replicas):
-    case, result = CASES[name], logged[replicas][name]
-    values = [expected_scalars(case, result, *update) for update in updates(name, replicas)]
+def test_epochs_hold_the_statistics_of_all_updates(logged, updates, name, strategy):
+    case, result = CASES[name], logged[strategy][name]
+    values = [expected_scalars(case, result, *update) for update in updates(name, strategy)]
     per_epoch = len(values) // EPOCHS
     for epoch in range(EPOCHS):
         own = values[epoch * per_epoch : (epoch + 1) * per_epoch]
@@ -140,11 +149,11 @@ def test_epochs_hold_the_statistics_of_all_updates(logged, updates, name, replic
 
 
 @job
-def test_histograms_count_the_elements(logged, updates, name, replicas):
-    case, result = CASES[name], logged[replicas][name]
+def test_histograms_count_the_elements(logged, updates, name, strategy):
+    case, result = CASES[name], logged[strategy][name]
     last = EPOCHS * STEPS_PER_EPOCH // case.times
     assert set(result.histograms) == set(range(HISTOGRAM_EVERY, last + 1, HISTOGRAM_EVERY))
-    for step, (gradient, momentum, _, _) in enumerate(updates(name, replicas), start=1):
+    for step, (gradient, momentum, _, _) in enumerate(updates(name, strategy), start=1):
         if step not in result.histograms:
             continue
         kinds = {"gradients": gradient, "momenta": momentum}
@@ -158,11 +167,11 @@ def test_histograms_count_the_elements(logged, updates, name, replicas):
             assert_counts(result.histograms[step][key], tensor)
 
 
-@pytest.mark.parametrize("name, replicas", [job for job in JOBS if CASES[job[0]].noise])
-def test_the_noise_scale_equals_a_recomputation(logged, name, replicas):
-    case, result = CASES[name], logged[replicas][name]
+@pytest.mark.parametrize("name, strategy", [job for job in JOBS if CASES[job[0]].noise])
+def test_the_noise_scale_equals_a_recomputation(logged, name, strategy):
+    case, result = CASES[name], logged[strategy][name]
     gradients = recomputed_gradients(case)
-    size = BATCH // max(replicas, 1)
+    size = BATCH // max(int(strategy[0]), 1)
     noise, signal = 0.0, 0.0
     lines = {line["step"]: line for line in result.lines}
     for first in range(0, EPOCHS * STEPS_PER_EPOCH, case.times):

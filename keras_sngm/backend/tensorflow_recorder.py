@@ -83,6 +83,7 @@ class Recorder:
         guarded: Sequence[keras.Variable],
     ) -> None:
         self.plan = plan
+        self.optimizer = weakref.ref(optimizer)
         self.variables: list[keras.Variable] = list(optimizer._trainable_variables)
         self.has_momentum = bool(momentums)
         self.keeps_noise_scale = getattr(optimizer, "gradient_noise_scale", None) is not None
@@ -91,6 +92,7 @@ class Recorder:
         count = len(self.variables)
         self._active = self._variable((), "bool")
         self._halted = self._variable((), "bool")
+        self._held = self._variable((), "int64")
         self._bad_step = self._variable((), "int64")
         self._bad_norms = self._variable((count,), "float32")
         self._latest = self._variable((), "float32")
@@ -140,6 +142,15 @@ class Recorder:
         self._active.assign(False)
         self._halted.assign(False)
 
+    def hold(self, updates: int) -> None:
+        """Let a halt last for so many updates more.
+
+        It must not outlive a `fit` that was interrupted: whatever is trained next with
+        the same graph would silently stay as it is.
+        """
+        if self.plan.stops:
+            self._held.assign(updates)
+
     def snapshot(self) -> list[Any]:
         """Copies of all rows, on the device."""
         return [
@@ -182,7 +193,9 @@ class Recorder:
 
     def may_step(self, local: Local) -> tf.Tensor | None:
         """Whether a step may be taken, `None` if there is no doubt."""
-        return tf.logical_not(local(self._halted)) if self.plan.stops else None
+        if not self.plan.stops:
+            return None
+        return tf.logical_not(tf.logical_and(local(self._halted), local(self._held) > 0))
 
     def before(self, local: Local, step: tf.Tensor) -> None:
         """To be called before the update `step` is made."""
@@ -256,6 +269,7 @@ class Recorder:
             return
         halted = tf.logical_or(local(self._halted), bad)
         local(self._halted).assign(halted)
+        local(self._held).assign_sub(1)
         for variable, backup in zip(self._guarded, self._backups, strict=True):
             kept = local(backup)
             kept.assign(tf.where(halted, kept, local(variable)))

@@ -25,7 +25,7 @@ from keras_sngm.measurements import Plan
 _AS_IT_IS = update_rule.Rule(0.0, False, None, True, None, None, None, 0.0)
 
 # The recorders that a training function was made with. It goes on calling them.
-_traced: weakref.WeakKeyDictionary[Any, list[tuple[Any, Recorder]]] = weakref.WeakKeyDictionary()
+_traced: weakref.WeakKeyDictionary[Any, list[Recorder]] = weakref.WeakKeyDictionary()
 
 
 def attach(model: keras.Model, plan: Plan) -> list[Recorder]:
@@ -64,17 +64,19 @@ def attach(model: keras.Model, plan: Plan) -> list[Recorder]:
             optimizer.apply = _Watched(optimizer)
     _traced.setdefault(
         model.train_function,
-        [(weakref.ref(o), recorder) for o in optimizers for recorder in attached(o)],
+        [recorder for optimizer in optimizers for recorder in attached(optimizer)],
     )
     return recorders
 
 
-def detach(model: keras.Model, recorders: Sequence[Recorder]) -> None:
+def detach(recorders: Sequence[Recorder]) -> None:
     """Record no longer."""
-    for optimizer in _updating(model.optimizer):
-        left = attached(optimizer)
-        left[:] = [recorder for recorder in left if recorder not in recorders]
-        if not left and "apply" in vars(optimizer):
+    for recorder in recorders:
+        optimizer = recorder.optimizer()
+        if optimizer is None:
+            continue
+        attached(optimizer).remove(recorder)
+        if not attached(optimizer) and "apply" in vars(optimizer):
             del optimizer.apply
 
 
@@ -96,8 +98,8 @@ def _left_by_an_earlier_fit(
     found = [
         [
             recorder
-            for owner, recorder in known
-            if owner() is optimizer
+            for recorder in known
+            if recorder.optimizer() is optimizer
             and recorder.plan == plan
             and recorder not in attached(optimizer)
         ]

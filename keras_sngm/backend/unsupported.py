@@ -20,7 +20,7 @@ def attach(model: keras.Model, plan: Plan) -> list[Any]:
     raise _not_yet("GradientNormLogger")
 
 
-def detach(model: keras.Model, recorders: Sequence[Any]) -> None:
+def detach(recorders: Sequence[Any]) -> None:
     """Nothing was attached."""
 
 
