@@ -435,7 +435,7 @@ def waits_in_an_epoch(*callbacks):
             on_epoch_begin=lambda epoch, logs: patch.setattr(tensor, "_numpy", counted)
         )
         end = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: patch.undo())
-        fit(model, begin, end, *callbacks, epochs=1)
+        fit(model, end, *callbacks, begin, epochs=1)
     return count
 
 
