@@ -113,7 +113,7 @@ def test_options_agree_with_the_reference(mode, options):
 )
 def test_the_step_of_accelerators_agrees_with_the_reference(monkeypatch, options):
     """There XLA gets the norm as well as the update. It runs on a CPU, too."""
-    monkeypatch.setattr(tensorflow_step, "_is_accelerator", lambda device: True)
+    monkeypatch.setattr(tensorflow_step, "is_accelerator", lambda device: True)
     compare_with_reference("eager-xla", **options)
 
 
