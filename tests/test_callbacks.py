@@ -386,6 +386,7 @@ def test_only_a_first_logger_costs_a_trace(make, tmp_path):
     traces = counted_traces(model)
     for name in ("a", "b", "c"):
         fit(model, GradientNormLogger(filename=tmp_path / name / "log.csv", update_ratio=True))
+    assert len(traces) == 1
     fit(model)
     assert len(traces) == 1
     fit(model, GradientNormLogger(per_variable=True), GradientNormLogger())
@@ -393,6 +394,18 @@ def test_only_a_first_logger_costs_a_trace(make, tmp_path):
     fit(model, GradientNormLogger(), GradientNormLogger(per_variable=True))
     fit(model, GradientNormLogger(per_variable=True))
     assert len(traces) == 2
+
+
+@every_optimizer
+def test_what_was_traced_without_a_logger_is_traced_again(make, tmp_path):
+    """For batches of another shape, between two fits with a logger."""
+    model = build_model(make())
+    fit(model, GradientNormLogger())
+    model.fit(X, Y, 5, verbose=0)
+    logger = GradientNormLogger(filename=tmp_path / "log.csv")
+    history = model.fit(X, Y, 5, verbose=0, callbacks=[logger]).history
+    assert history["grad_norm_min"][0] > 0
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 1 + len(X) // 5
 
 
 @every_optimizer

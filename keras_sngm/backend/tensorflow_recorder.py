@@ -84,6 +84,8 @@ class Recorder:
     ) -> None:
         self.plan = plan
         self.optimizer = weakref.ref(optimizer)
+        self.left_at: int | None = None
+        """How often the optimizer had been called when this was detached from it."""
         self.variables: list[keras.Variable] = list(optimizer._trainable_variables)
         self.has_momentum = bool(momentums)
         self.keeps_noise_scale = getattr(optimizer, "gradient_noise_scale", None) is not None

@@ -60,6 +60,7 @@ def attach(model: keras.Model, plan: Plan) -> list[Recorder]:
         model.make_train_function(force=True)
     for optimizer, recorder in zip(optimizers, recorders, strict=True):
         attached(optimizer).append(recorder)
+        recorder.left_at = None
         if not isinstance(optimizer, BackendOptimizer) and "apply" not in vars(optimizer):
             optimizer.apply = _Watched(optimizer)
     _traced.setdefault(
@@ -76,6 +77,7 @@ def detach(recorders: Sequence[Recorder]) -> None:
         if optimizer is None:
             continue
         attached(optimizer).remove(recorder)
+        recorder.left_at = _calls(optimizer)
         if not attached(optimizer) and "apply" in vars(optimizer):
             del optimizer.apply
 
@@ -101,11 +103,17 @@ def _left_by_an_earlier_fit(
             for recorder in known
             if recorder.optimizer() is optimizer
             and recorder.plan == plan
-            and recorder not in attached(optimizer)
+            # What was trained without it may have been traced without it.
+            and recorder.left_at == _calls(optimizer)
         ]
         for optimizer in optimizers
     ]
     return [fitting[0] for fitting in found] if all(found) else []
+
+
+def _calls(optimizer: Any) -> int:
+    """How often the optimizer was called. Waits for the device."""
+    return int(keras.ops.convert_to_numpy(optimizer._iterations))
 
 
 def _recorder(optimizer: Any, plan: Plan, guarded: Sequence[keras.Variable]) -> Recorder:
