@@ -107,7 +107,7 @@ def make_logger(name: str, folder: str) -> GradientNormLogger:
     arguments = dict(LOGGERS[name])
     if arguments.pop("files", False):
         arguments |= {"log_dir": folder, "filename": f"{folder}/log.csv"}
-    return GradientNormLogger(on_nonfinite="warn", **arguments)
+    return GradientNormLogger(**arguments)
 
 
 def times(size: str, seconds: float) -> dict[str, list[float]]:
@@ -117,7 +117,7 @@ def times(size: str, seconds: float) -> dict[str, list[float]]:
         return interleaved(samplers, seconds, warm_up=1)
 
 
-def costs(samples: Mapping[str, Sequence[float]], size: str) -> dict[str, Any]:
+def costs(samples: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """Against the same optimizer without a logger, within a round."""
     result: dict[str, Any] = {}
     for optimizer, logger in VARIANTS:
@@ -157,7 +157,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     results: dict[str, Any] = {"machine": machine()}
     for size, share in (("tiny", 0.1), ("batch", 0.9)):
         print(f"Measuring: {size} ...", flush=True)
-        results[size] = costs(alone(times, size, share * arguments.seconds), size)
+        results[size] = costs(alone(times, size, share * arguments.seconds))
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / "logging_cost.json"
     path.write_text(json.dumps(results, indent=1) + "\n")

@@ -32,7 +32,7 @@ import logging_cost
 samples = logging_cost.times("tiny", 0.0)
 assert len(samples) == len(logging_cost.VARIANTS)
 assert all(seconds > 0 for values in samples.values() for seconds in values)
-results = dict.fromkeys(("tiny", "batch"), logging_cost.costs(samples, "tiny"))
+results = dict.fromkeys(("tiny", "batch"), logging_cost.costs(samples))
 assert len(logging_cost.table(results)) == 1 + len(logging_cost.LOGGERS) + 1
 """,
         BENCHMARKS,

@@ -551,17 +551,18 @@ def test_stopping_leaves_the_last_good_model(make, kwargs):
     assert not np.array_equal(values_of(model.weights)[0], values_of(good.weights)[0])
 
 
+def model_with_statistics(optimizer):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [keras.Input((6,)), keras.layers.BatchNormalization(), keras.layers.Dense(1)]
+    )
+    model.compile(optimizer, "mse")
+    return model
+
+
 @pytest.mark.parametrize("make", [SNGM, lambda: keras.optimizers.SGD(0.05)])
 def test_stopping_leaves_batch_statistics_and_validation_alone(make):
-    def model_with_statistics():
-        keras.utils.set_random_seed(0)
-        model = keras.Sequential(
-            [keras.Input((6,)), keras.layers.BatchNormalization(), keras.layers.Dense(1)]
-        )
-        model.compile(make(), "mse")
-        return model
-
-    good, model = model_with_statistics(), model_with_statistics()
+    good, model = model_with_statistics(make()), model_with_statistics(make())
     good.fit(X[:16], Y[:16], BATCH, verbose=0, shuffle=False)
     with pytest.warns(UserWarning, match="step 3"):
         history = fit(
@@ -634,18 +635,10 @@ def test_batch_statistics_that_were_restored_before_are_the_last_good_ones(tmp_p
             keras.callbacks.BackupAndRestore(tmp_path / "backup"),
         )
 
-    def model_with_statistics():
-        keras.utils.set_random_seed(0)
-        model = keras.Sequential(
-            [keras.Input((6,)), keras.layers.BatchNormalization(), keras.layers.Dense(1)]
-        )
-        model.compile(SNGM(), "mse")
-        return model
-
-    good = model_with_statistics()
+    good = model_with_statistics(SNGM())
     with pytest.raises(_KilledError):
         fit(good, *callbacks(), kill_in_epoch(1))
-    model = model_with_statistics()
+    model = model_with_statistics(SNGM())
     with pytest.warns(UserWarning, match="step 6"):
         fit(model, *callbacks(), x=with_nan(0))
     for value, expected in zip(values_of(model.weights), values_of(good.weights)):

@@ -1,6 +1,6 @@
 """A weight with the optimizer's state for it, and the precision it is computed in."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -29,6 +29,11 @@ def arithmetic_dtype(dtype: tf.DType) -> tf.DType:
 def for_arithmetic(variable: tf.Variable) -> tf.Tensor:
     """A variable's value in the precision it is computed in."""
     return tf.cast(variable, arithmetic_dtype(variable.dtype))
+
+
+def widest(tensors: Sequence[tf.Tensor]) -> tf.DType:
+    """The dtype of most bits among theirs."""
+    return max((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.size)
 
 
 def dense(gradient: Any, shape: tf.TensorShape) -> tf.Tensor:

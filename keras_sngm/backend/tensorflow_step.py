@@ -17,6 +17,7 @@ from keras_sngm.backend.tensorflow_slot import (
     dense,
     for_arithmetic,
     is_accelerator,
+    widest,
 )
 from keras_sngm.update_rule import Coefficients, Normalization, Rule
 
@@ -228,7 +229,7 @@ class LocalStep:
             gradients, squares, prescale = self._rescale_and_measure(gradients, size)
             pending = tf.ones_like(prescale)
         else:
-            wide = [tf.cast(gradient, _widest(gradients)) for gradient in gradients]
+            wide = [tf.cast(gradient, widest(gradients)) for gradient in gradients]
             squares, prescale = self._measure(wide, size)
             pending = prescale
         normalized = update_rule.normalization(self._rule, squares, prescale * times)
@@ -283,10 +284,6 @@ class LocalStep:
         if slot.momentum is not None:
             _assign(slot.momentum, momentum)
         return _assign(slot.weight, _average(slot, weight, by, moment))
-
-
-def _widest(tensors: Sequence[tf.Tensor]) -> tf.DType:
-    return max((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.size)
 
 
 def _part(normalized: Normalization, span: slice) -> Normalization:

@@ -19,7 +19,7 @@ from keras_sngm.backend import tensorflow_norm as norm
 from keras_sngm.backend.tensorflow import BackendOptimizer
 from keras_sngm.backend.tensorflow_recorder import Measured, Recorder, attached
 from keras_sngm.backend.tensorflow_replicas import OwnReplica
-from keras_sngm.backend.tensorflow_slot import arithmetic_dtype, dense, is_accelerator
+from keras_sngm.backend.tensorflow_slot import arithmetic_dtype, dense, is_accelerator, widest
 from keras_sngm.measurements import Plan
 
 _AS_IT_IS = update_rule.Rule(0.0, False, None, True, None, None, None, 0.0)
@@ -242,8 +242,7 @@ def _measured(
     count: int,
 ) -> tuple[Measured, Callable[[Any], dict[int, tf.Tensor]]]:
     """The norms of a gradient, and a function that divides it by its norm."""
-    widest = max((g.dtype for g in gradients), key=lambda dtype: dtype.size)
-    wide = [tf.cast(gradient, widest) for gradient in gradients]
+    wide = [tf.cast(gradient, widest(gradients)) for gradient in gradients]
     size = sum(gradient.shape.num_elements() for gradient in gradients)
     squares, prescale = measure(wide, size)
     normalized = update_rule.normalization(_AS_IT_IS, squares, prescale)
