@@ -23,7 +23,8 @@ class SNGM(BackendOptimizer):
     w = w - learning_rate * u
     ```
 
-    `norm(g)` is one Euclidean norm over every variable, not one per variable.
+    `norm(g)` is one Euclidean norm over every variable, not one per variable (but
+    see `blockwise`).
     When `nesterov=True`, the second line becomes:
 
     ```python
@@ -104,12 +105,16 @@ class SNGM(BackendOptimizer):
             `noise_scale_batch_size` is set. Numerator and denominator of the noise scale
             are each averaged over updates: `average = noise_scale_momentum * average +
             (1 - noise_scale_momentum) * estimate`.
+        blockwise: Boolean. If `True`, each variable's gradient is divided by its own
+            norm instead, so that each moves by up to `learning_rate / (1 - momentum)`:
+            the block normalization that the paper compares with. That undoes
+            `clipnorm`, too. Defaults to `False`.
         name: String. The name of the optimizer. Defaults to `"sngm"`.
 
     Attributes:
         gradient_norm: Variable, float32 scalar: the norm that the last gradient
-            was divided by, that is of the gradient summed over replicas, after
-            weight decay (if coupled) and clipping.
+            was divided by (unless `blockwise`), that is of the gradient summed over
+            replicas, after weight decay (if coupled) and clipping.
         gradient_norms: Variable, float32 vector: the same per trainable
             variable, in the order the optimizer was built with; 0 where a
             variable had no gradient. Exists once the optimizer is built.
@@ -165,6 +170,7 @@ class SNGM(BackendOptimizer):
         jit_compile: bool | str = "auto",
         noise_scale_batch_size: int | None = None,
         noise_scale_momentum: float = 0.99,
+        blockwise: bool = False,
         name: str = "sngm",
         **kwargs: Any,
     ) -> None:
@@ -227,6 +233,7 @@ class SNGM(BackendOptimizer):
         self.jit_compile = jit_compile
         self.noise_scale_batch_size = noise_scale_batch_size
         self.noise_scale_momentum = noise_scale_momentum
+        self.blockwise = blockwise
         self._weight_decay_exclusions = Exclusions()
         self.gradient_norm = self.add_variable(
             (), dtype="float32", aggregation="only_first_replica", name="gradient_norm"
@@ -307,6 +314,7 @@ class SNGM(BackendOptimizer):
                 "jit_compile": self.jit_compile,
                 "noise_scale_batch_size": self.noise_scale_batch_size,
                 "noise_scale_momentum": self.noise_scale_momentum,
+                "blockwise": self.blockwise,
             }
         )
         if self._weight_decay_exclusions:
@@ -332,6 +340,7 @@ class SNGM(BackendOptimizer):
         return Rule(
             momentum=self.momentum,
             nesterov=self.nesterov,
+            blockwise=self.blockwise,
             weight_decay=self.weight_decay,
             decoupled_weight_decay=self.decoupled_weight_decay,
             clipnorm=self.clipnorm,

@@ -24,6 +24,7 @@ class Rule(NamedTuple):
 
     momentum: float
     nesterov: bool
+    blockwise: bool
     weight_decay: float | None
     decoupled_weight_decay: bool
     clipnorm: float | None
@@ -36,10 +37,10 @@ class Normalization(NamedTuple):
     """How to turn the gradient into a direction, and what was measured on it."""
 
     prescale: Tensor
-    """The power of two that brought the squares into range."""
+    """The power of two that brought the squares into range: a scalar for all
+    variables, or a vector with one per variable."""
     divisor: Tensor
-    """direction = gradient * prescale / divisor; one scalar for all variables,
-    or a vector with one per variable."""
+    """direction = gradient * prescale / divisor; a scalar or a vector, too."""
     norms: Tensor
     """Euclidean norm of each variable's gradient after clipping."""
     norm: Tensor
@@ -93,8 +94,11 @@ def normalization(rule: Rule, squares: Tensor, prescale: Tensor) -> Normalizatio
     Args:
         squares: vector, the sum of squares of each variable's gradient after
             multiplication by `prescale`.
-        prescale: scalar, a power of two, 1 on the usual path.
+        prescale: a power of two, 1 on the usual path. With `blockwise` a vector,
+            else a scalar.
     """
+    if rule.blockwise:
+        return _blockwise_normalization(rule, squares, prescale)
     finite = ops.isfinite(ops.sum(squares))
     norms = ops.sqrt(squares)
     unclipped = norm = ops.sqrt(ops.sum(squares))
@@ -117,18 +121,37 @@ def normalization(rule: Rule, squares: Tensor, prescale: Tensor) -> Normalizatio
     )
 
 
+def _blockwise_normalization(rule: Rule, squares: Tensor, prescale: Tensor) -> Normalization:
+    """As `normalization`, each variable by its own norm, which undoes all clipping of norms."""
+    scaled = ops.sqrt(squares)
+    norms = scaled / prescale
+    unclipped = norm = _norm_of_norms(norms)
+    if rule.clipnorm is not None:
+        norms = _at_most(rule.clipnorm, norms)
+        norm = _norm_of_norms(norms)
+    if rule.global_clipnorm is not None:
+        clipped = _at_most(rule.global_clipnorm, norm)
+        norms = norms / _nonzero(norm) * clipped
+        norm = clipped
+    finite = ops.all(ops.isfinite(squares))
+    return Normalization(prescale, _nonzero(scaled), norms, norm, unclipped, finite)
+
+
 def directions(normalized: Normalization, gradients: list[Tensor]) -> list[Tensor]:
     """g / norm(g), one tensor per variable, in the dtype of each gradient."""
-    divisors = [normalized.divisor] * len(gradients)
-    if len(normalized.divisor.shape) == 1:
-        divisors = ops.unstack(normalized.divisor)
+    divisors = _one_each(normalized.divisor, len(gradients))
+    prescales = _one_each(normalized.prescale, len(gradients))
     dtype = normalized.divisor.dtype
     # A division, not a product with the reciprocal: graph optimizers would
     # multiply the two scalars first, and 1 / norm(g) can underflow.
     return [
-        ops.cast(ops.cast(gradient, dtype) * normalized.prescale / divisor, gradient.dtype)
-        for gradient, divisor in zip(gradients, divisors, strict=True)
+        ops.cast(ops.cast(gradient, dtype) * prescale / divisor, gradient.dtype)
+        for gradient, prescale, divisor in zip(gradients, prescales, divisors, strict=True)
     ]
+
+
+def _one_each(factor: Tensor, count: int) -> list[Tensor]:
+    return ops.unstack(factor) if len(factor.shape) == 1 else [factor] * count
 
 
 def noise_moments(small: Tensor, large: Tensor, count: int, samples: float) -> list[Tensor]:

@@ -76,6 +76,9 @@ CASES = {
     ),
     "SNGM, decay": Case(sngm(weight_decay=0.5), {"weight_decay": 0.5}),
     "SNGM, clipped": Case(sngm(clipnorm=0.2), {"clipnorm": 0.2}),
+    "SNGM, blockwise": Case(
+        sngm(blockwise=True, **CHANGED), {"blockwise": True, **CHANGED}, strategies=ALL
+    ),
     "SNGM, accumulated": Case(sngm(gradient_accumulation_steps=2), {}, times=2, strategies=ALL),
     "SNGM, accumulated, eager": Case(
         sngm(gradient_accumulation_steps=2), {}, times=2, compile={"run_eagerly": True}

@@ -15,6 +15,7 @@ class ReferenceSNGM:
         weights,
         momentum=0.9,
         nesterov=False,
+        blockwise=False,
         weight_decay=0.0,
         decoupled_weight_decay=True,
         clipnorm=np.inf,
@@ -25,6 +26,7 @@ class ReferenceSNGM:
         self.u = [np.zeros_like(weight) for weight in self.w]
         self.beta = momentum
         self.nesterov = nesterov
+        self.blockwise = blockwise
         self.weight_decay = weight_decay
         self.decoupled = decoupled_weight_decay
         self.clipnorm = clipnorm
@@ -45,6 +47,8 @@ class ReferenceSNGM:
 
         self.gradient_norm = norm(g)
         unit = [gi / (self.gradient_norm or 1.0) for gi in g]
+        if self.blockwise:
+            unit = [gi / (norm([gi]) or 1.0) for gi in g]
 
         if self.decoupled:
             self.w = [wi * (1.0 - eta * self.weight_decay) for wi in self.w]

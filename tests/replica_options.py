@@ -146,6 +146,7 @@ AVERAGED = {"use_ema": True, "ema_momentum": 0.8}
 OPTIONS = {
     "plain step": Option(),
     "`nesterov`": Option({"nesterov": True}),
+    "`blockwise`": Option({"blockwise": True}),
     "learning rate schedule": Option({"learning_rate": cosine()}),
     "`weight_decay`, with exclusions": Option({"weight_decay": 0.5}, excluded=("bias",)),
     "coupled weight decay, with exclusions": Option(

@@ -90,6 +90,7 @@ def test_defaults():
         "jit_compile": "auto",
         "noise_scale_batch_size": None,
         "noise_scale_momentum": 0.99,
+        "blockwise": False,
     }
 
 

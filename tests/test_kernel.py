@@ -98,6 +98,8 @@ def test_the_kernel_is_not_called_where_it_would_be_imprecise(kernel_calls, dtyp
         {"clipnorm": 1.5},
         {"clipvalue": 0.3},
         {"global_clipnorm": 2.0},
+        {"blockwise": True},
+        {"blockwise": True, "clipnorm": 1.5},
         {"weight_decay": 0.05},
         {"weight_decay": 0.05, "momentum": 0.0},
         COUPLED,

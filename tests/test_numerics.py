@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from keras_sngm import SNGM
 from problems import (
+    SHAPES,
     assert_close,
     assert_follows_the_reference,
     random_arrays,
@@ -67,6 +68,17 @@ def test_scaling_the_loss_changes_nothing(jit_compile, outer, exponent):
 def test_gradients_of_any_magnitude_are_normalized(jit_compile, outer, scale):
     gradients = random_gradients(steps=5, scale=scale)
     assert_follows_the_reference(random_arrays(), gradients, outer, jit_compile)
+
+
+@mode
+@pytest.mark.parametrize("magnitudes", [(1e30, 1.0, 1e-30), (1e19, 1e19, 1e19), (3e37, 0.0, 1e-35)])
+def test_blockwise_each_variable_may_have_its_own_magnitude(jit_compile, outer, magnitudes):
+    start = random_arrays(SHAPES * 2)
+    gradients = [
+        [magnitudes[i % 3] * array for i, array in enumerate(arrays)]
+        for arrays in random_gradients(SHAPES * 2, steps=5)
+    ]
+    assert_follows_the_reference(start, gradients, outer, jit_compile, blockwise=True)
 
 
 @mode
@@ -135,6 +147,7 @@ def test_a_zero_gradient_at_the_start_moves_nothing():
         (np.inf, {"clipnorm": 1.0}),
         (np.inf, {"clipvalue": 1.0}),
         (np.nan, {"global_clipnorm": 1.0}),
+        (np.inf, {"blockwise": True}),
     ],
 )
 def test_a_non_finite_gradient_skips_the_step(jit_compile, outer, bad, clip):

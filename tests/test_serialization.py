@@ -27,6 +27,7 @@ EVERYTHING = {
     "jit_compile": False,
     "noise_scale_batch_size": 8,
     "noise_scale_momentum": 0.5,
+    "blockwise": True,
     "name": "mine",
 }
 

@@ -99,6 +99,9 @@ def test_agrees_with_the_reference_in_mixed_dtypes(mode):
         {"global_clipnorm": 2.0},
         {"global_clipnorm": 1e6},
         {"clipnorm": 1.5, "weight_decay": 0.5, "decoupled_weight_decay": False, "nesterov": True},
+        {"blockwise": True},
+        {"blockwise": True, "clipnorm": 1.5, "weight_decay": 0.5, "decoupled_weight_decay": False},
+        {"blockwise": True, "global_clipnorm": 2.0},
     ],
     ids=str,
 )
@@ -108,7 +111,13 @@ def test_options_agree_with_the_reference(mode, options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"clipnorm": 1.5, "weight_decay": 0.5, "decoupled_weight_decay": False}, {"scale": 1e30}],
+    [
+        {},
+        {"clipnorm": 1.5, "weight_decay": 0.5, "decoupled_weight_decay": False},
+        {"scale": 1e30},
+        {"blockwise": True},
+        {"blockwise": True, "scale": 1e30},
+    ],
     ids=str,
 )
 def test_the_step_of_accelerators_agrees_with_the_reference(monkeypatch, options):

@@ -74,7 +74,11 @@ def _sum_of_squares_in_lanes(vector: tf.Tensor) -> tf.Tensor:
 
 
 def squares_and_prescale(
-    sums: Sums, sums_if_rescaled: Sums, gradients: Sequence[tf.Tensor], size: int
+    sums: Sums,
+    sums_if_rescaled: Sums,
+    gradients: Sequence[tf.Tensor],
+    size: int,
+    blockwise: bool = False,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """The gradients' sums of squares, and the factor by which they were multiplied first.
 
@@ -84,29 +88,31 @@ def squares_and_prescale(
             ever happens, so it may be slow, but should be quick to compile.
         gradients: of one dtype.
         size: the number of their elements.
+        blockwise: whether each sum is used by itself, so that each has to be trusted.
 
     Returns:
         The vector, and a power of two: 1 unless the squares overflow or are too
-        small to trust.
+        small to trust. With `blockwise` a vector of such powers.
     """
     squares = sums(gradients)
-    trusted, prescale = _trust(tf.reduce_sum(squares), size)
-    return tf.cond(
+    trusted, prescale = _trust(squares, size, blockwise)
+    squares = tf.cond(
         trusted,
-        lambda: (squares, tf.ones_like(prescale)),
-        lambda: (sums_if_rescaled([gradient * prescale for gradient in gradients]), prescale),
+        lambda: squares,
+        lambda: sums_if_rescaled(_rescaled(gradients, prescale, stacks=0)),
     )
+    return squares, prescale
 
 
 def rescaled_and_squares(
-    sums: Sums, gradients: Sequence[tf.Tensor], size: int
+    sums: Sums, gradients: Sequence[tf.Tensor], size: int, blockwise: bool, stacks: int
 ) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
     """As `squares_and_prescale`, together with the gradients multiplied by the factor.
 
     Not for XLA, which would copy them.
     """
     squares = sums(gradients)
-    trusted, prescale = _trust(tf.reduce_sum(squares), size)
+    trusted, prescale = _trust(squares, size, blockwise)
     # A condition costs an operation for each tensor that goes in or out, and for
     # each operation in the branch that is not taken. So all gradients pass as one,
     # and the unusual branch is one call.
@@ -114,21 +120,41 @@ def rescaled_and_squares(
 
     @tf.function(autograph=False, experimental_attributes={"_noinline": True})
     def rescued(gradients: Any, prescale: tf.Tensor) -> tuple[Any, tf.Tensor]:
-        rescaled = tuple(gradient * prescale for gradient in gradients.get_value())
+        rescaled = tuple(_rescaled(gradients.get_value(), prescale, stacks))
         return tf.experimental.Optional.from_value(rescaled), sums(rescaled)
 
-    passed, squares, prescale = tf.cond(
-        trusted,
-        lambda: (usual, squares, tf.ones_like(prescale)),
-        lambda: (*rescued(usual, prescale), prescale),
+    passed, squares = tf.cond(
+        trusted, lambda: (usual, squares), lambda: rescued(usual, prescale)
     )
     return list(passed.get_value()), squares, prescale
 
 
-def _trust(total: tf.Tensor, size: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """Whether a sum of squares can be trusted, and the factor to try if not."""
+def _trust(squares: tf.Tensor, size: int, blockwise: bool) -> tuple[tf.Tensor, tf.Tensor]:
+    """Whether the sums of squares can be trusted, and the factor or factors to take them with."""
+    total = squares if blockwise else tf.reduce_sum(squares)
     limits = np.finfo(total.dtype.as_numpy_dtype)
     least = update_rule.trusted_range(size, float(limits.tiny), float(limits.eps))
     rescue = tf.constant(2.0 ** update_rule.rescue_exponent(limits.maxexp), total.dtype)
     trusted = tf.logical_and(total >= least, tf.math.is_finite(total))
-    return trusted, tf.where(total < least, rescue, 1.0 / rescue)
+    factor = tf.where(total < least, rescue, 1.0 / rescue)
+    return tf.reduce_all(trusted), tf.where(trusted, tf.ones_like(factor), factor)
+
+
+def _rescaled(
+    tensors: Sequence[tf.Tensor], factors: tf.Tensor, stacks: int
+) -> list[tf.Tensor]:
+    """The tensors times one factor, or times one factor per variable.
+
+    Args:
+        tensors: one per variable, but for the last of them.
+        factors: a scalar or a vector.
+        stacks: how many tensors at the end belong to one variable per row.
+    """
+    if factors.shape.rank == 0:
+        return [tensor * factors for tensor in tensors]
+    alone = len(tensors) - stacks
+    rows = [1] * alone + [stack.shape[0] for stack in tensors[alone:]]
+    return [
+        tensor * tf.reshape(own, ([-1] if i >= alone else []) + [1] * (tensor.shape.rank - (i >= alone)))
+        for i, (tensor, own) in enumerate(zip(tensors, tf.split(factors, rows), strict=True))
+    ]

@@ -118,8 +118,13 @@ class LocalStep:
             self._update = _function(self._update_together, jit_compile=True)
         stacks = sum(len(bundle.slots) > 1 for bundle in self._bundles)
         usual, rare = norm.sums_on(on_accelerator, in_xla or with_norm, stacks)
-        self._measure = functools.partial(norm.squares_and_prescale, usual, rare)
-        self._rescale_and_measure = functools.partial(norm.rescaled_and_squares, usual)
+        blockwise = self._rule.blockwise
+        self._measure = functools.partial(
+            norm.squares_and_prescale, usual, rare, blockwise=blockwise
+        )
+        self._rescale_and_measure = functools.partial(
+            norm.rescaled_and_squares, usual, blockwise=blockwise, stacks=stacks
+        )
         self._run = _function(self._run_and_read)
 
     def __call__(
@@ -287,10 +292,14 @@ class LocalStep:
 
 
 def _part(normalized: Normalization, span: slice) -> Normalization:
-    """With the divisors of some variables alone, where there is one for each."""
-    if normalized.divisor.shape.rank == 0:
-        return normalized
-    return normalized._replace(divisor=normalized.divisor[span])
+    """With the factors of some variables alone, where there is one for each."""
+    return normalized._replace(
+        prescale=_some(normalized.prescale, span), divisor=_some(normalized.divisor, span)
+    )
+
+
+def _some(factor: tf.Tensor, span: slice) -> tf.Tensor:
+    return factor if factor.shape.rank == 0 else factor[span]
 
 
 def _average(slot: Slot, weight: tf.Tensor, by: Coefficients, moment: Moment) -> tf.Tensor:

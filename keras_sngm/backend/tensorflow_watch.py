@@ -22,7 +22,7 @@ from keras_sngm.backend.tensorflow_replicas import OwnReplica
 from keras_sngm.backend.tensorflow_slot import arithmetic_dtype, dense, is_accelerator, widest
 from keras_sngm.measurements import Plan
 
-_AS_IT_IS = update_rule.Rule(0.0, False, None, True, None, None, None, 0.0)
+_AS_IT_IS = update_rule.Rule(0.0, False, False, None, True, None, None, None, 0.0)
 
 # The recorders that a training function was made with. It goes on calling them.
 _traced: weakref.WeakKeyDictionary[Any, list[Recorder]] = weakref.WeakKeyDictionary()
