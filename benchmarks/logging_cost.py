@@ -84,7 +84,7 @@ def sampler(optimizer: str, logger: str | None, size: str, folder: str) -> Sampl
     generator = np.random.default_rng(0)
     images = generator.normal(size=(count, side, side, 3)).astype("float32")
     labels = generator.integers(10, size=count)
-    model = models.resnet20(images.shape[1:], 10)
+    model = models.resnet(images.shape[1:], 10)
     model.compile(KERAS[optimizer](), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     dataset = tf.data.Dataset.from_tensors((images, labels)).repeat()
     callbacks = [] if logger is None else [make_logger(logger, f"{folder}/{optimizer} {logger}")]

@@ -49,7 +49,7 @@ def resnet20(quick: bool) -> Task:
     batch_size = 16 if quick else 512
     generator = np.random.default_rng(0)
     return Task(
-        lambda: models.resnet20((32, 32, 3), 10),
+        lambda: models.resnet((32, 32, 3), 10),
         generator.normal(size=(batch_size, 32, 32, 3)).astype("float32"),
         generator.integers(10, size=batch_size),
         steps_of_a_fit=2,

@@ -1,10 +1,12 @@
 """Data for the examples, as `tf.data` datasets of (input, label) pairs."""
 
+import itertools
 import os
 import pathlib
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -32,7 +34,7 @@ def mnist1d(quick: bool = False) -> Task:
     With `quick`, a tenth of each.
     """
     sizes = [400, 400, 1_000] if quick else [4_000, 4_000, 10_000]
-    x, y = _generated_mnist1d(sum(sizes))
+    x, y = generated_mnist1d(sum(sizes))
     ends = np.cumsum(sizes)
     splits = [
         tf.data.Dataset.from_tensor_slices((x[end - size : end], y[end - size : end]))
@@ -41,7 +43,8 @@ def mnist1d(quick: bool = False) -> Task:
     return Task(*splits, input_shape=(40, 1), classes=10)
 
 
-def _generated_mnist1d(samples: int) -> tuple[np.ndarray, np.ndarray]:
+def generated_mnist1d(samples: int) -> tuple[np.ndarray, np.ndarray]:
+    """Signals of 40 values and their 10 classes; kept on disk, for they take a while."""
     home = pathlib.Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()
     cached = home / "datasets" / f"mnist1d-{samples}.npz"
     if not cached.exists():
@@ -112,6 +115,75 @@ def images(name: str, quick: bool = False) -> Task:
         input_shape=(*IMAGE_SIZE, features["image"].shape[-1]),
         classes=features["label"].num_classes,
     )
+
+
+def image_arrays(name: str) -> tuple[Any, Any, int]:
+    """All images and labels to train and to test on, and the number of classes.
+
+    Fashion-MNIST comes from Keras, in 28x28 and 0 to 255, as it also runs without
+    tensorflow-datasets; all others as `images` has them.
+    """
+    if name == "fashion_mnist":
+        (x, y), (x_test, y_test) = keras.datasets.fashion_mnist.load_data()
+        labels, test_labels = (part.astype("int32") for part in (y, y_test))
+        return (x[..., None], labels), (x_test[..., None], test_labels), 10
+    task = images(name)
+    return (*(_arrays(part) for part in (task.train, task.test)), task.classes)
+
+
+def _arrays(dataset: tf.data.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    return next(iter(dataset.batch(int(dataset.cardinality())).as_numpy_iterator()))
+
+
+CLICK_FIELDS = (5_000, 2_000, 200, 24)
+
+
+def generated_clicks(samples: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Made-up impressions: a user, an item, a page and an hour, and whether there was a click.
+
+    Which users, items and so on appear follows Zipf's law. The log-odds of a click are
+    a constant, one number for each, and for each two of them the product of two latent
+    vectors, all drawn from normal distributions, always the same ones.
+
+    Returns:
+        The four as indices of one table, shape (samples, 4); 0 or 1 for each sample, shape
+        (samples, 1); the size of the table.
+    """
+    generator = np.random.default_rng(0)
+    own = [generator.normal(0.0, 0.5, size) for size in CLICK_FIELDS]
+    latent = [generator.normal(0.0, 0.7, (size, 4)) for size in CLICK_FIELDS]
+    picked = [_zipf(generator, size, samples) for size in CLICK_FIELDS]
+    log_odds = -1.5 + sum(part[i] for part, i in zip(own, picked, strict=True))
+    vectors = [part[i] for part, i in zip(latent, picked, strict=True)]
+    for first, second in itertools.combinations(vectors, 2):
+        log_odds = log_odds + np.sum(first * second, axis=1)
+    clicked = generator.random(samples) < 1.0 / (1.0 + np.exp(-log_odds))
+    begins = itertools.accumulate(CLICK_FIELDS[:-1], initial=0)
+    x = np.stack([i + begin for i, begin in zip(picked, begins, strict=True)], axis=1)
+    return x.astype("int32"), clicked[:, None].astype("float32"), sum(CLICK_FIELDS)
+
+
+def _zipf(generator: np.random.Generator, size: int, samples: int) -> np.ndarray:
+    weights = 1.0 / np.arange(1, size + 1)
+    return generator.choice(size, samples, p=weights / weights.sum())
+
+
+def movielens(name: str) -> tuple[np.ndarray, np.ndarray, int]:
+    """Users and films as `generated_clicks` has them, and whether there were 4 stars or more.
+
+    Args:
+        name: of a dataset, "movielens/100k-ratings" for example.
+    """
+    import tensorflow_datasets as tfds
+
+    ratings = tfds.load(name, split="train", batch_size=-1)
+    columns, tokens = [], 0
+    for feature in ("user_id", "movie_id"):
+        known, column = np.unique(ratings[feature].numpy(), return_inverse=True)
+        columns.append(column + tokens)
+        tokens += len(known)
+    liked = ratings["user_rating"].numpy() >= 4.0
+    return np.stack(columns, 1).astype("int32"), liked[:, None].astype("float32"), tokens
 
 
 def _splits(available: Iterable[str]) -> list[str]:

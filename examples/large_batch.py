@@ -1,11 +1,11 @@
 """Trains one network with SNGM, momentum SGD and LAMB at a large batch.
 
 Momentum SGD at a small batch is the reference. Every method trains for the same
-number of epochs, at the learning rate that was best for it on validation data.
+number of epochs, at the learning rate that was best for it on validation data in
+study.py, which compares more methods and searches their rates.
 
     python examples/large_batch.py                       the main job
     python examples/large_batch.py --quick               a smoke run
-    python examples/large_batch.py --tune                the search for the learning rates
     python examples/large_batch.py --dataset cifar10     a ResNet-20 on images
     python examples/large_batch.py --strategy mirrored   on all visible devices
 """
@@ -15,8 +15,8 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import keras
 import matplotlib.pyplot as plt
@@ -27,45 +27,30 @@ from tqdm import tqdm
 import data
 import models
 from arguments import with_defaults
-from baselines import Lamb, MomentumSGD
-from keras_sngm import SNGM, GradientNormLogger
+from keras_sngm import GradientNormLogger
 from progress import Advance
+from trials import methods
 
 WEIGHT_DECAY = 1e-4
-DECAY_POWER = 1.1
-TUNING_SEEDS = (100, 101, 102)
 
 
 class Method(NamedTuple):
-    """An optimizer at a batch size.
+    """A method of `trials.methods` at a batch size.
 
-    `tuned` is the k for which the learning rate 2^(k/2) was best on the
-    validation data of MNIST-1D (`--tune`).
+    `tuned` is the k for which the learning rate 2^(k/2) was best on the validation data
+    of MNIST-1D.
     """
 
     name: str
     large_batch: bool
-    make: Callable[[Any], keras.optimizers.Optimizer]
     tuned: int
 
 
-def sngm(schedule: Any) -> keras.optimizers.Optimizer:
-    return SNGM(schedule, weight_decay=WEIGHT_DECAY, decoupled_weight_decay=False)
-
-
-def momentum_sgd(schedule: Any) -> keras.optimizers.Optimizer:
-    return MomentumSGD(schedule, momentum=0.9, coupled_weight_decay=WEIGHT_DECAY)
-
-
-def lamb(schedule: Any) -> keras.optimizers.Optimizer:
-    return Lamb(schedule, coupled_weight_decay=WEIGHT_DECAY)
-
-
 METHODS = (
-    Method("SNGM", True, sngm, tuned=-2),
-    Method("momentum SGD", True, momentum_sgd, tuned=-3),
-    Method("LAMB", True, lamb, tuned=-8),
-    Method("momentum SGD", False, momentum_sgd, tuned=-4),
+    Method("SNGM", True, tuned=-2),
+    Method("momentum SGD", True, tuned=-3),
+    Method("LAMB", True, tuned=-8),
+    Method("momentum SGD", False, tuned=-4),
 )
 
 
@@ -127,12 +112,12 @@ class Trainer:
 
     def _model(self, method: Method, learning_rate: float, steps: int) -> keras.Model:
         schedule = keras.optimizers.schedules.PolynomialDecay(
-            learning_rate, steps, end_learning_rate=0.0, power=DECAY_POWER
+            learning_rate, steps, end_learning_rate=0.0, power=methods.DECAY_POWER
         )
         with self.strategy.scope():
             model = models.for_input(self.task.input_shape, self.task.classes)
             model.compile(
-                optimizer=method.make(schedule),
+                optimizer=methods.METHODS[method.name](schedule, WEIGHT_DECAY),
                 loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
                 metrics=["accuracy"],
             )
@@ -161,30 +146,6 @@ def compare(trainer: Trainer, arguments: argparse.Namespace) -> list[Run]:
     ]
 
 
-def tune(trainer: Trainer, arguments: argparse.Namespace) -> list[Run]:
-    """A grid of learning rates in powers of sqrt(2) for every method.
-
-    It is seven points wide and is extended until the best one, by mean
-    validation accuracy at the end of training, is not at its edge.
-    """
-    runs = []
-    for method in METHODS:
-        scores: dict[int, float] = {}
-        wanted = set(range(method.tuned - 3, method.tuned + 4))
-        while wanted:
-            for k in sorted(wanted):
-                tried = [
-                    trainer.run(method, _batch_size(method, arguments), 2.0 ** (k / 2), seed)
-                    for seed in TUNING_SEEDS
-                ]
-                scores[k] = float(np.mean([run.val_accuracy[-1] for run in tried]))
-                runs += tried
-            best = max(scores, key=scores.__getitem__)
-            wanted = {best - 1, best + 1} - set(scores)
-            trainer.bar.total += len(wanted) * len(TUNING_SEEDS) * trainer.epochs
-    return runs
-
-
 def _batch_size(method: Method, arguments: argparse.Namespace) -> int:
     return arguments.batch_size if method.large_batch else arguments.small_batch_size
 
@@ -209,19 +170,6 @@ def print_comparison(runs: Sequence[Run]) -> None:
             f"| {group[0].optimizer_floats_per_parameter:.1f} "
             f"| {np.mean([run.seconds for run in group]):.1f} |"
         )
-
-
-def print_tuning(runs: Sequence[Run]) -> None:
-    """Marks the best learning rate of each method with a star."""
-    for (name, batch_size), group in grouped(runs, "method", "batch_size").items():
-        rates = sorted(grouped(group, "learning_rate").items())
-        final = [[100 * run.val_accuracy[-1] for run in at_rate] for _, at_rate in rates]
-        best = int(np.argmax([np.mean(values) for values in final]))
-        print(
-            f"\n{name}, batch {batch_size:,}\n| learning rate | validation accuracy, % |\n|---|---|"
-        )
-        for i, (((rate,), _), values) in enumerate(zip(rates, final, strict=True)):
-            print(f"| {rate:.4g}{' *' if i == best else ''} | {_spread(values)} |")
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -275,7 +223,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="mnist1d, or any image-classification dataset of tensorflow-datasets",
     )
     parser.add_argument("--strategy", default="none", choices=["none", "mirrored"])
-    parser.add_argument("--tune", action="store_true", help="search the learning rates")
     parser.add_argument("--quick", action="store_true", help="little data, two epochs, one seed")
     parser.add_argument("--batch-size", type=int, help="default 1000 (quick: 100)")
     parser.add_argument("--small-batch-size", type=int, help="default 128 (quick: 32)")
@@ -292,23 +239,18 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     task = data.load(arguments.dataset, arguments.quick)
-    experiment = tune if arguments.tune else compare
-    runs_expected = len(METHODS) * (7 * len(TUNING_SEEDS) if arguments.tune else arguments.seeds)
-    with tqdm(total=runs_expected * arguments.epochs, unit="epoch", dynamic_ncols=True) as bar:
+    epochs = len(METHODS) * arguments.seeds * arguments.epochs
+    with tqdm(total=epochs, unit="epoch", dynamic_ncols=True) as bar:
         trainer = Trainer(task, arguments.epochs, strategy_named(arguments.strategy), bar)
-        runs = experiment(trainer, arguments)
+        runs = compare(trainer, arguments)
 
     arguments.output.mkdir(parents=True, exist_ok=True)
-    results = arguments.output / f"{experiment.__name__}.json"
+    results = arguments.output / "compare.json"
     save(runs, arguments, results)
-    if arguments.tune:
-        print_tuning(runs)
-        print(f"\nWrote {results}")
-    else:
-        print_comparison(runs)
-        picture = arguments.output / "compare.png"
-        draw(runs, picture)
-        print(f"\nWrote {results} and {picture}")
+    print_comparison(runs)
+    picture = arguments.output / "compare.png"
+    draw(runs, picture)
+    print(f"\nWrote {results} and {picture}")
 
 
 if __name__ == "__main__":

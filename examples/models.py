@@ -6,37 +6,79 @@ from keras import layers
 
 def for_input(shape: tuple[int, ...], classes: int) -> keras.Model:
     """A small 1-D conv net for signals, a ResNet-20 for images."""
-    return conv_net_1d(shape, classes) if len(shape) == 2 else resnet20(shape, classes)
+    return conv_net_1d(shape, classes) if len(shape) == 2 else resnet(shape, classes)
 
 
-def conv_net_1d(shape: tuple[int, ...], classes: int) -> keras.Model:
-    """Three conv layers of 25 channels, without batch normalization."""
-    return keras.Sequential(
-        [
-            keras.Input(shape),
-            *(
-                layers.Conv1D(
-                    25,
-                    kernel_size,
-                    strides=2,
-                    padding="same",
-                    activation="relu",
-                    kernel_initializer="he_normal",
-                )
-                for kernel_size in (5, 3, 3)
-            ),
-            layers.Flatten(),
-            layers.Dense(classes),
-        ]
-    )
+def conv_net_1d(
+    shape: tuple[int, ...], classes: int, batch_normalization: bool = False
+) -> keras.Model:
+    """Three conv layers of 25 channels."""
+    convolutions = [
+        layers.Conv1D(
+            25,
+            kernel_size,
+            strides=2,
+            padding="same",
+            use_bias=not batch_normalization,
+            kernel_initializer="he_normal",
+        )
+        for kernel_size in (5, 3, 3)
+    ]
+    return _conv_net(shape, classes, convolutions, batch_normalization)
 
 
-def resnet20(shape: tuple[int, ...], classes: int) -> keras.Model:
-    """The CIFAR variant of He et al., 2016, https://arxiv.org/abs/1512.03385."""
+def conv_net_2d(
+    shape: tuple[int, ...], classes: int, batch_normalization: bool = False
+) -> keras.Model:
+    """Three conv layers of 16, 32 and 64 channels."""
+    convolutions = [
+        layers.Conv2D(
+            channels,
+            3,
+            strides=2,
+            padding="same",
+            use_bias=not batch_normalization,
+            kernel_initializer="he_normal",
+        )
+        for channels in (16, 32, 64)
+    ]
+    return _conv_net(shape, classes, convolutions, batch_normalization)
+
+
+def _conv_net(
+    shape: tuple[int, ...],
+    classes: int,
+    convolutions: list[layers.Layer],
+    batch_normalization: bool,
+) -> keras.Model:
+    model = keras.Sequential([keras.Input(shape)])
+    for convolution in convolutions:
+        model.add(convolution)
+        if batch_normalization:
+            model.add(layers.BatchNormalization())
+        model.add(layers.ReLU())
+    model.add(layers.Flatten())
+    model.add(layers.Dense(classes))
+    return model
+
+
+def resnet(shape: tuple[int, ...], classes: int, depth: int = 20) -> keras.Model:
+    """The CIFAR variant of He et al., 2016, https://arxiv.org/abs/1512.03385.
+
+    Args:
+        shape: of an image.
+        classes: how many there are.
+        depth: 6n + 2 for a whole n: 20, 32, 44, 56 or 110 in the paper.
+
+    Raises:
+        ValueError: if there is no network of this depth.
+    """
+    if depth < 8 or depth % 6 != 2:
+        raise ValueError(f"`depth` must be 8, 14, 20, 26 and so on. Received: depth={depth}")
     inputs = keras.Input(shape)
     x = layers.ReLU()(_conv(inputs, 16))
     for channels, first_stride in ((16, 1), (32, 2), (64, 2)):
-        for block in range(3):
+        for block in range(depth // 6):
             x = _residual(x, channels, first_stride if block == 0 else 1)
     x = layers.GlobalAveragePooling2D()(x)
     return keras.Model(inputs, layers.Dense(classes)(x))
@@ -78,3 +120,23 @@ def transformer(tokens: int, length: int, width: int = 128, blocks: int = 3) -> 
         hidden = layers.Dense(4 * width, "gelu")(layers.LayerNormalization()(x))
         x = layers.Add()([x, layers.Dense(width)(hidden)])
     return keras.Model(inputs, layers.Dense(tokens)(layers.LayerNormalization()(x)))
+
+
+def click_model(tokens: int, fields: int, width: int = 8) -> keras.Model:
+    """Embeddings of all fields, and two hidden layers; one logit.
+
+    Args:
+        tokens: how many rows the table of embeddings has.
+        fields: how many of them a sample looks up.
+        width: of an embedding.
+    """
+    return keras.Sequential(
+        [
+            keras.Input((fields,), dtype="int32"),
+            layers.Embedding(tokens, width),
+            layers.Flatten(),
+            layers.Dense(64, "relu"),
+            layers.Dense(32, "relu"),
+            layers.Dense(1),
+        ]
+    )

@@ -45,6 +45,7 @@ class ReferenceSNGM:
         g = [gi * min(1.0, self.clipnorm / max(norm([gi]), 1e-300)) for gi in g]
         g = [gi * min(1.0, self.global_clipnorm / max(norm(g), 1e-300)) for gi in g]
 
+        self.g = g
         self.gradient_norm = norm(g)
         unit = [gi / (self.gradient_norm or 1.0) for gi in g]
         if self.blockwise:

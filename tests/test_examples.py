@@ -3,12 +3,14 @@
 import json
 import re
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import cifar10_resnet
 import data
 import large_batch
 import models
@@ -58,28 +60,6 @@ def test_quick_runs_of_methods_differ_only_in_the_optimizer(tmp_path):
     large_batch.main([*arguments, "--output", str(tmp_path)])
     norms = [run["grad_norm"][0] for run in saved_runs(tmp_path / "compare.json")]
     np.testing.assert_allclose(norms, norms[0], rtol=1e-4)
-
-
-def test_tuning_extends_its_grid_until_the_best_is_inside(tmp_path, monkeypatch, capsys):
-    """With an accuracy that peaks at 2^-6, four steps from where the grid begins."""
-
-    def run(self, method, batch_size, learning_rate, seed):
-        accuracy = 1 - abs(np.log2(learning_rate) + 6) / 100
-        return large_batch.Run(
-            method.name, batch_size, learning_rate, seed, 1, 0.0, 0.0, 1.0, [accuracy], [1.0]
-        )
-
-    monkeypatch.setattr(large_batch.Trainer, "run", run)
-    large_batch.main(["--quick", "--tune", "--output", str(tmp_path)])
-    printed = capsys.readouterr().out
-    assert printed.count("| 0.01562 * |") == len(large_batch.METHODS)
-    runs = saved_runs(tmp_path / "tune.json")
-    for method in large_batch.METHODS:
-        tried = {
-            round(2 * np.log2(run["learning_rate"])) for run in runs if run["method"] == method.name
-        }
-        assert {-13, -12, -11} <= tried
-    assert {run["seed"] for run in runs} == set(large_batch.TUNING_SEEDS)
 
 
 @pytest.mark.parametrize("name, shape", [("cifar10", (32, 32, 3)), ("mnist", (32, 32, 1))])
@@ -194,9 +174,75 @@ def test_networks_are_those_of_the_papers():
     net = models.conv_net_1d((40, 1), 10)
     assert net.count_params() == 5 * 25 + 25 + 2 * (3 * 25 * 25 + 25) + 5 * 25 * 10 + 10
     # He et al. give 0.27 million parameters and 20 weighted layers.
-    resnet = models.resnet20((32, 32, 3), 10)
+    resnet = models.resnet((32, 32, 3), 10)
     assert sum(np.prod(w.shape) for w in resnet.trainable_weights) == pytest.approx(
         0.27e6, rel=0.02
     )
     weighted = [layer for layer in resnet.layers if "conv2d" in layer.name or "dense" in layer.name]
     assert len(weighted) == 20
+
+
+@pytest.mark.parametrize("depth", [8, 56])
+def test_resnets_have_the_depth_they_are_asked_for(depth):
+    resnet = models.resnet((32, 32, 3), 10, depth)
+    weighted = [layer for layer in resnet.layers if "conv2d" in layer.name or "dense" in layer.name]
+    assert len(weighted) == depth
+
+
+@pytest.mark.parametrize("depth", [2, 18])
+def test_other_depths_of_resnets_are_refused(depth):
+    with pytest.raises(ValueError, match=f"`depth` must be.*Received: depth={depth}"):
+        models.resnet((32, 32, 3), 10, depth)
+
+
+def cifar(output, *arguments):
+    """Trains on 16 made-up images, in batches of 8."""
+    with tfds.testing.mock_data(num_examples=1600):
+        cifar10_resnet.main(
+            [
+                *["--quick", "--depth", "8", "--batch-size", "8", "--verbose", "0", "--output"],
+                str(output),
+                *arguments,
+            ]
+        )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--accumulate", "2", "--precision", "mixed_float16"]],
+    ids=["plain", "accumulated-float16"],
+)
+def test_cifar10_resnet_trains_with_all_it_writes(tmp_path, capsys, options):
+    cifar(tmp_path, "--epochs", "2", *options)
+    assert "Test accuracy" in capsys.readouterr().out
+    norms = (tmp_path / "norms.csv").read_text().splitlines()
+    assert len(norms) == 1 + 4  # two updates in each epoch
+    events = EventAccumulator(str(tmp_path / "logs")).Reload()
+    assert "grad_norm" in events.Tags()["tensors"]
+    model = keras.saving.load_model(tmp_path / "model.keras")
+    assert int(model.optimizer.iterations) == 4
+    assert int(model.optimizer.skipped_steps) == 0
+    assert model.optimizer.gradient_accumulation_steps == (2 if options else None)
+
+
+def test_cifar10_resnet_goes_on_where_it_was_interrupted(tmp_path, monkeypatch, capsys):
+    class Interrupt(keras.callbacks.BackupAndRestore):
+        def on_epoch_end(self, epoch, logs=None):
+            super().on_epoch_end(epoch, logs)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keras.callbacks, "BackupAndRestore", Interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            cifar(tmp_path, "--epochs", "3")
+    cifar(tmp_path, "--epochs", "3")
+    lines = (tmp_path / "norms.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["step", *map(str, range(1, 7))]
+    model = keras.saving.load_model(tmp_path / "model.keras")
+    assert int(model.optimizer.iterations) == 6
+
+
+def test_cifar10_resnet_refuses_batches_that_cannot_be_divided(capsys):
+    with pytest.raises(SystemExit):
+        cifar10_resnet.main(["--batch-size", "10", "--accumulate", "4"])
+    assert "must be a multiple of `--accumulate`" in capsys.readouterr().err

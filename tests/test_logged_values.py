@@ -54,10 +54,7 @@ def updates_of(case, result):
             reference = ReferenceSNGM(old, **case.options)
             reference.u = [np.array(u, "float64") for u in before]
             reference.step(gradient, RATE)
-            directions = [
-                u - reference.beta * b.astype("float64") for u, b in zip(reference.u, before)
-            ]
-            gradient = [reference.gradient_norm * direction for direction in directions]
+            gradient = reference.g
             if reference.beta:
                 before = momentum = result.momenta[first + case.times - 1]
         yield gradient, momentum, old, new

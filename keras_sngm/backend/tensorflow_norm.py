@@ -123,9 +123,7 @@ def rescaled_and_squares(
         rescaled = tuple(_rescaled(gradients.get_value(), prescale, stacks))
         return tf.experimental.Optional.from_value(rescaled), sums(rescaled)
 
-    passed, squares = tf.cond(
-        trusted, lambda: (usual, squares), lambda: rescued(usual, prescale)
-    )
+    passed, squares = tf.cond(trusted, lambda: (usual, squares), lambda: rescued(usual, prescale))
     return list(passed.get_value()), squares, prescale
 
 
@@ -140,9 +138,7 @@ def _trust(squares: tf.Tensor, size: int, blockwise: bool) -> tuple[tf.Tensor, t
     return tf.reduce_all(trusted), tf.where(trusted, tf.ones_like(factor), factor)
 
 
-def _rescaled(
-    tensors: Sequence[tf.Tensor], factors: tf.Tensor, stacks: int
-) -> list[tf.Tensor]:
+def _rescaled(tensors: Sequence[tf.Tensor], factors: tf.Tensor, stacks: int) -> list[tf.Tensor]:
     """The tensors times one factor, or times one factor per variable.
 
     Args:
@@ -153,8 +149,11 @@ def _rescaled(
     if factors.shape.rank == 0:
         return [tensor * factors for tensor in tensors]
     alone = len(tensors) - stacks
-    rows = [1] * alone + [stack.shape[0] for stack in tensors[alone:]]
-    return [
-        tensor * tf.reshape(own, ([-1] if i >= alone else []) + [1] * (tensor.shape.rank - (i >= alone)))
-        for i, (tensor, own) in enumerate(zip(tensors, tf.split(factors, rows), strict=True))
-    ]
+    one_each = tf.unstack(factors[:alone])
+    scaled = [tensor * own for tensor, own in zip(tensors[:alone], one_each, strict=True)]
+    for stack in tensors[alone:]:
+        rows = stack.shape[0]
+        own = tf.reshape(factors[alone : alone + rows], [rows] + [1] * (stack.shape.rank - 1))
+        scaled.append(stack * own)
+        alone += rows
+    return scaled

@@ -1,0 +1,106 @@
+"""The large-batch study: every method at its best learning rate, on one task after another.
+
+For each batch size each method gets the same search for its learning rate: a grid in
+powers of sqrt(2), the best by mean score on validation data over some seeds, extended
+until the best is not at its edge. Then it is trained with other seeds, whose scores on
+test data are what counts. Tasks are described in examples/studies/*.json.
+
+    python examples/study.py --task mnist1d            all of a task
+    python examples/study.py --task mnist1d --quick    a smoke run
+    python examples/report.py                          tables and pictures from all results
+
+Each run is written down as soon as it is done. After an interruption the same command
+goes on with what is left.
+"""
+
+import argparse
+import os
+import pathlib
+from collections.abc import Sequence
+
+import tensorflow as tf
+from tqdm import tqdm
+
+from trials import config, results, search
+from trials.config import Search, Study
+from trials.results import Run, Wanted
+from trials.workers import run_all
+
+
+class Progress:
+    """What has been run, on file and in memory, with a bar that knows what is left."""
+
+    def __init__(self, study: Study, path: pathlib.Path) -> None:
+        self.study = study
+        self.path = path
+        self.runs: dict[tuple[str, int, str], list[Run]] = {
+            results.key_of(search): [] for search in study.searches
+        }
+        fingerprints = {s.setting.name: s.setting.fingerprint for s in study.searches}
+        for run in results.resume(path):
+            if fingerprints.get(run.setting) != run.fingerprint:
+                raise ValueError(
+                    f"{path} has runs of '{run.setting}' as it no longer is. "
+                    "Choose another `--output` or remove the file."
+                )
+            self.runs.setdefault(run.search, []).append(run)
+        self.bar = tqdm(unit=" samples", unit_scale=True, dynamic_ncols=True, smoothing=0.0)
+        self._update_total()
+
+    def pending(self, search_: Search) -> list[Wanted]:
+        return search.wanted(self.study, search_, self.runs[results.key_of(search_)])
+
+    def add(self, run: Run) -> None:
+        results.append(self.path, run)
+        self.runs[run.search].append(run)
+        self.bar.set_description(f"{run.setting}, batch {run.batch_size}, {run.method}")
+        self.bar.update(run.steps * run.batch_size)
+        self._update_total()
+
+    def _update_total(self) -> None:
+        """At least so many samples as are known to be wanted."""
+        usual = self.study.rates * len(self.study.tuning_seeds) + len(self.study.final_seeds)
+        left = 0
+        for each in self.study.searches:
+            done = len(self.runs[results.key_of(each)])
+            runs = max(usual - done, len(self.pending(each))) if self.pending(each) else 0
+            samples = each.setting.data["samples"]
+            left += runs * each.setting.epochs * (samples - samples % each.batch_size)
+        self.bar.total = self.bar.n + left
+        self.bar.refresh()
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--task", required=True, choices=config.available())
+    parser.add_argument("--quick", action="store_true", help="little data, one epoch, two rates")
+    parser.add_argument("--jobs", type=int, help="processes; default all cores, on a GPU one")
+    parser.add_argument(
+        "--output", type=pathlib.Path, help="default results/study, results/study_quick"
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.output is None:
+        name = "study_quick" if arguments.quick else "study"
+        arguments.output = pathlib.Path("results") / name
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse(argv)
+    study = config.load(arguments.task, arguments.quick)
+    path = arguments.output / f"{study.task}.jsonl"
+    progress = Progress(study, path)
+    with progress.bar:
+        for run in run_all(study.searches, progress.pending, arguments.jobs or default_jobs()):
+            progress.add(run)
+    print(f"Wrote {path}")
+
+
+def default_jobs() -> int:
+    return 1 if tf.config.list_physical_devices("GPU") else os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    main()

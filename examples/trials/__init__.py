@@ -1,0 +1,1 @@
+"""Parts of the large-batch study, `examples/study.py`."""

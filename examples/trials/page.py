@@ -1,0 +1,66 @@
+"""Text and pictures about all tasks of the study."""
+
+import pathlib
+
+import jinja2
+
+from trials import config, pictures, results, tables
+from trials.summary import Summary, difference, summaries
+
+
+class Report:
+    """The numbers of all tasks, by the names that a template calls them.
+
+    Args:
+        folder: where the files of runs are.
+    """
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        files = sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")])
+        self.runs = {path.name.partition(".")[0]: results.read(path) for path in files}
+        self.tasks = {task: summaries(runs) for task, runs in self.runs.items()}
+        self.studies = {task: config.load(task) for task in self.tasks}
+
+    def find(self, task: str, setting: str, batch_size: int, method: str) -> Summary:
+        """The summary of a search that is done."""
+        for each in self.tasks[task]:
+            if (each.setting, each.batch_size, each.method) == (setting, batch_size, method):
+                return each
+        raise KeyError(f"There is no finished search {task}, {setting}, {batch_size}, {method}")
+
+    def scores(self, task: str) -> str:
+        return tables.scores(self.tasks[task], self.studies[task].measure)
+
+    def matrix(self, task: str) -> str:
+        return tables.matrix(self.tasks[task])
+
+    def fill(self, template: str, folder: str) -> str:
+        """The text of a Jinja template.
+
+        Args:
+            template: may call the methods of this class and the functions below.
+            folder: where the pictures are, from the text.
+        """
+        environment = jinja2.Environment(
+            undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+        )
+        return environment.from_string(template).render(
+            tasks=self.tasks,
+            studies=self.studies,
+            pictures=pictures.PICTURES,
+            folder=folder,
+            count=lambda task: len(self.runs[task]),
+            hours=lambda task: sum(run.seconds for run in self.runs[task]) / 3600.0,
+            find=self.find,
+            scores=self.scores,
+            matrix=self.matrix,
+            spread=tables.spread,
+            lead=tables.lead,
+            difference=difference,
+        )
+
+    def draw(self, folder: pathlib.Path) -> None:
+        """All pictures of all tasks."""
+        for task, found in self.tasks.items():
+            for name, draw in pictures.PICTURES.items():
+                draw(found, self.studies[task].measure, folder / f"{task}_{name}.png")

@@ -1,0 +1,166 @@
+"""Pictures of the study."""
+
+import pathlib
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+
+from trials.methods import METHODS
+from trials.search import learning_rate
+from trials.summary import Summary
+
+COLORS = dict(zip(METHODS, plt.get_cmap("tab10").colors, strict=False))
+
+
+def groups_of(summaries: Sequence[Summary]) -> dict[tuple[str, int], list[Summary]]:
+    """The methods that were compared with each other, by setting and batch size."""
+    groups: dict[tuple[str, int], list[Summary]] = {}
+    for each in summaries:
+        groups.setdefault((each.setting, each.batch_size), []).append(each)
+    return groups
+
+
+def widest(summaries: Sequence[Summary]) -> dict[tuple[str, int], list[Summary]]:
+    """For each setting the batch size at which most methods were compared."""
+    best: dict[str, tuple[tuple[str, int], list[Summary]]] = {}
+    for key, group in groups_of(summaries).items():
+        if key[0] not in best or len(group) > len(best[key[0]][1]):
+            best[key[0]] = (key, group)
+    return dict(best.values())
+
+
+def draw_scores(summaries: Sequence[Summary], measure: str, path: pathlib.Path) -> None:
+    """Test score by method; a point for each seed, a line for the mean."""
+    groups = widest(summaries)
+    figure, panels = _panels(len(groups), height=3.6)
+    for panel, ((setting, batch_size), group) in zip(panels, groups.items(), strict=True):
+        ranked = sorted(group, key=lambda each: each.mean)
+        for row, each in enumerate(ranked):
+            color = COLORS[each.method]
+            panel.plot(each.test, [row] * len(each.test), "o", color=color, alpha=0.5, ms=4)
+            panel.plot([each.mean] * 2, [row - 0.35, row + 0.35], color=color, lw=2)
+        panel.set_yticks(range(len(ranked)), [each.method for each in ranked], fontsize="small")
+        panel.set(title=f"{setting}, batch {batch_size:,}", xlabel=f"test {measure}, %")
+    _save(figure, path)
+
+
+def draw_rates(summaries: Sequence[Summary], measure: str, path: pathlib.Path) -> None:
+    """Validation score against the learning rate, in proportion to the best one."""
+    groups = widest(summaries)
+    figure, panels = _panels(len(groups))
+    for panel, ((setting, batch_size), group) in zip(panels, groups.items(), strict=True):
+        for each in group:
+            exponents = sorted(each.tuning)
+            panel.plot(
+                [learning_rate(k - each.best) for k in exponents],
+                [each.tuning[k] for k in exponents],
+                "o-",
+                color=COLORS[each.method],
+                label=each.method,
+                ms=3,
+                lw=1,
+            )
+        best = max(max(each.tuning.values()) for each in group)
+        worst = min(each.tuning[each.best] for each in group)
+        panel.set(
+            title=f"{setting}, batch {batch_size:,}",
+            xlabel="learning rate / best learning rate",
+            ylabel=f"validation {measure}, %",
+            xscale="log",
+            ylim=(worst - 2 * max(best - worst, 2), best + 1),
+        )
+        panel.set_xscale("log", base=2)
+    panels[0].legend(fontsize="xx-small")
+    _save(figure, path)
+
+
+def draw_batch_sizes(summaries: Sequence[Summary], measure: str, path: pathlib.Path) -> None:
+    """Best learning rate and test score against the batch size, of methods tried at several."""
+    by_setting: dict[str, dict[str, list[Summary]]] = {}
+    for each in sorted(summaries, key=lambda each: each.batch_size):
+        by_setting.setdefault(each.setting, {}).setdefault(each.method, []).append(each)
+    figure, panels = _panels(2 * len(by_setting))
+    for i, (setting, by_method) in enumerate(by_setting.items()):
+        rates, scores = panels[2 * i : 2 * i + 2]
+        for method, line in by_method.items():
+            if len(line) > 1:
+                sizes = [each.batch_size for each in line]
+                style = {"color": COLORS[method], "label": method, "lw": 1, "ms": 4}
+                rates.plot(sizes, [each.learning_rate for each in line], "o-", **style)
+                scores.errorbar(
+                    sizes,
+                    [each.mean for each in line],
+                    [each.deviation for each in line],
+                    marker="o",
+                    capsize=2,
+                    **style,
+                )
+        _draw_square_root(rates, by_method)
+        rates.set(title=setting, xlabel="batch size", ylabel="best learning rate")
+        rates.set_yscale("log", base=2)
+        scores.set(title=setting, xlabel="batch size", ylabel=f"test {measure}, %")
+        for panel in (rates, scores):
+            panel.set_xscale("log", base=2)
+        scores.legend(fontsize="xx-small")
+    _save(figure, path)
+
+
+def _draw_square_root(panel: Axes, by_method: dict[str, list[Summary]]) -> None:
+    line = by_method["SNGM"]
+    if len(line) > 1:
+        first, last = line[0], line[-1]
+        end = first.learning_rate * np.sqrt(last.batch_size / first.batch_size)
+        sizes = [first.batch_size, last.batch_size]
+        panel.plot(sizes, [first.learning_rate, end], ":", color="gray", label="√(batch size)")
+        panel.legend(fontsize="xx-small")
+
+
+def draw_training(summaries: Sequence[Summary], measure: str, path: pathlib.Path) -> None:
+    """Validation score and gradient norm by epoch, means over the seeds."""
+    groups = widest(summaries)
+    figure, panels = _panels(2 * len(groups))
+    for i, ((setting, batch_size), group) in enumerate(groups.items()):
+        scores, norms = panels[2 * i : 2 * i + 2]
+        for each in group:
+            epochs = np.arange(1, each.epochs + 1)
+            style = {"color": COLORS[each.method], "label": each.method, "lw": 1}
+            scores.plot(epochs, each.curve.mean(0), **style)
+            norms.plot(epochs, np.median(each.grad_norm, axis=0), **style)
+        title = f"{setting}, batch {batch_size:,}"
+        scores.set(title=title, xlabel="epoch", ylabel=f"validation {measure}, %")
+        norms.set(title=title, xlabel="epoch", ylabel="gradient norm, median", yscale="log")
+    panels[0].legend(fontsize="xx-small")
+    _save(figure, path)
+
+
+PICTURES = {
+    "scores": draw_scores,
+    "rates": draw_rates,
+    "batch_sizes": draw_batch_sizes,
+    "training": draw_training,
+}
+
+
+def _panels(count: int, height: float = 3.2) -> tuple[plt.Figure, list[Axes]]:
+    columns = min(count, 2)
+    rows = -(-count // columns)
+    figure, panels = plt.subplots(
+        rows,
+        columns,
+        figsize=(5.2 * columns, height * rows),
+        layout="constrained",
+        squeeze=False,
+    )
+    flat = list(panels.flat)
+    for unused in flat[count:]:
+        unused.remove()
+    for panel in flat[:count]:
+        panel.grid(alpha=0.3)
+    return figure, flat[:count]
+
+
+def _save(figure: plt.Figure, path: pathlib.Path) -> None:
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
