@@ -198,13 +198,8 @@ def test_other_depths_of_resnets_are_refused(depth):
 def cifar(output, *arguments):
     """Trains on 16 made-up images, in batches of 8."""
     with tfds.testing.mock_data(num_examples=1600):
-        cifar10_resnet.main(
-            [
-                *["--quick", "--depth", "8", "--batch-size", "8", "--verbose", "0", "--output"],
-                str(output),
-                *arguments,
-            ]
-        )
+        quick = ["--quick", "--depth", "8", "--batch-size", "8", "--verbose", "0"]
+        cifar10_resnet.main([*quick, *arguments, "--output", str(output)])
 
 
 @pytest.mark.parametrize(

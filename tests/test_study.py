@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import math
+import os
 import signal
 import subprocess
 import sys

@@ -151,9 +151,10 @@ def _rescaled(tensors: Sequence[tf.Tensor], factors: tf.Tensor, stacks: int) -> 
     alone = len(tensors) - stacks
     one_each = tf.unstack(factors[:alone])
     scaled = [tensor * own for tensor, own in zip(tensors[:alone], one_each, strict=True)]
+    begin = alone
     for stack in tensors[alone:]:
         rows = stack.shape[0]
-        own = tf.reshape(factors[alone : alone + rows], [rows] + [1] * (stack.shape.rank - 1))
+        own = tf.reshape(factors[begin : begin + rows], [rows] + [1] * (stack.shape.rank - 1))
         scaled.append(stack * own)
-        alone += rows
+        begin += rows
     return scaled
