@@ -131,7 +131,7 @@ def image_arrays(name: str) -> tuple[Any, Any, int]:
     return (*(_arrays(part) for part in (task.train, task.test)), task.classes)
 
 
-def _arrays(dataset: tf.data.Dataset) -> tuple[np.ndarray, np.ndarray]:
+def _arrays(dataset: tf.data.Dataset) -> Any:
     return next(iter(dataset.batch(int(dataset.cardinality())).as_numpy_iterator()))
 
 
@@ -176,13 +176,15 @@ def movielens(name: str) -> tuple[np.ndarray, np.ndarray, int]:
     """
     import tensorflow_datasets as tfds
 
-    ratings = tfds.load(name, split="train", batch_size=-1)
+    features = ("user_id", "movie_id", "user_rating")
+    dataset = tfds.load(name, split="train")
+    ratings = _arrays(dataset.map(lambda rating: {key: rating[key] for key in features}))
     columns, tokens = [], 0
-    for feature in ("user_id", "movie_id"):
-        known, column = np.unique(ratings[feature].numpy(), return_inverse=True)
+    for feature in features[:2]:
+        known, column = np.unique(ratings[feature], return_inverse=True)
         columns.append(column + tokens)
         tokens += len(known)
-    liked = ratings["user_rating"].numpy() >= 4.0
+    liked = ratings["user_rating"] >= 4.0
     return np.stack(columns, 1).astype("int32"), liked[:, None].astype("float32"), tokens
 
 

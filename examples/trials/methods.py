@@ -68,6 +68,7 @@ def adamw(rate: Any, weight_decay: float) -> keras.optimizers.Optimizer:
 
 METHODS: dict[str, Make] = {
     "SNGM": sngm,
+    "SNGM, warm-up": sngm,
     "SNGM, blockwise": sngm_blockwise,
     "momentum SGD": momentum_sgd,
     "momentum SGD, warm-up": momentum_sgd,

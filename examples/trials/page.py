@@ -1,6 +1,7 @@
 """Text and pictures about all tasks of the study."""
 
 import pathlib
+from collections.abc import Sequence
 
 import jinja2
 
@@ -31,8 +32,20 @@ class Report:
     def scores(self, task: str) -> str:
         return tables.scores(self.tasks[task], self.studies[task].measure)
 
-    def matrix(self, task: str) -> str:
-        return tables.matrix(self.tasks[task])
+    def matrix(self, task: str, columns: Sequence[tuple[str, int]]) -> str:
+        return tables.matrix(self.tasks[task], columns)
+
+    def conversions(self, task: str) -> str:
+        return tables.conversions(self.tasks[task])
+
+    def conversion_range(self) -> tuple[float, float]:
+        """The least and the largest ratio in the tables of `conversions` of all tasks."""
+        ratios = [
+            tables.conversion(*pair)
+            for found in self.tasks.values()
+            for pair in tables.pairs(found)
+        ]
+        return min(ratios), max(ratios)
 
     def fill(self, template: str, folder: str) -> str:
         """The text of a Jinja template.
@@ -54,6 +67,8 @@ class Report:
             find=self.find,
             scores=self.scores,
             matrix=self.matrix,
+            conversions=self.conversions,
+            conversion_range=self.conversion_range,
             spread=tables.spread,
             lead=tables.lead,
             difference=difference,

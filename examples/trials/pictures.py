@@ -9,23 +9,17 @@ from matplotlib.axes import Axes
 
 from trials.methods import METHODS
 from trials.search import learning_rate
-from trials.summary import Summary
+from trials.summary import Summary, groups_of
 
 COLORS = dict(zip(METHODS, plt.get_cmap("tab10").colors, strict=False))
 
 
-def groups_of(summaries: Sequence[Summary]) -> dict[tuple[str, int], list[Summary]]:
-    """The methods that were compared with each other, by setting and batch size."""
-    groups: dict[tuple[str, int], list[Summary]] = {}
-    for each in summaries:
-        groups.setdefault((each.setting, each.batch_size), []).append(each)
-    return groups
-
-
 def widest(summaries: Sequence[Summary]) -> dict[tuple[str, int], list[Summary]]:
-    """For each setting the batch size at which most methods were compared."""
+    """For each setting the batch size at which most methods were compared, if any were."""
     best: dict[str, tuple[tuple[str, int], list[Summary]]] = {}
     for key, group in groups_of(summaries).items():
+        if len(group) == 1:
+            continue
         if key[0] not in best or len(group) > len(best[key[0]][1]):
             best[key[0]] = (key, group)
     return dict(best.values())
@@ -77,26 +71,27 @@ def draw_rates(summaries: Sequence[Summary], measure: str, path: pathlib.Path) -
 
 
 def draw_batch_sizes(summaries: Sequence[Summary], measure: str, path: pathlib.Path) -> None:
-    """Best learning rate and test score against the batch size, of methods tried at several."""
+    """Best learning rate and test score against the batch size."""
     by_setting: dict[str, dict[str, list[Summary]]] = {}
     for each in sorted(summaries, key=lambda each: each.batch_size):
         by_setting.setdefault(each.setting, {}).setdefault(each.method, []).append(each)
-    figure, panels = _panels(2 * len(by_setting))
-    for i, (setting, by_method) in enumerate(by_setting.items()):
+    several = {
+        setting: by_method
+        for setting, by_method in by_setting.items()
+        if any(len(line) > 1 for line in by_method.values())
+    }
+    drawn = several or by_setting
+    figure, panels = _panels(2 * len(drawn))
+    for i, (setting, by_method) in enumerate(drawn.items()):
         rates, scores = panels[2 * i : 2 * i + 2]
         for method, line in by_method.items():
-            if len(line) > 1:
-                sizes = [each.batch_size for each in line]
-                style = {"color": COLORS[method], "label": method, "lw": 1, "ms": 4}
-                rates.plot(sizes, [each.learning_rate for each in line], "o-", **style)
-                scores.errorbar(
-                    sizes,
-                    [each.mean for each in line],
-                    [each.deviation for each in line],
-                    marker="o",
-                    capsize=2,
-                    **style,
-                )
+            if several and len(line) == 1:
+                continue
+            sizes = [each.batch_size for each in line]
+            style = {"color": COLORS[method], "label": method, "lw": 1, "ms": 4}
+            rates.plot(sizes, [each.learning_rate for each in line], "o-", **style)
+            means, deviations = zip(*((each.mean, each.deviation) for each in line), strict=True)
+            scores.errorbar(sizes, means, deviations, marker="o", capsize=2, **style)
         _draw_square_root(rates, by_method)
         rates.set(title=setting, xlabel="batch size", ylabel="best learning rate")
         rates.set_yscale("log", base=2)

@@ -80,6 +80,11 @@ class Summary(NamedTuple):
         return _padded([run.grad_norm for run in self.final.values()], self.epochs)
 
     @property
+    def typical_norm(self) -> float:
+        """Median of the gradient norms of all epochs and seeds."""
+        return float(np.median(self.grad_norm))
+
+    @property
     def epochs(self) -> int:
         return next(iter(self.final.values())).epochs
 
@@ -106,6 +111,14 @@ def _summary(key: tuple[str, int, str], runs: list[Run]) -> Summary:
     seeds = max(len(values) for values in scores.values())
     tuning = {k: statistics.fmean(v) for k, v in sorted(scores.items()) if len(v) == seeds}
     return Summary(*key, tuning, {run.seed: run for run in runs if run.final})
+
+
+def groups_of(summaries: Sequence[Summary]) -> dict[tuple[str, int], list[Summary]]:
+    """The methods that were compared with each other, by setting and batch size."""
+    groups: dict[tuple[str, int], list[Summary]] = {}
+    for each in summaries:
+        groups.setdefault((each.setting, each.batch_size), []).append(each)
+    return groups
 
 
 def difference(one: Summary, other: Summary) -> Difference:

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from trials.pictures import groups_of
-from trials.summary import Summary, difference, epochs_to, target_of
+from trials.methods import METHODS
+from trials.summary import Summary, difference, epochs_to, groups_of, target_of
 
 REFERENCE = "SNGM"
 
@@ -46,15 +46,50 @@ def scores(summaries: Sequence[Summary], measure: str) -> str:
     return markdown(head, rows)
 
 
-def matrix(summaries: Sequence[Summary]) -> str:
-    """Test scores with a row for each method and a column for each setting and batch size."""
+def matrix(summaries: Sequence[Summary], columns: Sequence[tuple[str, int]]) -> str:
+    """Test scores with a row for each method; the columns are settings and batch sizes."""
     groups = groups_of(summaries)
-    methods = list(dict.fromkeys(each.method for group in groups.values() for each in group))
-    cells = {key: {each.method: spread(each) for each in group} for key, group in groups.items()}
-    head = ["method", *(f"{setting}, batch {size:,}" for setting, size in groups)]
+    cells = {key: {each.method: spread(each) for each in groups[key]} for key in columns}
+    methods = [name for name in METHODS if any(name in column for column in cells.values())]
+    head = ["method", *(f"{setting}, batch {size:,}" for setting, size in columns)]
     return markdown(
-        head, [[method, *(cells[key].get(method, "") for key in groups)] for method in methods]
+        head,
+        [[method, *(column.get(method, "") for column in cells.values())] for method in methods],
     )
+
+
+def conversions(summaries: Sequence[Summary]) -> str:
+    """How the best learning rate of SNGM follows from that of momentum SGD."""
+    head = ["setting", "batch", "rate of SGD", "× norm", "= product", "rate of SNGM", "/ product"]
+    return markdown(
+        head,
+        [
+            [
+                sngm.setting,
+                f"{sngm.batch_size:,}",
+                f"{sgd.learning_rate:.2g}",
+                f"{sgd.typical_norm:.2g}",
+                f"{sgd.learning_rate * sgd.typical_norm:.2g}",
+                f"{sngm.learning_rate:.2g}",
+                f"{conversion(sngm, sgd):.1f}",
+            ]
+            for sngm, sgd in pairs(summaries)
+        ],
+    )
+
+
+def pairs(summaries: Sequence[Summary]) -> list[tuple[Summary, Summary]]:
+    """SNGM and momentum SGD at every setting and batch size."""
+    groups = groups_of(summaries).values()
+    by_method = [{each.method: each for each in group} for group in groups]
+    return [
+        (found[REFERENCE], found["momentum SGD"]) for found in by_method if "momentum SGD" in found
+    ]
+
+
+def conversion(sngm: Summary, sgd: Summary) -> float:
+    """SNGM's best rate in units of momentum SGD's best rate times its typical norm."""
+    return sngm.learning_rate / (sgd.learning_rate * sgd.typical_norm)
 
 
 def lead(reference: Summary, other: Summary) -> str:

@@ -74,6 +74,8 @@ def _share_cores(jobs: int) -> None:
     cores = max(1, (os.cpu_count() or 1) // jobs)
     tf.config.threading.set_intra_op_parallelism_threads(cores)
     tf.config.threading.set_inter_op_parallelism_threads(cores)
+    # TensorFlow takes models that follow each other for one that is traced again and again.
+    tf.get_logger().setLevel("ERROR")
 
 
 def _run(search: Search, wanted: Wanted) -> Run:
