@@ -59,6 +59,7 @@ def cosine(steps):
         (dense, {"clipvalue": 0.1, **AVERAGED}),
         (dense, {"ema_overwrite_frequency": 2, "global_clipnorm": 0.1, **AVERAGED}),
         (dense, {"loss_scale_factor": 1024.0}),
+        (dense, {"blockwise": True, "weight_decay": 0.1, "decoupled_weight_decay": False}),
         (embedding, {}),
         (embedding, {"loss_scale_factor": 3.0, "clipnorm": 0.1}),
     ],
