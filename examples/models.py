@@ -3,6 +3,10 @@
 import keras
 from keras import layers
 
+# Keras' own 0.99 averages over more steps than a short training at a large batch has:
+# its statistics would be those of weights that are long gone.
+BATCH_NORM_MOMENTUM = 0.9
+
 
 def for_input(shape: tuple[int, ...], classes: int) -> keras.Model:
     """A small 1-D conv net for signals, a ResNet-20 for images."""
@@ -10,7 +14,10 @@ def for_input(shape: tuple[int, ...], classes: int) -> keras.Model:
 
 
 def conv_net_1d(
-    shape: tuple[int, ...], classes: int, batch_normalization: bool = False
+    shape: tuple[int, ...],
+    classes: int,
+    batch_normalization: bool = False,
+    batch_norm_momentum: float = BATCH_NORM_MOMENTUM,
 ) -> keras.Model:
     """Three conv layers of 25 channels."""
     convolutions = [
@@ -24,11 +31,15 @@ def conv_net_1d(
         )
         for kernel_size in (5, 3, 3)
     ]
-    return _conv_net(shape, classes, convolutions, batch_normalization)
+    momentum = batch_norm_momentum if batch_normalization else None
+    return _conv_net(shape, classes, convolutions, momentum)
 
 
 def conv_net_2d(
-    shape: tuple[int, ...], classes: int, batch_normalization: bool = False
+    shape: tuple[int, ...],
+    classes: int,
+    batch_normalization: bool = False,
+    batch_norm_momentum: float = BATCH_NORM_MOMENTUM,
 ) -> keras.Model:
     """Three conv layers of 16, 32 and 64 channels."""
     convolutions = [
@@ -42,20 +53,21 @@ def conv_net_2d(
         )
         for channels in (16, 32, 64)
     ]
-    return _conv_net(shape, classes, convolutions, batch_normalization)
+    momentum = batch_norm_momentum if batch_normalization else None
+    return _conv_net(shape, classes, convolutions, momentum)
 
 
 def _conv_net(
     shape: tuple[int, ...],
     classes: int,
     convolutions: list[layers.Layer],
-    batch_normalization: bool,
+    batch_norm_momentum: float | None,
 ) -> keras.Model:
     model = keras.Sequential([keras.Input(shape)])
     for convolution in convolutions:
         model.add(convolution)
-        if batch_normalization:
-            model.add(layers.BatchNormalization())
+        if batch_norm_momentum is not None:
+            model.add(layers.BatchNormalization(momentum=batch_norm_momentum))
         model.add(layers.ReLU())
     model.add(layers.Flatten())
     model.add(layers.Dense(classes))
@@ -102,7 +114,7 @@ def _conv(x: keras.KerasTensor, channels: int, stride: int = 1) -> keras.KerasTe
         use_bias=False,
         kernel_initializer="he_normal",
     )(x)
-    return layers.BatchNormalization()(x)
+    return layers.BatchNormalization(momentum=BATCH_NORM_MOMENTUM)(x)
 
 
 def transformer(tokens: int, length: int, width: int = 128, blocks: int = 3) -> keras.Model:
