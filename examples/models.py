@@ -1,5 +1,8 @@
 """Networks for the examples. All return logits."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 from keras import layers
 
@@ -13,60 +16,38 @@ def for_input(shape: tuple[int, ...], classes: int) -> keras.Model:
     return conv_net_1d(shape, classes) if len(shape) == 2 else resnet(shape, classes)
 
 
-def conv_net_1d(
-    shape: tuple[int, ...],
-    classes: int,
-    batch_normalization: bool = False,
-    batch_norm_momentum: float = BATCH_NORM_MOMENTUM,
-) -> keras.Model:
-    """Three conv layers of 25 channels."""
-    convolutions = [
-        layers.Conv1D(
-            25,
-            kernel_size,
-            strides=2,
-            padding="same",
-            use_bias=not batch_normalization,
-            kernel_initializer="he_normal",
-        )
-        for kernel_size in (5, 3, 3)
-    ]
-    momentum = batch_norm_momentum if batch_normalization else None
-    return _conv_net(shape, classes, convolutions, momentum)
+def conv_net_1d(shape: tuple[int, ...], classes: int, **options: Any) -> keras.Model:
+    """Three conv layers of 25 channels; options as below."""
+    return _conv_net(shape, classes, layers.Conv1D, ((25, 5), (25, 3), (25, 3)), **options)
 
 
-def conv_net_2d(
-    shape: tuple[int, ...],
-    classes: int,
-    batch_normalization: bool = False,
-    batch_norm_momentum: float = BATCH_NORM_MOMENTUM,
-) -> keras.Model:
-    """Three conv layers of 16, 32 and 64 channels."""
-    convolutions = [
-        layers.Conv2D(
-            channels,
-            3,
-            strides=2,
-            padding="same",
-            use_bias=not batch_normalization,
-            kernel_initializer="he_normal",
-        )
-        for channels in (16, 32, 64)
-    ]
-    momentum = batch_norm_momentum if batch_normalization else None
-    return _conv_net(shape, classes, convolutions, momentum)
+def conv_net_2d(shape: tuple[int, ...], classes: int, **options: Any) -> keras.Model:
+    """Three conv layers of 16, 32 and 64 channels; options as below."""
+    return _conv_net(shape, classes, layers.Conv2D, ((16, 3), (32, 3), (64, 3)), **options)
 
 
 def _conv_net(
     shape: tuple[int, ...],
     classes: int,
-    convolutions: list[layers.Layer],
-    batch_norm_momentum: float | None,
+    convolution: type[layers.Layer],
+    stages: Sequence[tuple[int, int]],
+    batch_normalization: bool = False,
+    batch_norm_momentum: float = BATCH_NORM_MOMENTUM,
 ) -> keras.Model:
+    """Conv layers of stride 2, each with channels and kernel size, and a linear one."""
     model = keras.Sequential([keras.Input(shape)])
-    for convolution in convolutions:
-        model.add(convolution)
-        if batch_norm_momentum is not None:
+    for channels, kernel_size in stages:
+        model.add(
+            convolution(
+                channels,
+                kernel_size,
+                strides=2,
+                padding="same",
+                use_bias=not batch_normalization,
+                kernel_initializer="he_normal",
+            )
+        )
+        if batch_normalization:
             model.add(layers.BatchNormalization(momentum=batch_norm_momentum))
         model.add(layers.ReLU())
     model.add(layers.Flatten())

@@ -54,6 +54,11 @@ class Summary(NamedTuple):
         return statistics.stdev(self.test)
 
     @property
+    def train_loss(self) -> float:
+        """Mean training loss of the last epoch."""
+        return statistics.fmean(run.train_loss[-1] for run in self.final.values())
+
+    @property
     def steps(self) -> int:
         return next(iter(self.final.values())).steps
 
