@@ -20,6 +20,7 @@ from keras_sngm import SNGM
 from processes import TESTS, importing_project, run_python
 from trials import config, methods, pictures, results, search, summary, tables, tasks
 from trials.config import Search, Setting, Study
+from trials.page import Report
 from trials.results import Run, Wanted
 from trials.training import Trainer
 
@@ -358,6 +359,28 @@ def test_searches_that_are_not_done_are_left_out():
     done = [run_of("SNGM", 0, 100, final=False), *(run_of(seed=seed) for seed in range(3))]
     begun = [run_of("LAMB", 0, 100, final=False), run_of("LAMB", seed=0)]
     assert [each.method for each in summary.summaries(done + begun)] == ["SNGM"]
+
+
+def test_a_report_of_a_study_that_has_only_begun(tmp_path):
+    """The first search done is not of SNGM; of another task there is no search done."""
+    others = [run_of("LAMB", 0, 100, final=False), *(run_of("LAMB", seed=i) for i in range(3))]
+    for run in [*others, run_of("AdamW", 0, 100, final=False)]:
+        results.append(tmp_path / "mnist1d.jsonl", run)
+    results.append(tmp_path / "text.jsonl", run_of("SNGM", 0, 100, final=False))
+    report = Report(tmp_path)
+    assert "| LAMB |" in report.scores("mnist1d")
+    assert "AdamW" not in report.scores("mnist1d")
+    assert report.conversions("mnist1d").count("\n") == 1
+    report.draw(tmp_path)
+    assert (tmp_path / "mnist1d_batch_sizes.png").exists()
+    assert not (tmp_path / "text_scores.png").exists()
+
+
+def test_conversions_relate_rates_by_the_norm():
+    sngm, sgd = summaries_of(**{"SNGM": [0.5, 0.6, 0.7], "momentum SGD": [0.5, 0.6, 0.7]})
+    assert sgd.typical_norm == 1.0
+    assert tables.conversion(sngm, sgd) == pytest.approx(1.0)
+    assert tables.conversions([sngm, sgd]).endswith("| four | 4 | 1 | 1 | 1 | 1 | 1.0 |")
 
 
 def test_failed_runs_keep_their_last_score():

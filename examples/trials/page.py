@@ -19,7 +19,8 @@ class Report:
     def __init__(self, folder: pathlib.Path) -> None:
         files = sorted([*folder.glob("*.jsonl"), *folder.glob("*.jsonl.gz")])
         self.runs = {path.name.partition(".")[0]: results.read(path) for path in files}
-        self.tasks = {task: summaries(runs) for task, runs in self.runs.items()}
+        found = {task: summaries(runs) for task, runs in self.runs.items()}
+        self.tasks = {task: finished for task, finished in found.items() if finished}
         self.studies = {task: config.load(task) for task in self.tasks}
 
     def find(self, task: str, setting: str, batch_size: int, method: str) -> Summary:

@@ -103,7 +103,7 @@ def draw_batch_sizes(summaries: Sequence[Summary], measure: str, path: pathlib.P
 
 
 def _draw_square_root(panel: Axes, by_method: dict[str, list[Summary]]) -> None:
-    line = by_method["SNGM"]
+    line = by_method.get("SNGM", [])
     if len(line) > 1:
         first, last = line[0], line[-1]
         end = first.learning_rate * np.sqrt(last.batch_size / first.batch_size)

@@ -17,7 +17,7 @@ def scores(summaries: Sequence[Summary], measure: str) -> str:
     """Test scores by setting, batch size and method, the best first, and SNGM's lead."""
     rows = []
     for (setting, batch_size), group in groups_of(summaries).items():
-        reference = next(each for each in group if each.method == REFERENCE)
+        reference = next((each for each in group if each.method == REFERENCE), None)
         target = target_of(group)
         for each in sorted(group, key=lambda each: -each.mean):
             epochs = epochs_to(each, target)
@@ -28,7 +28,7 @@ def scores(summaries: Sequence[Summary], measure: str) -> str:
                     each.method,
                     f"{each.learning_rate:.3g}",
                     spread(each),
-                    lead(reference, each),
+                    lead(reference, each) if reference else "",
                     f"{epochs or 'never'} to {target} %",
                     f"{each.good_range:.2g}",
                 ]
@@ -83,7 +83,9 @@ def pairs(summaries: Sequence[Summary]) -> list[tuple[Summary, Summary]]:
     groups = groups_of(summaries).values()
     by_method = [{each.method: each for each in group} for group in groups]
     return [
-        (found[REFERENCE], found["momentum SGD"]) for found in by_method if "momentum SGD" in found
+        (found[REFERENCE], found["momentum SGD"])
+        for found in by_method
+        if {REFERENCE, "momentum SGD"} <= set(found)
     ]
 
 
