@@ -17,9 +17,9 @@ COLORS = dict(zip(METHODS, plt.get_cmap("tab10").colors, strict=False))
 def widest(summaries: Sequence[Summary]) -> dict[tuple[str, int], list[Summary]]:
     """For each setting the batch size at which most methods were compared, if any were."""
     best: dict[str, tuple[tuple[str, int], list[Summary]]] = {}
-    for key, group in groups_of(summaries).items():
-        if len(group) == 1:
-            continue
+    groups = groups_of(summaries)
+    several = {key: group for key, group in groups.items() if len(group) > 1}
+    for key, group in (several or groups).items():
         if key[0] not in best or len(group) > len(best[key[0]][1]):
             best[key[0]] = (key, group)
     return dict(best.values())
