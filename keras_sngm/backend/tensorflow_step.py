@@ -141,7 +141,9 @@ class LocalStep:
         weights: Sequence[tf.Tensor],
         normalized: Normalization,
     ) -> dict[int, tf.Tensor]:
-        """What has entered the momentum, computed once more.
+        """The direction of the whole gradient, computed once more.
+
+        That is what has entered the momentum, unless the rule is `blockwise`.
 
         Args:
             gradients: those the step was called with.
@@ -155,7 +157,14 @@ class LocalStep:
         final, _ = self._final_gradients(
             self._in_order(gradients), [weights[position] for position in positions]
         )
-        return dict(zip(positions, update_rule.directions(normalized, final), strict=True))
+        directions = update_rule.directions(normalized, final)
+        if self._rule.blockwise:
+            shares = tf.unstack(tf.math.divide_no_nan(normalized.norms, normalized.norm))
+            directions = [
+                tf.cast(share, direction.dtype) * direction
+                for share, direction in zip(shares, directions, strict=True)
+            ]
+        return dict(zip(positions, directions, strict=True))
 
     def _in_order(self, gradients: Sequence[tf.Tensor | tf.IndexedSlices]) -> list[tf.Tensor]:
         return [
