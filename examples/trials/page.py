@@ -36,6 +36,11 @@ class Report:
     def matrix(self, task: str, columns: Sequence[tuple[str, int]]) -> str:
         return tables.matrix(self.tasks[task], columns)
 
+    def joined(self, columns: Sequence[tuple[str, str, int]]) -> str:
+        """One matrix for the settings and batch sizes of several tasks."""
+        found = [each for task in dict.fromkeys(c[0] for c in columns) for each in self.tasks[task]]
+        return tables.matrix(found, [column[1:] for column in columns])
+
     def conversions(self, task: str) -> str:
         return tables.conversions(self.tasks[task])
 
@@ -68,6 +73,7 @@ class Report:
             find=self.find,
             scores=self.scores,
             matrix=self.matrix,
+            joined=self.joined,
             conversions=self.conversions,
             conversion_range=self.conversion_range,
             spread=tables.spread,
