@@ -91,11 +91,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     study = config.load(arguments.task, arguments.quick)
     path = arguments.output / f"{study.task}.jsonl"
+    with results.only_writer(path):
+        carry_out(study, path, arguments.jobs or default_jobs())
+    print(f"Wrote {path}")
+
+
+def carry_out(study: Study, path: pathlib.Path, jobs: int) -> None:
+    """What the study still needs."""
     progress = Progress(study, path)
     with progress.bar:
-        for run in run_all(study.searches, progress.pending, arguments.jobs or default_jobs()):
+        for run in run_all(study.searches, progress.pending, jobs):
             progress.add(run)
-    print(f"Wrote {path}")
 
 
 def default_jobs() -> int:

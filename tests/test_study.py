@@ -310,8 +310,23 @@ def test_results_of_another_configuration_are_refused(tmp_path):
     assert "Choose another `--output`" in result.stderr
 
 
-def test_results_can_be_compressed(tmp_path):
+def test_a_second_study_that_writes_to_the_same_file_is_refused(tmp_path):
+    path = tmp_path / "mnist1d.jsonl"
+    arguments = [STUDY, "--task", "mnist1d", "--quick", "--output", tmp_path]
+    with results.only_writer(path):
+        second = subprocess.run(
+            [sys.executable, *arguments],
+            env=importing_project(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert second.returncode != 0
+    assert f"Another process writes to {path}" in second.stderr
+    assert not path.exists()
 
+
+def test_results_can_be_compressed(tmp_path):
     path = tmp_path / "any.jsonl"
     runs = [run_of(seed=seed, test_loss=math.inf) for seed in range(3)]
     for run in runs:
@@ -339,6 +354,8 @@ def test_summaries_have_mean_deviation_and_range():
     assert one.best == 0
     assert one.learning_rate == 1.0
     assert one.good_range == pytest.approx(2.0)
+    assert one.best_score == pytest.approx(60.0)
+    assert one.range_above(55.0) == pytest.approx(2.0**1.5)
     assert one.curve.shape == one.grad_norm.shape == (3, 3)
     assert summary.epochs_to(one, 45.0) == 2
     assert summary.epochs_to(one, 61.0) is None
@@ -381,6 +398,16 @@ def test_conversions_relate_rates_by_the_norm():
     assert sgd.typical_norm == 1.0
     assert tables.conversion(sngm, sgd) == pytest.approx(1.0)
     assert tables.conversions([sngm, sgd]).endswith("| four | 4 | 1 | 1 | 1 | 1 | 1.0 |")
+
+
+def test_growth_of_the_best_rate_with_the_batch_size(tmp_path):
+    for batch_size, best in ((4, 0), (64, 2)):
+        tuning = run_of(exponent=best, seed=100, final=False, batch_size=batch_size)
+        finals = [run_of(exponent=best, seed=i, batch_size=batch_size) for i in range(3)]
+        for run in [tuning, *finals]:
+            results.append(tmp_path / "text.jsonl", run)
+    growth = Report(tmp_path).growth("text", "four", (4, 64), "SNGM")
+    assert growth == pytest.approx(0.25)
 
 
 def test_failed_runs_keep_their_last_score():

@@ -1,6 +1,8 @@
 """Text and pictures about all tasks of the study."""
 
+import math
 import pathlib
+import statistics
 from collections.abc import Sequence
 
 import jinja2
@@ -44,14 +46,25 @@ class Report:
     def conversions(self, task: str) -> str:
         return tables.conversions(self.tasks[task])
 
-    def conversion_range(self) -> tuple[float, float]:
-        """The least and the largest ratio in the tables of `conversions` of all tasks."""
-        ratios = [
-            tables.conversion(*pair)
-            for found in self.tasks.values()
-            for pair in tables.pairs(found)
-        ]
-        return min(ratios), max(ratios)
+    def conversion_factors(self) -> list[float]:
+        """The last column of the tables of `conversions` of all tasks."""
+        return [tables.conversion(*pair) for pair in self._pairs()]
+
+    def sngm_rates(self) -> list[float]:
+        """SNGM's best learning rates in the tables of `conversions` of all tasks."""
+        return [sngm.learning_rate for sngm, _ in self._pairs()]
+
+    def growth(self, task: str, setting: str, sizes: tuple[int, int], method: str) -> float:
+        """The exponent g in: the best learning rate goes with (batch size)^g.
+
+        Args:
+            sizes: two batch sizes; what is between them does not count.
+        """
+        rates = [self.find(task, setting, size, method).learning_rate for size in sizes]
+        return math.log(rates[1] / rates[0]) / math.log(sizes[1] / sizes[0])
+
+    def _pairs(self) -> list[tuple[Summary, Summary]]:
+        return [pair for found in self.tasks.values() for pair in tables.pairs(found)]
 
     def fill(self, template: str, folder: str) -> str:
         """The text of a Jinja template.
@@ -75,7 +88,11 @@ class Report:
             matrix=self.matrix,
             joined=self.joined,
             conversions=self.conversions,
-            conversion_range=self.conversion_range,
+            conversion_factors=self.conversion_factors,
+            sngm_rates=self.sngm_rates,
+            growth=self.growth,
+            median=statistics.median,
+            median_low=statistics.median_low,
             spread=tables.spread,
             lead=tables.lead,
             difference=difference,

@@ -1,10 +1,13 @@
 """The runs of a study, one JSON object per line."""
 
+import contextlib
 import dataclasses
 import gzip
 import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+
+import filelock
 
 from trials.config import Search
 
@@ -86,9 +89,27 @@ def grouped(runs: Iterable[Run]) -> dict[tuple[str, int, str], list[Run]]:
     return groups
 
 
+@contextlib.contextmanager
+def only_writer(path: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes from doing the same runs and writing them to the same file.
+
+    Raises:
+        RuntimeError: if there is another one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path.with_name(path.name + ".lock"))
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise RuntimeError(f"Another process writes to {path}. Wait for it or end it.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def resume(path: pathlib.Path) -> list[Run]:
     """The runs of a file that is to be gone on with; a line that was cut off is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.touch()
     content = path.read_bytes()
     if not content.endswith(b"\n"):

@@ -40,6 +40,11 @@ class Summary(NamedTuple):
         return learning_rate(self.best)
 
     @property
+    def best_score(self) -> float:
+        """The mean validation score at the best learning rate."""
+        return self.tuning[self.best]
+
+    @property
     def test(self) -> list[float]:
         """Test scores in percent, in the order of the seeds."""
         return [100.0 * self.final[seed].test for seed in sorted(self.final)]
@@ -64,13 +69,17 @@ class Summary(NamedTuple):
 
     @property
     def good_range(self) -> float:
-        """The largest by the smallest rate around the best that cost at most one point.
+        """The largest by the smallest rate around the best that cost at most one point."""
+        return self.range_above(self.best_score - 1.0)
+
+    def range_above(self, score: float) -> float:
+        """The largest by the smallest rate around the best with at least that validation score.
 
         Only rates that were tried count, so a range can be wider than this says.
         """
         good = [self.best, self.best]
         for side, towards in enumerate((-1, 1)):
-            while self.tuning.get(good[side] + towards, -np.inf) >= self.tuning[self.best] - 1.0:
+            while self.tuning.get(good[side] + towards, -np.inf) >= score:
                 good[side] += towards
         return learning_rate(good[1] - good[0])
 
