@@ -5,13 +5,14 @@ The networks, the dataset and the batch size are those of the paper
 
     python examples/cifar10_resnet.py
     python examples/cifar10_resnet.py --depth 56 --accumulate 4 --precision mixed_bfloat16
-    python examples/cifar10_resnet.py --learning-rate 1.0
+    python examples/cifar10_resnet.py --learning-rate 0.5
 
 A batch is split among the GPUs, and further into `--accumulate` micro-batches where
 memory is short; neither changes what is learned, but for the statistics of batch
-normalization. Interrupted training goes on
-from its last epoch when it is started again. Gradient norms are in `<output>/norms.csv`
-and, with all else, in TensorBoard: tensorboard --logdir <output>/logs
+normalization. Interrupted training goes on from its last epoch when it is started again.
+Gradient norms are in `<output>/norms.csv` and, with all else, in TensorBoard:
+
+    tensorboard --logdir <output>/logs
 """
 
 import argparse

@@ -90,6 +90,13 @@ def test_the_best_rate_is_found_and_never_lies_at_an_edge(peak):
     assert {run.exponent for run in final} == {peak}
 
 
+@pytest.mark.parametrize("end", [-math.inf, 0, 4, math.inf])
+def test_a_search_ends_where_all_rates_up_to_some_are_as_good(end):
+    runs = carried_out(study_of(search_of()), search_of(), lambda k, seed: float(k >= end))
+    assert len({run.exponent for run in runs}) < 15
+    assert len([run for run in runs if run.final]) == 3
+
+
 def test_rates_are_judged_by_the_mean_of_the_seeds():
     """One lucky seed at a rate where the other fails does not choose it."""
     scores = {(3, 100): 1.0, (3, 101): 0.1}
@@ -341,7 +348,7 @@ def summaries_of(**scores):
     """Methods with known test scores of three seeds."""
     runs = []
     for method, values in scores.items():
-        for k, score in {-2: 0.55, -1: 0.595, 0: 0.6, 1: 0.592, 2: 0.3}.items():
+        for k, score in {-4: 0.55, -2: 0.56, -1: 0.595, 0: 0.6, 1: 0.592, 2: 0.3}.items():
             runs += [run_of(method, k, seed, final=False, score=score) for seed in (100, 101)]
         runs += [run_of(method, 0, seed, score=value) for seed, value in enumerate(values)]
     return summary.summaries(runs)
@@ -355,7 +362,7 @@ def test_summaries_have_mean_deviation_and_range():
     assert one.learning_rate == 1.0
     assert one.good_range == pytest.approx(2.0)
     assert one.best_score == pytest.approx(60.0)
-    assert one.range_above(55.0) == pytest.approx(2.0**1.5)
+    assert one.range_above(55.0) == pytest.approx(2.0**2.5)
     assert one.curve.shape == one.grad_norm.shape == (3, 3)
     assert summary.epochs_to(one, 45.0) == 2
     assert summary.epochs_to(one, 61.0) is None

@@ -105,6 +105,7 @@ def _quick(setting: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return {
         **setting,
         "data": {**setting["data"], **changes["data"]},
+        "model": {**setting["model"], **changes.get("model", {})},
         "epochs": 1,
         "batch_sizes": {changes.get("batch_size", batch_size): methods},
     }

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jinja2
 
 from trials import config, pictures, results, tables
-from trials.summary import Summary, difference, summaries
+from trials.summary import Summary, epochs_to, summaries
 
 
 class Report:
@@ -95,7 +95,7 @@ class Report:
             median_low=statistics.median_low,
             spread=tables.spread,
             lead=tables.lead,
-            difference=difference,
+            epochs_to=epochs_to,
         )
 
     def draw(self, folder: pathlib.Path) -> None:

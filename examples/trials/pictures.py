@@ -36,7 +36,7 @@ def draw_scores(summaries: Sequence[Summary], measure: str, path: pathlib.Path) 
             panel.plot(each.test, [row] * len(each.test), "o", color=color, alpha=0.5, ms=4)
             panel.plot([each.mean] * 2, [row - 0.35, row + 0.35], color=color, lw=2)
         panel.set_yticks(range(len(ranked)), [each.method for each in ranked], fontsize="small")
-        panel.set(title=f"{setting}, batch {batch_size:,}", xlabel=f"test {measure}, %")
+        panel.set(title=_title(setting, batch_size), xlabel=f"test {measure}, %")
     _save(figure, path)
 
 
@@ -59,7 +59,7 @@ def draw_rates(summaries: Sequence[Summary], measure: str, path: pathlib.Path) -
         best = max(max(each.tuning.values()) for each in group)
         worst = min(each.tuning[each.best] for each in group)
         panel.set(
-            title=f"{setting}, batch {batch_size:,}",
+            title=_title(setting, batch_size),
             xlabel="learning rate / best learning rate",
             ylabel=f"validation {measure}, %",
             xscale="log",
@@ -123,7 +123,7 @@ def draw_training(summaries: Sequence[Summary], measure: str, path: pathlib.Path
             style = {"color": COLORS[each.method], "label": each.method, "lw": 1}
             scores.plot(epochs, each.curve.mean(0), **style)
             norms.plot(epochs, np.median(each.grad_norm, axis=0), **style)
-        title = f"{setting}, batch {batch_size:,}"
+        title = _title(setting, batch_size)
         scores.set(title=title, xlabel="epoch", ylabel=f"validation {measure}, %")
         norms.set(title=title, xlabel="epoch", ylabel="gradient norm, median", yscale="log")
     panels[0].legend(fontsize="xx-small")
@@ -136,6 +136,10 @@ PICTURES = {
     "batch_sizes": draw_batch_sizes,
     "training": draw_training,
 }
+
+
+def _title(setting: str, batch_size: int) -> str:
+    return f"{setting}\nbatch {batch_size:,}"
 
 
 def _panels(count: int, height: float = 3.2) -> tuple[plt.Figure, list[Axes]]:

@@ -41,8 +41,13 @@ def scores_by_rate(study: Study, runs: Sequence[Run]) -> dict[int, float]:
 
 
 def best_rate(scores: dict[int, float]) -> int:
-    """The exponent of the highest score, of several the smallest."""
-    return max(sorted(scores), key=scores.__getitem__)
+    """The exponent of the highest score, of several the middle one.
+
+    One at their edge would have the search go on for ever where nothing is learned.
+    """
+    highest = max(scores.values())
+    ties = sorted(exponent for exponent, score in scores.items() if score == highest)
+    return ties[len(ties) // 2]
 
 
 def next_rates(scores: dict[int, float], start: int, count: int) -> list[int]:

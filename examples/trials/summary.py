@@ -77,11 +77,11 @@ class Summary(NamedTuple):
 
         Only rates that were tried count, so a range can be wider than this says.
         """
-        good = [self.best, self.best]
-        for side, towards in enumerate((-1, 1)):
-            while self.tuning.get(good[side] + towards, -np.inf) >= score:
-                good[side] += towards
-        return learning_rate(good[1] - good[0])
+        below = [k for k, mean in self.tuning.items() if mean < score]
+        least = max((k for k in below if k < self.best), default=-np.inf)
+        most = min((k for k in below if k > self.best), default=np.inf)
+        good = [k for k in self.tuning if least < k < most]
+        return learning_rate(max(good) - min(good))
 
     @property
     def curve(self) -> np.ndarray:

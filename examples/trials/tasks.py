@@ -88,7 +88,9 @@ def mnist1d(samples: int, validation: int = 4_000, test: int = 10_000) -> Task:
     return classification(_split(x, y, samples, validation), classes=10)
 
 
-def images(dataset: str, samples: int, validation: int, size: int) -> Task:
+def images(
+    dataset: str, samples: int, validation: int, size: int, test: int | None = None
+) -> Task:
     """Some images of a dataset.
 
     Args:
@@ -96,8 +98,10 @@ def images(dataset: str, samples: int, validation: int, size: int) -> Task:
         samples: how many to train on.
         validation: how many others to validate on.
         size: of an image, in pixels each way, after averaging over areas.
+        test: how many to test on, the first ones; `None` for all.
     """
-    (x, y), (x_test, y_test), classes = data.image_arrays(dataset)
+    (x, y), test_data, classes = data.image_arrays(dataset)
+    x_test, y_test = (part[:test] for part in test_data)
     order = np.random.default_rng(0).permutation(len(x))[: samples + validation]
     x, x_test = (tf.image.resize(part, (size, size), "area").numpy() for part in (x[order], x_test))
     mean, deviation = x[:samples].mean(), x[:samples].std()
