@@ -21,10 +21,9 @@ from collections.abc import Sequence
 import tensorflow as tf
 from tqdm import tqdm
 
-from trials import config, results, search
+from trials import config, results, search, workers
 from trials.config import Search, Study
 from trials.results import Run, Wanted
-from trials.workers import run_all
 
 
 class Progress:
@@ -100,7 +99,10 @@ def carry_out(study: Study, path: pathlib.Path, jobs: int) -> None:
     """What the study still needs."""
     progress = Progress(study, path)
     with progress.bar:
-        for run in run_all(study.searches, progress.pending, jobs):
+        if settings := {s.setting.name: s.setting for s in study.searches if progress.pending(s)}:
+            progress.bar.set_description("data")
+            workers.prepare([setting.data for setting in settings.values()])
+        for run in workers.run_all(study.searches, progress.pending, jobs):
             progress.add(run)
 
 

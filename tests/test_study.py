@@ -18,7 +18,8 @@ import tensorflow_datasets as tfds
 
 from keras_sngm import SNGM
 from processes import TESTS, importing_project, run_python
-from trials import config, methods, pictures, results, search, summary, tables, tasks
+from study import main
+from trials import config, methods, pictures, results, search, summary, tables, tasks, workers
 from trials.config import Search, Setting, Study
 from trials.page import Report
 from trials.results import Run, Wanted
@@ -315,6 +316,20 @@ def test_results_of_another_configuration_are_refused(tmp_path):
     )
     assert result.returncode != 0
     assert "Choose another `--output`" in result.stderr
+
+
+def test_data_is_there_before_processes_ask_for_it(tmp_path, monkeypatch):
+    """They would download it side by side, into the same files."""
+    found = []
+
+    def run_all(*arguments):
+        found.extend(path.name for path in (tmp_path / "keras" / "datasets").iterdir())
+        return []
+
+    monkeypatch.setattr(workers, "run_all", run_all)
+    main(["--task", "mnist1d", "--quick", "--output", str(tmp_path)])
+    data = config.load("mnist1d", quick=True).searches[0].setting.data
+    assert found == [f"mnist1d-{sum(data[key] for key in ('samples', 'validation', 'test'))}.npz"]
 
 
 def test_a_second_study_that_writes_to_the_same_file_is_refused(tmp_path):

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -55,6 +55,12 @@ def _load(content: str) -> Task:
     return TASKS[arguments.pop("name")](**arguments)
 
 
+def prepare(contents: Sequence[dict[str, Any]]) -> None:
+    """Downloads or generates what such tasks are made of, where it is not there yet."""
+    for content in contents:
+        load(content)
+
+
 def build(content: dict[str, Any], task: Task) -> keras.Model:
     """A fresh model for a task, by the name of a function below and its arguments."""
     arguments = dict(content)
@@ -88,9 +94,7 @@ def mnist1d(samples: int, validation: int = 4_000, test: int = 10_000) -> Task:
     return classification(_split(x, y, samples, validation), classes=10)
 
 
-def images(
-    dataset: str, samples: int, validation: int, size: int, test: int | None = None
-) -> Task:
+def images(dataset: str, samples: int, validation: int, size: int, test: int | None = None) -> Task:
     """Some images of a dataset.
 
     Args:

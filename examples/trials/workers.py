@@ -5,7 +5,8 @@ import contextlib
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from trials.config import Search
 from trials.results import Run, Wanted
@@ -50,6 +51,16 @@ def run_all(
                 begin_next(process, search)
 
 
+def prepare(contents: Sequence[dict[str, Any]]) -> None:
+    """Gets the data of tasks in one process, before several would download it at once.
+
+    Args:
+        contents: what `trials.tasks.load` gets.
+    """
+    with _process(1) as process:
+        process.submit(_prepare, contents).result()
+
+
 def _process(jobs: int) -> Process:
     # A forked TensorFlow would hang.
     context = multiprocessing.get_context("spawn")
@@ -76,6 +87,12 @@ def _share_cores(jobs: int) -> None:
     tf.config.threading.set_inter_op_parallelism_threads(cores)
     # TensorFlow takes models that follow each other for one that is traced again and again.
     tf.get_logger().setLevel("ERROR")
+
+
+def _prepare(contents: Sequence[dict[str, Any]]) -> None:
+    from trials import tasks
+
+    tasks.prepare(contents)
 
 
 def _run(search: Search, wanted: Wanted) -> Run:
