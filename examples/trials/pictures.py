@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from trials.methods import METHODS
 from trials.search import learning_rate
@@ -66,7 +67,7 @@ def draw_rates(summaries: Sequence[Summary], measure: str, path: pathlib.Path) -
             ylim=(worst - 2 * max(best - worst, 2), best + 1),
         )
         panel.set_xscale("log", base=2)
-    panels[0].legend(fontsize="xx-small")
+    _legend_below(figure, panels[0])
     _save(figure, path)
 
 
@@ -126,7 +127,9 @@ def draw_training(summaries: Sequence[Summary], measure: str, path: pathlib.Path
         title = _title(setting, batch_size)
         scores.set(title=title, xlabel="epoch", ylabel=f"validation {measure}, %")
         norms.set(title=title, xlabel="epoch", ylabel="gradient norm, median", yscale="log")
-    panels[0].legend(fontsize="xx-small")
+        for panel in (scores, norms):
+            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend_below(figure, panels[0])
     _save(figure, path)
 
 
@@ -158,6 +161,12 @@ def _panels(count: int, height: float = 3.2) -> tuple[plt.Figure, list[Axes]]:
     for panel in flat[:count]:
         panel.grid(alpha=0.3)
     return figure, flat[:count]
+
+
+def _legend_below(figure: plt.Figure, panel: Axes) -> None:
+    """What the lines of a panel are, where it hides none."""
+    lines, names = panel.get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside lower center", ncols=4, fontsize="x-small")
 
 
 def _save(figure: plt.Figure, path: pathlib.Path) -> None:
