@@ -304,16 +304,21 @@ def test_a_killed_study_goes_on_and_runs_nothing_twice(tmp_path):
         assert f"(./{picture.name})" in printed or f"({picture.name})" in printed
 
 
-def test_results_of_another_configuration_are_refused(tmp_path):
-    path = tmp_path / "mnist1d.jsonl"
-    results.append(path, run_of(setting="4,000 samples"))
-    result = subprocess.run(
-        [sys.executable, STUDY, "--task", "mnist1d", "--quick", "--output", tmp_path],
+def outcome_of(*arguments):
+    """What a program that may fail printed and returned."""
+    return subprocess.run(
+        [sys.executable, *arguments],
         env=importing_project(),
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def test_results_of_another_configuration_are_refused(tmp_path):
+    path = tmp_path / "mnist1d.jsonl"
+    results.append(path, run_of(setting="4,000 samples"))
+    result = outcome_of(STUDY, "--task", "mnist1d", "--quick", "--output", tmp_path)
     assert result.returncode != 0
     assert "Choose another `--output`" in result.stderr
 
@@ -334,15 +339,8 @@ def test_data_is_there_before_processes_ask_for_it(tmp_path, monkeypatch):
 
 def test_a_second_study_that_writes_to_the_same_file_is_refused(tmp_path):
     path = tmp_path / "mnist1d.jsonl"
-    arguments = [STUDY, "--task", "mnist1d", "--quick", "--output", tmp_path]
     with results.only_writer(path):
-        second = subprocess.run(
-            [sys.executable, *arguments],
-            env=importing_project(),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        second = outcome_of(STUDY, "--task", "mnist1d", "--quick", "--output", tmp_path)
     assert second.returncode != 0
     assert f"Another process writes to {path}" in second.stderr
     assert not path.exists()
@@ -440,12 +438,6 @@ def test_failed_runs_keep_their_last_score():
 
 
 def test_a_report_needs_a_folder(tmp_path):
-    result = subprocess.run(
-        [sys.executable, REPORT, "--results", tmp_path / "none"],
-        env=importing_project(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = outcome_of(REPORT, "--results", tmp_path / "none")
     assert result.returncode == 2
     assert "`--results` must be a folder" in result.stderr

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import keras
@@ -53,12 +53,6 @@ def load(content: dict[str, Any]) -> Task:
 def _load(content: str) -> Task:
     arguments = json.loads(content)
     return TASKS[arguments.pop("name")](**arguments)
-
-
-def prepare(contents: Sequence[dict[str, Any]]) -> None:
-    """Downloads or generates what such tasks are made of, where it is not there yet."""
-    for content in contents:
-        load(content)
 
 
 def build(content: dict[str, Any], task: Task) -> keras.Model:

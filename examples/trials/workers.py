@@ -92,7 +92,8 @@ def _share_cores(jobs: int) -> None:
 def _prepare(contents: Sequence[dict[str, Any]]) -> None:
     from trials import tasks
 
-    tasks.prepare(contents)
+    for content in contents:
+        tasks.load(content)
 
 
 def _run(search: Search, wanted: Wanted) -> Run:
