@@ -12,9 +12,12 @@ large-batch training", https://arxiv.org/abs/2007.13985, Algorithm 1.)
 Nothing here holds state or knows where a tensor lives.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from keras import ops
+import numpy as np
+from keras import backend, ops
 
 Tensor = Any
 
@@ -49,6 +52,11 @@ class Normalization(NamedTuple):
     """Euclidean norm of the whole gradient before `clipnorm` and `global_clipnorm`."""
     finite: Tensor
     """Whether the step may be taken."""
+
+
+def arithmetic_dtype(dtype: str) -> str:
+    """16-bit variables are stored in 16 bits and computed with in 32."""
+    return "float64" if dtype == "float64" else "float32"
 
 
 def changes_gradient(rule: Rule) -> bool:
@@ -88,7 +96,29 @@ def rescue_exponent(largest_exponent: int) -> int:
     return 3 * largest_exponent // 4
 
 
-def normalization(rule: Rule, squares: Tensor, prescale: Tensor) -> Normalization:
+def trust(squares: Tensor, size: int, blockwise: bool) -> tuple[Tensor, Tensor]:
+    """Whether sums of squares can be trusted, and the factor or factors to take them with.
+
+    Args:
+        squares: vector, one sum per variable.
+        size: the number of elements of all variables.
+        blockwise: whether each sum is used by itself, so that each has to be trusted.
+
+    Returns:
+        A boolean scalar, and a power of two, 1 if it is true. With `blockwise` a vector of
+        such powers.
+    """
+    total = squares if blockwise else ops.sum(squares)
+    limits = np.finfo(backend.standardize_dtype(total.dtype))
+    least = trusted_range(size, float(limits.tiny), float(limits.eps))
+    rescue = 2.0 ** rescue_exponent(limits.maxexp)
+    trusted = ops.logical_and(total >= least, ops.isfinite(total))
+    one = ops.ones_like(total)
+    factor = ops.where(total < least, rescue * one, one / rescue)
+    return ops.all(trusted), ops.where(trusted, one, factor)
+
+
+def normalization(rule: Rule, squares: Tensor, prescale: Tensor, times: int = 1) -> Normalization:
     """From one sum of squares per variable to the factors that normalize.
 
     Args:
@@ -96,9 +126,15 @@ def normalization(rule: Rule, squares: Tensor, prescale: Tensor) -> Normalizatio
             multiplication by `prescale`.
         prescale: a power of two, 1 on the usual path. With `blockwise` a vector,
             else a scalar.
+        times: how many times the gradient that is, as where micro-batches were added up.
+            Dividing it would be one more pass over memory.
     """
-    if rule.blockwise:
-        return _blockwise_normalization(rule, squares, prescale)
+    normalize = _blockwise_normalization if rule.blockwise else _common_normalization
+    return normalize(rule, squares, prescale * times)._replace(prescale=prescale)
+
+
+def _common_normalization(rule: Rule, squares: Tensor, prescale: Tensor) -> Normalization:
+    """As `normalization`, all variables by the norm of the whole gradient."""
     finite = ops.isfinite(ops.sum(squares))
     norms = ops.sqrt(squares)
     unclipped = norm = ops.sqrt(ops.sum(squares))
@@ -168,6 +204,30 @@ def noise_moments(small: Tensor, large: Tensor, count: int, samples: float) -> l
     """
     between = (small - large) * count / (count - 1)
     return [samples * between, large - between / count]
+
+
+def noise_averages(
+    momentum: float,
+    moments: Tensor,
+    noise_scale: Tensor,
+    estimates: Sequence[Tensor],
+    taken: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The averages of `noise_moments` and of 1 after an update, and their quotient.
+
+    Args:
+        momentum: weight of the past.
+        moments: vector, the averages before it.
+        noise_scale: the quotient before it.
+        estimates: what `noise_moments` has made of the update.
+        taken: whether it was; else it does not count, nor does one whose estimates are
+            not finite.
+    """
+    new = ops.stack([*estimates, ops.ones_like(estimates[0])])
+    counts = ops.logical_and(taken, ops.all(ops.isfinite(new)))
+    moved = ops.where(counts, momentum * moments + (1.0 - momentum) * new, moments)
+    quotient = ops.where(moved[1] > 0, moved[0] / moved[1], math.inf)
+    return moved, ops.where(counts, quotient, noise_scale)
 
 
 class Coefficients(NamedTuple):

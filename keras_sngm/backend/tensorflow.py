@@ -11,7 +11,7 @@ Keras calls the optimizer once per replica. A step there is to
 import functools
 import itertools
 import platform
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -21,13 +21,15 @@ from tensorflow.python.framework.ops import get_default_graph
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from keras_sngm import update_rule
+from keras_sngm.backend.optimizer import Cache, WholeModelOptimizer
+from keras_sngm.backend.recorder import Measured, attached
 from keras_sngm.backend.tensorflow_checks import (
     check_strategy,
     check_variables,
     must_leave_the_replica,
 )
-from keras_sngm.backend.tensorflow_noise import NoiseMeter, sum_of_squares
-from keras_sngm.backend.tensorflow_recorder import Local, Measured, attached
+from keras_sngm.backend.tensorflow_noise import sum_of_squares
+from keras_sngm.backend.tensorflow_recorder import Local
 from keras_sngm.backend.tensorflow_replicas import (
     AllReplicas,
     OwnReplica,
@@ -39,35 +41,17 @@ from keras_sngm.backend.tensorflow_step import LocalStep, Moment, Readings
 from keras_sngm.update_rule import Normalization, Rule
 
 
-class BackendOptimizer(keras.optimizers.Optimizer):
-    """Keras' optimizer with one update for the whole model instead of one per variable.
-
-    A subclass supplies `_rule`, `_decays`, the hyper-parameters below and the variables
-    read here: `momentums`, `gradient_norm`, `gradient_norms` and `skipped_steps`, and
-    `gradient_noise_scale` and `noise_moments`, which may be `None`.
-    """
-
-    jit_compile: bool | str
-    noise_scale_batch_size: int | None
-    noise_scale_momentum: float
-    gradient_accumulation_steps: int | None
+class BackendOptimizer(WholeModelOptimizer):
+    """Takes the step on all replicas that this process has."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         check_strategy(type(self).__name__, tf.distribute.get_strategy())
         super().__init__(*args, **kwargs)
-        self._local_steps = _Cache()
+        self._local_steps = Cache()
 
     def build(self, variables: Sequence[Any]) -> None:
         check_variables(type(self).__name__, self._distribution_strategy, variables)
-        # Keras' accumulators would be saved from the first replica alone.
-        steps = self.gradient_accumulation_steps
-        self.gradient_accumulation_steps = None
         super().build(variables)
-        self.gradient_accumulation_steps = steps
-        if steps is not None:
-            self._accumulated_gradients = [self._add_accumulator(v) for v in variables]
-        if steps is not None and self.noise_scale_batch_size is not None:
-            self._accumulated_squares = self._add_total((), "float32", "squares_accumulator")
 
     def _add_accumulator(self, variable: Any) -> keras.Variable:
         native = native_variable(variable)
@@ -78,7 +62,9 @@ class BackendOptimizer(keras.optimizers.Optimizer):
                 f"{variable.name.replace(':', '_')}_gradient_accumulator",
             )
 
-    def _add_total(self, shape: tuple[int, ...], dtype: str, name: str) -> keras.Variable:
+    def _add_total(
+        self, shape: tuple[int, ...], dtype: str, name: str, layout: Any = None
+    ) -> keras.Variable:
         """Every replica's own sum; their total is what is read and saved."""
         with self._distribution_strategy.scope(), keras.name_scope(self.name, caller=self):
             variable = keras.Variable(
@@ -92,67 +78,6 @@ class BackendOptimizer(keras.optimizers.Optimizer):
             )
         self._track_variable(variable)
         return variable
-
-    def _rule(self) -> Rule:
-        raise NotImplementedError
-
-    def _decays(self, variables: Sequence[Any]) -> Sequence[bool]:
-        raise NotImplementedError
-
-    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
-        """Replace the weights by their averages, unless no step has been taken yet."""
-        if self.iterations.numpy() > self.skipped_steps.numpy():
-            super().finalize_variable_values(var_list)
-
-    def apply(self, grads: Iterable[Any], trainable_variables: Iterable[Any] | None = None) -> None:
-        """Update the variables, or accumulate their gradients.
-
-        Keras' own `apply` would divide by the loss scale in a way that fails
-        for sparse gradients, apply constraints after micro-batches and skipped
-        steps too, and count in a way that XLA on several GPUs forbids.
-
-        Args:
-            grads: gradients, as many as there are variables; `None` where there
-                is none.
-            trainable_variables: the variables that they belong to. May be left
-                out once the optimizer is built.
-
-        Raises:
-            ValueError: if gradients and variables do not fit each other or the
-                optimizer, or if no step can be taken here.
-        """
-        gradients = list(grads)
-        if not gradients:
-            return
-        with keras.name_scope(self.name, caller=self):
-            variables = self._variables_of(gradients, trainable_variables)
-            gradients, variables = self._filter_empty_gradients(gradients, variables)
-            gradients, variables = self._overwrite_variables_directly_with_gradients(
-                gradients, variables
-            )
-            self._step(gradients, variables)
-
-    def _variables_of(
-        self, gradients: list[Any], trainable_variables: Iterable[Any] | None
-    ) -> list[Any]:
-        if trainable_variables is not None:
-            variables = list(trainable_variables)
-            if not self.built:
-                self.build(variables)
-            self._check_variables_are_known(variables)
-        elif self.built:
-            variables = self._trainable_variables
-        else:
-            raise ValueError(
-                "Gradients can be passed without variables once the optimizer is built. "
-                "Call `optimizer.build(trainable_variables)` first."
-            )
-        if len(gradients) != len(variables):
-            raise ValueError(
-                "There must be one gradient, or None, for every variable. "
-                f"Received: {len(gradients)} gradients for {len(variables)} variables"
-            )
-        return variables
 
     def _step(self, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
         active = tuple(self._get_variable_index(v) for v in variables)
@@ -196,15 +121,8 @@ class BackendOptimizer(keras.optimizers.Optimizer):
             with tf.device(part.device):
                 part.assign_add(1)
 
-    def _noise_meter(self) -> NoiseMeter | None:
-        if self.noise_scale_batch_size is None:
-            return None
-        return NoiseMeter(
-            self.noise_scale_batch_size,
-            self.noise_scale_momentum,
-            self._distribution_strategy.num_replicas_in_sync,
-            self.gradient_accumulation_steps or 1,
-        )
+    def _replicas(self) -> int:
+        return self._distribution_strategy.num_replicas_in_sync
 
     def _squares(self, replicas: Replicas, active: tuple[int, ...], gradients: list[Any]) -> Any:
         """Each replica's sum of squares of its own gradient."""
@@ -326,17 +244,6 @@ class BackendOptimizer(keras.optimizers.Optimizer):
             may_step=tf.reduce_all(conditions) if conditions else None,
         )
 
-    def _learning_rate_of_update(self) -> Any:
-        schedule = self._learning_rate
-        if self.gradient_accumulation_steps and isinstance(
-            schedule, keras.optimizers.schedules.LearningRateSchedule
-        ):
-            # Schedules count micro-batches. At the first one of those that make
-            # up this update, a schedule k times as long as that for whole
-            # batches gives the same rates.
-            return schedule(self._iterations - (self.gradient_accumulation_steps - 1))
-        return self.learning_rate
-
     def _local_step(self, replicas: Replicas, replica: int, active: tuple[int, ...]) -> LocalStep:
         local = _on(replicas, replica)
         # Hyper-parameters are part of the key, so that assigning to one of
@@ -394,18 +301,6 @@ def _directions(
 def _on(replicas: Replicas, replica: int) -> Local:
     """What a variable is on one of the replicas."""
     return lambda variable: None if variable is None else replicas.parts(variable)[replica]
-
-
-class _Cache:
-    """A dictionary that Keras and TensorFlow do not try to save with the optimizer."""
-
-    def __init__(self) -> None:
-        self._entries: dict[Hashable, Any] = {}
-
-    def get_or_make(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        if key not in self._entries:
-            self._entries[key] = make()
-        return self._entries[key]
 
 
 def _add(accumulator: tf.Variable, gradient: Any) -> None:

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from keras_sngm import update_rule
@@ -95,7 +94,7 @@ def squares_and_prescale(
         small to trust. With `blockwise` a vector of such powers.
     """
     squares = sums(gradients)
-    trusted, prescale = _trust(squares, size, blockwise)
+    trusted, prescale = update_rule.trust(squares, size, blockwise)
     squares = tf.cond(
         trusted,
         lambda: squares,
@@ -112,7 +111,7 @@ def rescaled_and_squares(
     Not for XLA, which would copy them.
     """
     squares = sums(gradients)
-    trusted, prescale = _trust(squares, size, blockwise)
+    trusted, prescale = update_rule.trust(squares, size, blockwise)
     # A condition costs an operation for each tensor that goes in or out, and for
     # each operation in the branch that is not taken. So all gradients pass as one,
     # and the unusual branch is one call.
@@ -125,17 +124,6 @@ def rescaled_and_squares(
 
     passed, squares = tf.cond(trusted, lambda: (usual, squares), lambda: rescued(usual, prescale))
     return list(passed.get_value()), squares, prescale
-
-
-def _trust(squares: tf.Tensor, size: int, blockwise: bool) -> tuple[tf.Tensor, tf.Tensor]:
-    """Whether the sums of squares can be trusted, and the factor or factors to take them with."""
-    total = squares if blockwise else tf.reduce_sum(squares)
-    limits = np.finfo(total.dtype.as_numpy_dtype)
-    least = update_rule.trusted_range(size, float(limits.tiny), float(limits.eps))
-    rescue = tf.constant(2.0 ** update_rule.rescue_exponent(limits.maxexp), total.dtype)
-    trusted = tf.logical_and(total >= least, tf.math.is_finite(total))
-    factor = tf.where(total < least, rescue, 1.0 / rescue)
-    return tf.reduce_all(trusted), tf.where(trusted, tf.ones_like(factor), factor)
 
 
 def _rescaled(tensors: Sequence[tf.Tensor], factors: tf.Tensor, stacks: int) -> list[tf.Tensor]:

@@ -1,79 +1,23 @@
-"""Keeps what is measured on each update of one optimizer, on the device.
-
-Nothing here makes the host wait but what says so.
-"""
+"""Keeps what is measured on each update of one optimizer, as a part of TensorFlow's step."""
 
 import functools
-import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
+from keras_sngm.backend.recorder import Measured, RecorderBase
+from keras_sngm.backend.ring import Ring, row_of
 from keras_sngm.backend.tensorflow_replicas import native_variable
-from keras_sngm.backend.tensorflow_ring import Ring
 from keras_sngm.backend.tensorflow_slot import arithmetic_dtype, for_arithmetic
-from keras_sngm.measurements import DETAILS, HISTOGRAM, Plan, details, histogram
+from keras_sngm.measurements import HISTOGRAM, Plan, details, histogram
 
 Local = Callable[[Any], tf.Variable]
 
-_attached: weakref.WeakKeyDictionary[Any, list["Recorder"]] = weakref.WeakKeyDictionary()
 
-
-def attached(optimizer: Any) -> list["Recorder"]:
-    """The recorders of an optimizer. Not its attribute: that would be saved with it."""
-    return _attached.setdefault(optimizer, [])
-
-
-class Measured(NamedTuple):
-    """What an update has measured by itself."""
-
-    norm: tf.Tensor
-    norms: tf.Tensor
-    """One per variable, 0 where there was no gradient."""
-    noise_scale: tf.Tensor | None
-
-
-class Progress(NamedTuple):
-    """Where a recorder's rows were read up to."""
-
-    updates: int
-    details: int
-    histograms: int
-
-
-class NewRows(NamedTuple):
-    """What was recorded since another time.
-
-    Attributes:
-        steps: the number of each update.
-        values: a row for each: norm, noise scale, and norms if these were planned.
-        details: by step, a row of `DETAILS` for each variable.
-        histograms: by step, histograms of each variable's gradient and momentum.
-        bad_step: the first update whose gradient was not finite, or 0.
-        bad_norms: the norms of the variables' gradients then.
-    """
-
-    steps: np.ndarray
-    values: np.ndarray
-    details: Mapping[int, np.ndarray]
-    histograms: Mapping[int, np.ndarray]
-    bad_step: int
-    bad_norms: np.ndarray
-
-
-class Recorder:
-    """What one logger wants to know of one optimizer.
-
-    Args:
-        optimizer: a built Keras optimizer, not one that wraps others.
-        plan: what to keep.
-        momentums: its momentum for each variable that it was built with, or nothing.
-        guarded: variables that are to be as they were after the last step, once none
-            is taken any more. Only if the plan `stops`.
-    """
+class Recorder(RecorderBase):
+    """With its variables on the first replica of each device."""
 
     def __init__(
         self,
@@ -82,35 +26,16 @@ class Recorder:
         momentums: Sequence[keras.Variable],
         guarded: Sequence[keras.Variable],
     ) -> None:
-        self.plan = plan
-        self.optimizer = weakref.ref(optimizer)
+        self._strategy = optimizer._distribution_strategy
+        super().__init__(optimizer, plan, momentums, guarded)
         self.left_at: int | None = None
         """How often the optimizer had been called when this was detached from it."""
-        self.variables: list[keras.Variable] = list(optimizer._trainable_variables)
-        self.has_momentum = bool(momentums)
-        self.keeps_noise_scale = getattr(optimizer, "gradient_noise_scale", None) is not None
-        self._momentums = list(momentums) or [None] * len(self.variables)
-        self._strategy = optimizer._distribution_strategy
-        count = len(self.variables)
-        self._active = self._variable((), "bool")
-        self._halted = self._variable((), "bool")
-        self._held = self._variable((), "int64")
-        self._bad_step = self._variable((), "int64")
-        self._bad_norms = self._variable((count,), "float32")
-        self._latest = self._variable((), "float32")
-        self._updates = Ring(self._variable, plan.updates, 2 + count * plan.per_variable)
-        self._details = self._rarer_ring(plan.details_every, count * len(DETAILS))
-        kinds = 2 if self.has_momentum else 1
-        self._histograms = self._rarer_ring(plan.histogram_every, count * kinds * HISTOGRAM)
-        self._rings = (self._updates, self._details, self._histograms)
         needs_weights = plan.details_every or plan.histogram_every
         self._before = [
             self._variable(v.shape, arithmetic_dtype(native_variable(v).dtype).name)
             for v in (self.variables if needs_weights else ())
         ]
         self._functions: dict[Hashable, Callable[..., tf.Tensor]] = {}
-        self._guarded = list(guarded)
-        self._backups = [self._variable(v.shape, v.dtype) for v in guarded]
 
     def _variable(self, shape: Sequence[int], dtype: str) -> keras.Variable:
         with self._strategy.scope():
@@ -122,76 +47,6 @@ class Recorder:
                 aggregation="only_first_replica",
                 synchronization="on_read",
             )
-
-    def _rarer_ring(self, every: int | None, columns: int) -> Ring:
-        if every is None:
-            return Ring(self._variable, 1, 0)
-        return Ring(self._variable, self.plan.updates // every + 1, columns)
-
-    # On the host, between steps.
-
-    def begin(self) -> Progress:
-        """Record from now on. Waits for the device."""
-        self._active.assign(True)
-        self._halted.assign(False)
-        self._bad_step.assign(0)
-        for variable, backup in zip(self._guarded, self._backups, strict=True):
-            backup.assign(variable)
-        return Progress(*(ring.count() for ring in self._rings))
-
-    def end(self) -> None:
-        """Do no more than a graph that is traced already has to."""
-        self._active.assign(False)
-        self._halted.assign(False)
-
-    def hold(self, updates: int) -> None:
-        """Let a halt last for so many updates more.
-
-        It must not outlive a `fit` that was interrupted: whatever is trained next with
-        the same graph would silently stay as it is.
-        """
-        if self.plan.stops:
-            self._held.assign(updates)
-
-    def snapshot(self) -> list[Any]:
-        """Copies of all rows, on the device."""
-        return [
-            *(ring.snapshot() for ring in self._rings),
-            keras.ops.copy(self._bad_step),
-            keras.ops.copy(self._bad_norms),
-        ]
-
-    def since(self, progress: Progress, snapshot: Sequence[Any]) -> tuple[Progress, NewRows]:
-        """What came in. Waits for the device, in whatever thread this is called."""
-        *of_rings, bad_step, bad_norms = snapshot
-        ends, steps, rows = zip(
-            *(
-                ring.since(begin, copy)
-                for ring, begin, copy in zip(self._rings, progress, of_rings, strict=True)
-            ),
-            strict=True,
-        )
-        count = len(self.variables)
-        new = NewRows(
-            steps[0],
-            rows[0],
-            _by_step(steps[1], rows[1], (count, len(DETAILS))),
-            _by_step(steps[2], rows[2], (count, -1, HISTOGRAM)),
-            int(keras.ops.convert_to_numpy(bad_step)),
-            keras.ops.convert_to_numpy(bad_norms),
-        )
-        return Progress(*ends), new
-
-    def latest_norm(self) -> Any:
-        """The norm of the last update, a scalar on the device."""
-        return keras.ops.copy(self._latest)
-
-    def restore(self) -> None:
-        """Bring back the guarded variables as they were after the last step."""
-        for variable, backup in zip(self._guarded, self._backups, strict=True):
-            variable.assign(backup)
-
-    # In a training step.
 
     def may_step(self, local: Local) -> tf.Tensor | None:
         """Whether a step may be taken, `None` if there is no doubt."""
@@ -253,12 +108,7 @@ class Recorder:
         return tf.logical_and(tf.convert_to_tensor(local(self._active)), step % every == 0)
 
     def _write_row(self, local: Local, step: tf.Tensor, measured: Measured) -> None:
-        unknown = tf.constant(np.nan, tf.float32)
-        noise_scale = unknown if measured.noise_scale is None else measured.noise_scale
-        row = tf.stack([measured.norm, noise_scale])
-        if self.plan.per_variable:
-            row = tf.concat([row, measured.norms], 0)
-        self._updates.write(local, step, row)
+        _write(self._updates, local, step, self._row(measured))
         local(self._latest).assign(measured.norm)
 
     def _note_what_is_not_finite(self, local: Local, step: tf.Tensor, measured: Measured) -> None:
@@ -295,7 +145,7 @@ class Recorder:
                 zip(weights, self.variables, self._momentums, strict=True)
             )
         ]
-        self._details.write(local, step, tf.concat(rows, 0))
+        _write(self._details, local, step, tf.concat(rows, 0))
 
     def _write_histograms(
         self,
@@ -314,7 +164,7 @@ class Recorder:
                 rows.append(self._traced_once(histogram, gradient))
             if momentum is not None:
                 rows.append(self._traced_once(histogram, tf.convert_to_tensor(local(momentum))))
-        self._histograms.write(local, step, tf.concat(rows, 0))
+        _write(self._histograms, local, step, tf.concat(rows, 0))
 
     def _traced_once(
         self, function: Callable[..., tf.Tensor], *tensors: tf.Tensor | None
@@ -337,5 +187,8 @@ class Recorder:
         return self._functions[function, alike](*tensors)
 
 
-def _by_step(steps: np.ndarray, rows: np.ndarray, shape: tuple[int, ...]) -> dict[int, np.ndarray]:
-    return {int(step): row.reshape(shape) for step, row in zip(steps, rows, strict=True)}
+def _write(ring: Ring, local: Local, step: tf.Tensor, values: tf.Tensor) -> None:
+    count, rows = local(ring.count), local(ring.rows)
+    row = row_of(step, values)[tf.newaxis]
+    rows.scatter_update(tf.IndexedSlices(row, (count % ring.length)[tf.newaxis]))
+    count.assign_add(1)

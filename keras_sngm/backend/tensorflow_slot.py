@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from keras_sngm import update_rule
+
 
 class Slot(NamedTuple):
     """A weight and what the optimizer keeps for it on this device."""
@@ -22,8 +24,8 @@ class Slot(NamedTuple):
 
 
 def arithmetic_dtype(dtype: tf.DType) -> tf.DType:
-    """16-bit variables are stored in 16 bits and computed with in 32."""
-    return tf.float64 if dtype == tf.float64 else tf.float32
+    """That in which variables of the given one are computed with."""
+    return tf.as_dtype(update_rule.arithmetic_dtype(dtype.name))
 
 
 def for_arithmetic(variable: tf.Variable) -> tf.Tensor:

@@ -246,8 +246,11 @@ class LocalStep:
             wide = [tf.cast(gradient, widest(gradients)) for gradient in gradients]
             squares, prescale = self._measure(wide, size)
             pending = prescale
-        normalized = update_rule.normalization(self._rule, squares, prescale * times)
-        return gradients, pending, normalized._replace(prescale=prescale)
+        return (
+            gradients,
+            pending,
+            update_rule.normalization(self._rule, squares, prescale, times),
+        )
 
     def _coefficients(self, moment: Moment, taken: tf.Tensor) -> dict[tf.DType, Coefficients]:
         dtypes = {arithmetic_dtype(slot.weight.dtype) for slot in [*self._slots, *self._idle]}

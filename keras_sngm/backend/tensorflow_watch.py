@@ -16,8 +16,9 @@ from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from keras_sngm import update_rule
 from keras_sngm.backend import tensorflow_norm as norm
+from keras_sngm.backend.recorder import Measured, attached
 from keras_sngm.backend.tensorflow import BackendOptimizer
-from keras_sngm.backend.tensorflow_recorder import Measured, Recorder, attached
+from keras_sngm.backend.tensorflow_recorder import Recorder
 from keras_sngm.backend.tensorflow_replicas import OwnReplica
 from keras_sngm.backend.tensorflow_slot import arithmetic_dtype, dense, is_accelerator, widest
 from keras_sngm.measurements import Plan

@@ -1,0 +1,151 @@
+"""What an optimizer of the whole model does on every backend around its step."""
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
+
+import keras
+
+from keras_sngm.backend.noise import NoiseMeter
+from keras_sngm.update_rule import Rule, arithmetic_dtype
+
+
+class WholeModelOptimizer(keras.optimizers.Optimizer):
+    """Keras' optimizer with one update for the whole model instead of one per variable.
+
+    A backend supplies `_step`. An optimizer supplies `_rule`, `_decays`, the
+    hyper-parameters below and the variables read here: `momentums`, `gradient_norm`,
+    `gradient_norms` and `skipped_steps`, and `gradient_noise_scale` and `noise_moments`,
+    which may be `None`.
+    """
+
+    jit_compile: bool | str
+    noise_scale_batch_size: int | None
+    noise_scale_momentum: float
+    gradient_accumulation_steps: int | None
+
+    def build(self, variables: Sequence[Any]) -> None:
+        # Keras' accumulators would have the dtype of the variables, and under a
+        # strategy be saved from the first replica alone.
+        steps = self.gradient_accumulation_steps
+        self.gradient_accumulation_steps = None
+        super().build(variables)
+        self.gradient_accumulation_steps = steps
+        if steps is not None:
+            self._accumulated_gradients = [self._add_accumulator(v) for v in variables]
+        if steps is not None and self.noise_scale_batch_size is not None:
+            self._accumulated_squares = self._add_total((), "float32", "squares_accumulator")
+
+    def _add_accumulator(self, variable: Any) -> keras.Variable:
+        return self._add_total(
+            variable.shape,
+            arithmetic_dtype(variable.dtype),
+            f"{variable.name}_gradient_accumulator",
+            getattr(variable, "_layout", None),
+        )
+
+    def _add_total(
+        self, shape: tuple[int, ...], dtype: str, name: str, layout: Any = None
+    ) -> keras.Variable:
+        return self.add_variable(shape, dtype=dtype, name=name, layout=layout)
+
+    def _rule(self) -> Rule:
+        raise NotImplementedError
+
+    def _decays(self, variables: Sequence[Any]) -> Sequence[bool]:
+        raise NotImplementedError
+
+    def _step(self, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
+        """Update the variables or accumulate the gradients, and count the call."""
+        raise NotImplementedError
+
+    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
+        """Replace the weights by their averages, unless no step has been taken yet."""
+        if self.iterations.numpy() > self.skipped_steps.numpy():
+            super().finalize_variable_values(var_list)
+
+    def apply(self, grads: Iterable[Any], trainable_variables: Iterable[Any] | None = None) -> None:
+        """Update the variables, or accumulate their gradients.
+
+        Keras' own `apply` would divide by the loss scale in a way that fails
+        for sparse gradients, apply constraints after micro-batches and skipped
+        steps too, and count in a way that XLA on several GPUs forbids.
+
+        Args:
+            grads: gradients, as many as there are variables; `None` where there
+                is none.
+            trainable_variables: the variables that they belong to. May be left
+                out once the optimizer is built.
+
+        Raises:
+            ValueError: if gradients and variables do not fit each other or the
+                optimizer, or if no step can be taken here.
+        """
+        gradients = list(grads)
+        if not gradients:
+            return
+        with keras.name_scope(self.name, caller=self):
+            variables = self._variables_of(gradients, trainable_variables)
+            gradients, variables = self._filter_empty_gradients(gradients, variables)
+            gradients, variables = self._overwrite_variables_directly_with_gradients(
+                gradients, variables
+            )
+            self._step(gradients, variables)
+
+    def _variables_of(
+        self, gradients: list[Any], trainable_variables: Iterable[Any] | None
+    ) -> list[Any]:
+        if trainable_variables is not None:
+            variables = list(trainable_variables)
+            if not self.built:
+                self.build(variables)
+            self._check_variables_are_known(variables)
+        elif self.built:
+            variables = self._trainable_variables
+        else:
+            raise ValueError(
+                "Gradients can be passed without variables once the optimizer is built. "
+                "Call `optimizer.build(trainable_variables)` first."
+            )
+        if len(gradients) != len(variables):
+            raise ValueError(
+                "There must be one gradient, or None, for every variable. "
+                f"Received: {len(gradients)} gradients for {len(variables)} variables"
+            )
+        return variables
+
+    def _learning_rate_of_update(self) -> Any:
+        schedule = self._learning_rate
+        if self.gradient_accumulation_steps and isinstance(
+            schedule, keras.optimizers.schedules.LearningRateSchedule
+        ):
+            # Schedules count micro-batches. At the first one of those that make
+            # up this update, a schedule k times as long as that for whole
+            # batches gives the same rates.
+            return schedule(self._iterations - (self.gradient_accumulation_steps - 1))
+        return self.learning_rate
+
+    def _replicas(self) -> int:
+        """How many call the optimizer at a time, each with a gradient of its own."""
+        return 1
+
+    def _noise_meter(self) -> NoiseMeter | None:
+        if self.noise_scale_batch_size is None:
+            return None
+        return NoiseMeter(
+            self.noise_scale_batch_size,
+            self.noise_scale_momentum,
+            self._replicas(),
+            self.gradient_accumulation_steps or 1,
+        )
+
+
+class Cache:
+    """A dictionary that Keras and TensorFlow do not try to save with the optimizer."""
+
+    def __init__(self) -> None:
+        self._entries: dict[Hashable, Any] = {}
+
+    def get_or_make(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        if key not in self._entries:
+            self._entries[key] = make()
+        return self._entries[key]

@@ -1,0 +1,186 @@
+"""Keeps what is measured on each update of one optimizer, on the device.
+
+Here is what the host does between steps. How a step writes is up to the backend.
+Nothing here makes the host wait but what says so.
+"""
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+
+from keras_sngm.backend.ring import Ring
+from keras_sngm.measurements import DETAILS, HISTOGRAM, Plan
+from keras_sngm.update_rule import Tensor
+
+_attached: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
+
+
+def attached(optimizer: Any) -> list[Any]:
+    """The recorders of an optimizer. Not its attribute: that would be saved with it."""
+    return _attached.setdefault(optimizer, [])
+
+
+class Measured(NamedTuple):
+    """What an update has measured by itself."""
+
+    norm: Tensor
+    norms: Tensor
+    """One per variable, 0 where there was no gradient."""
+    noise_scale: Tensor | None
+
+
+class Progress(NamedTuple):
+    """Where a recorder's rows were read up to."""
+
+    updates: int
+    details: int
+    histograms: int
+
+
+class NewRows(NamedTuple):
+    """What was recorded since another time.
+
+    Attributes:
+        steps: the number of each update.
+        values: a row for each: norm, noise scale, and norms if these were planned.
+        details: by step, a row of `DETAILS` for each variable.
+        histograms: by step, histograms of each variable's gradient and momentum.
+        bad_step: the first update whose gradient was not finite, or 0.
+        bad_norms: the norms of the variables' gradients then.
+    """
+
+    steps: np.ndarray
+    values: np.ndarray
+    details: Mapping[int, np.ndarray]
+    histograms: Mapping[int, np.ndarray]
+    bad_step: int
+    bad_norms: np.ndarray
+
+
+class RecorderBase:
+    """What one logger wants to know of one optimizer.
+
+    Args:
+        optimizer: a built Keras optimizer, not one that wraps others.
+        plan: what to keep.
+        momentums: its momentum for each variable that it was built with, or nothing.
+        guarded: variables that are to be as they were after the last step, once none
+            is taken any more. Only if the plan `stops`.
+    """
+
+    def __init__(
+        self,
+        optimizer: Any,
+        plan: Plan,
+        momentums: Sequence[keras.Variable],
+        guarded: Sequence[keras.Variable],
+    ) -> None:
+        self.plan = plan
+        self.optimizer = weakref.ref(optimizer)
+        self.variables: list[keras.Variable] = list(optimizer._trainable_variables)
+        self.has_momentum = bool(momentums)
+        self.keeps_noise_scale = getattr(optimizer, "gradient_noise_scale", None) is not None
+        self._momentums = list(momentums) or [None] * len(self.variables)
+        count = len(self.variables)
+        self._active = self._variable((), "bool")
+        self._halted = self._variable((), "bool")
+        self._held = self._variable((), "int64")
+        self._bad_step = self._variable((), "int64")
+        self._bad_norms = self._variable((count,), "float32")
+        self._latest = self._variable((), "float32")
+        self._updates = Ring(self._variable, plan.updates, 2 + count * plan.per_variable)
+        self._details = self._rarer_ring(plan.details_every, count * len(DETAILS))
+        kinds = 2 if self.has_momentum else 1
+        self._histograms = self._rarer_ring(plan.histogram_every, count * kinds * HISTOGRAM)
+        self._rings = (self._updates, self._details, self._histograms)
+        self._guarded = list(guarded)
+        self._backups = [self._variable(v.shape, v.dtype) for v in guarded]
+
+    def _variable(self, shape: Sequence[int], dtype: str) -> keras.Variable:
+        return keras.Variable(
+            keras.initializers.Zeros(), shape=tuple(shape), dtype=dtype, trainable=False
+        )
+
+    def _rarer_ring(self, every: int | None, columns: int) -> Ring:
+        if every is None:
+            return Ring(self._variable, 1, 0)
+        return Ring(self._variable, self.plan.updates // every + 1, columns)
+
+    def _copy(self, variable: keras.Variable) -> Any:
+        """What the last step left in one of this recorder's variables."""
+        return keras.ops.copy(variable)
+
+    def begin(self) -> Progress:
+        """Record from now on. Waits for the device."""
+        self._active.assign(True)
+        self._halted.assign(False)
+        self._bad_step.assign(0)
+        for variable, backup in zip(self._guarded, self._backups, strict=True):
+            backup.assign(variable)
+        return Progress(*(int(keras.ops.convert_to_numpy(ring.count)) for ring in self._rings))
+
+    def end(self) -> None:
+        """Do no more than a graph that is traced already has to."""
+        self._active.assign(False)
+        self._halted.assign(False)
+
+    def hold(self, updates: int) -> None:
+        """Let a halt last for so many updates more.
+
+        It must not outlive a `fit` that was interrupted: whatever is trained next with
+        the same graph would silently stay as it is.
+        """
+        if self.plan.stops:
+            self._held.assign(updates)
+
+    def snapshot(self) -> list[Any]:
+        """Copies of all rows, on the device."""
+        return [
+            *(ring.snapshot(self._copy) for ring in self._rings),
+            self._copy(self._bad_step),
+            self._copy(self._bad_norms),
+        ]
+
+    def since(self, progress: Progress, snapshot: Sequence[Any]) -> tuple[Progress, NewRows]:
+        """What came in. Waits for the device, in whatever thread this is called."""
+        *of_rings, bad_step, bad_norms = snapshot
+        ends, steps, rows = zip(
+            *(
+                ring.since(begin, copy)
+                for ring, begin, copy in zip(self._rings, progress, of_rings, strict=True)
+            ),
+            strict=True,
+        )
+        count = len(self.variables)
+        new = NewRows(
+            steps[0],
+            rows[0],
+            _by_step(steps[1], rows[1], (count, len(DETAILS))),
+            _by_step(steps[2], rows[2], (count, -1, HISTOGRAM)),
+            int(keras.ops.convert_to_numpy(bad_step)),
+            keras.ops.convert_to_numpy(bad_norms),
+        )
+        return Progress(*ends), new
+
+    def latest_norm(self) -> Any:
+        """The norm of the last update, a scalar on the device."""
+        return self._copy(self._latest)
+
+    def restore(self) -> None:
+        """Bring back the guarded variables as they were after the last step."""
+        for variable, backup in zip(self._guarded, self._backups, strict=True):
+            variable.assign(backup)
+
+    def _row(self, measured: Measured) -> Tensor:
+        """What is kept of every update."""
+        unknown = keras.ops.full((), np.nan, "float32")
+        noise_scale = unknown if measured.noise_scale is None else measured.noise_scale
+        row = keras.ops.stack([measured.norm, noise_scale])
+        return keras.ops.concatenate([row, measured.norms]) if self.plan.per_variable else row
+
+
+def _by_step(steps: np.ndarray, rows: np.ndarray, shape: tuple[int, ...]) -> dict[int, np.ndarray]:
+    return {int(step): row.reshape(shape) for step, row in zip(steps, rows, strict=True)}
