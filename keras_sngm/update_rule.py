@@ -173,7 +173,7 @@ def _blockwise_normalization(rule: Rule, squares: Tensor, prescale: Tensor) -> N
     return Normalization(prescale, _nonzero(scaled), norms, norm, unclipped, finite)
 
 
-def directions(normalized: Normalization, gradients: list[Tensor]) -> list[Tensor]:
+def directions(normalized: Normalization, gradients: Sequence[Tensor]) -> list[Tensor]:
     """g / norm(g), one tensor per variable, in the dtype of each gradient."""
     divisors = _one_each(normalized.divisor, len(gradients))
     prescales = _one_each(normalized.prescale, len(gradients))
@@ -184,6 +184,17 @@ def directions(normalized: Normalization, gradients: list[Tensor]) -> list[Tenso
         ops.cast(ops.cast(gradient, dtype) * prescale / divisor, gradient.dtype)
         for gradient, prescale, divisor in zip(gradients, prescales, divisors, strict=True)
     ]
+
+
+def whole_direction(
+    rule: Rule, normalized: Normalization, gradients: Sequence[Tensor]
+) -> list[Tensor]:
+    """g / norm(g) of the whole gradient, which `directions` are unless the rule is `blockwise`."""
+    parts = directions(normalized, gradients)
+    if not rule.blockwise:
+        return parts
+    shares = ops.unstack(normalized.norms / _nonzero(normalized.norm))
+    return [ops.cast(share, part.dtype) * part for share, part in zip(shares, parts, strict=True)]
 
 
 def _one_each(factor: Tensor, count: int) -> list[Tensor]:

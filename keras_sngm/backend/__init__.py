@@ -5,9 +5,16 @@ This package is the only place that names private hooks of Keras or TensorFlow.
 
 import keras
 
-if keras.backend.backend() == "tensorflow":
+_backend = keras.backend.backend()
+if _backend == "tensorflow":
     from keras_sngm.backend.tensorflow import BackendOptimizer
     from keras_sngm.backend.tensorflow_watch import attach, detach
+elif _backend == "jax":
+    from keras_sngm.backend.jax import BackendOptimizer
+    from keras_sngm.backend.jax_watch import attach, detach
+elif _backend == "torch":
+    from keras_sngm.backend.torch import BackendOptimizer
+    from keras_sngm.backend.torch_watch import attach, detach
 else:
     from keras_sngm.backend.unsupported import BackendOptimizer, attach, detach
 

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from keras import ops
+
 from keras_sngm import update_rule
 from keras_sngm.update_rule import Tensor
 
@@ -59,7 +61,11 @@ class NoiseMeter(NamedTuple):
                 square overflowed.
         """
         moved, quotient = update_rule.noise_averages(
-            self.momentum, moments, noise_scale, estimates, taken
+            self.momentum,
+            ops.convert_to_tensor(moments),
+            ops.convert_to_tensor(noise_scale),
+            estimates,
+            taken,
         )
         moments.assign(moved)
         noise_scale.assign(quotient)

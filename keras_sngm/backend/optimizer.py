@@ -60,7 +60,10 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """Replace the weights by their averages, unless no step has been taken yet."""
-        if self.iterations.numpy() > self.skipped_steps.numpy():
+        if not self.use_ema:
+            return
+        updates, skipped = map(keras.ops.convert_to_numpy, (self.iterations, self.skipped_steps))
+        if updates > skipped:
             super().finalize_variable_values(var_list)
 
     def apply(self, grads: Iterable[Any], trainable_variables: Iterable[Any] | None = None) -> None:

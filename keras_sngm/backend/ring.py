@@ -33,7 +33,7 @@ class Ring:
         self, make_variable: Callable[..., keras.Variable], length: int, columns: int
     ) -> None:
         self.length = length
-        self.count = make_variable((), "int64")
+        self.count = make_variable((), "int")
         self.rows = make_variable((length, _COLUMNS_OF_STEP + columns), "float32")
 
     def snapshot(self, copy: Callable[[keras.Variable], Any]) -> Snapshot:

@@ -157,13 +157,7 @@ class LocalStep:
         final, _ = self._final_gradients(
             self._in_order(gradients), [weights[position] for position in positions]
         )
-        directions = update_rule.directions(normalized, final)
-        if self._rule.blockwise:
-            shares = tf.unstack(tf.math.divide_no_nan(normalized.norms, normalized.norm))
-            directions = [
-                tf.cast(share, direction.dtype) * direction
-                for share, direction in zip(shares, directions, strict=True)
-            ]
+        directions = update_rule.whole_direction(self._rule, normalized, final)
         return dict(zip(positions, directions, strict=True))
 
     def _in_order(self, gradients: Sequence[tf.Tensor | tf.IndexedSlices]) -> list[tf.Tensor]:

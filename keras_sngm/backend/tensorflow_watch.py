@@ -14,16 +14,14 @@ import tensorflow as tf
 from tensorflow.python.framework.ops import get_default_graph
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
-from keras_sngm import update_rule
 from keras_sngm.backend import tensorflow_norm as norm
+from keras_sngm.backend import watch
 from keras_sngm.backend.recorder import Measured, attached
 from keras_sngm.backend.tensorflow import BackendOptimizer
 from keras_sngm.backend.tensorflow_recorder import Recorder
 from keras_sngm.backend.tensorflow_replicas import OwnReplica
 from keras_sngm.backend.tensorflow_slot import arithmetic_dtype, dense, is_accelerator, widest
 from keras_sngm.measurements import Plan
-
-_AS_IT_IS = update_rule.Rule(0.0, False, False, None, True, None, None, None, 0.0)
 
 # The recorders that a training function was made with. It goes on calling them.
 _traced: weakref.WeakKeyDictionary[Any, list[Recorder]] = weakref.WeakKeyDictionary()
@@ -47,13 +45,7 @@ def attach(model: keras.Model, plan: Plan) -> list[Recorder]:
         ValueError: if these do not accumulate over the same number of steps.
     """
     model.make_train_function()
-    optimizers = _updating(model.optimizer)
-    times = [optimizer.gradient_accumulation_steps for optimizer in optimizers]
-    if len(set(times)) > 1:
-        raise ValueError(
-            "The optimizers of a `MultiOptimizer` can be logged together if they have the same "
-            f"`gradient_accumulation_steps`. Received: {times}"
-        )
+    optimizers = watch.updating(model.optimizer)
     recorders = _left_by_an_earlier_fit(model, optimizers, plan)
     if not recorders:
         guarded = model.non_trainable_weights if plan.stops else []
@@ -81,17 +73,6 @@ def detach(recorders: Sequence[Recorder]) -> None:
         recorder.left_at = _calls(optimizer)
         if not attached(optimizer) and "apply" in vars(optimizer):
             del optimizer.apply
-
-
-def _updating(optimizer: Any) -> list[Any]:
-    """The optimizers that update variables, without those around them."""
-    inside = getattr(optimizer, "inner_optimizer", None)
-    if inside is not None:
-        return _updating(inside)
-    several = getattr(optimizer, "optimizers", None)
-    if several is not None:
-        return [one for one in several if one.built]
-    return [optimizer]
 
 
 def _left_by_an_earlier_fit(
@@ -139,12 +120,8 @@ class _Watched:
         variables = list(
             optimizer._trainable_variables if trainable_variables is None else trainable_variables
         )
-        given = [
-            (g, v)
-            for g, v in zip(gradients, variables, strict=True)
-            if g is not None and not getattr(v, "overwrite_with_gradient", False)
-        ]
-        if not given:
+        known, on, positions = watch.given(optimizer, gradients, variables)
+        if not known:
             self._apply(gradients, variables)
             return
         replicas = OwnReplica(tf.distribute.get_replica_context())
@@ -152,21 +129,14 @@ class _Watched:
         def local(value: Any) -> Any:
             return replicas.parts(value)[0]
 
-        positions = [optimizer._get_variable_index(v) for _, v in given]
-        final = [self._final(g, v, local) for g, v in given]
+        final = [self._final(g, v, local) for g, v in zip(known, on, strict=True)]
         summed = [
-            dense(gradient, v.shape)
-            for gradient, (_, v) in zip(replicas.sums(final), given, strict=True)
+            dense(gradient, variable.shape)
+            for gradient, variable in zip(replicas.sums(final), on, strict=True)
         ]
-        usual, rare = norm.sums_on(
-            is_accelerator(local(given[0][1]).device),
-            GraphOrParentsInXlaContext(get_default_graph()),
-        )
-        measured, directions = _measured(
-            functools.partial(norm.squares_and_prescale, usual, rare),
-            summed,
-            positions,
-            len(optimizer._trainable_variables),
+        squares, prescale = _squares_and_prescale(summed, local(on[0]).device)
+        measured, directions = watch.measured(
+            squares, prescale, summed, positions, len(optimizer._trainable_variables)
         )
         step = tf.cast(optimizer.iterations, tf.int64) + 1
         recorders = attached(optimizer)
@@ -175,7 +145,10 @@ class _Watched:
             _if(when, functools.partial(recorder.before, local, step))
         self._apply_unless_stopped(recorders, local, measured, gradients, variables)
         for recorder, when in zip(recorders, times, strict=True):
-            _if(when, functools.partial(recorder.after, local, step, measured, directions))
+            _if(
+                when,
+                functools.partial(recorder.after, local, step, measured, lambda _: directions()),
+            )
 
     def _final(self, gradient: Any, variable: Any, local: Callable[[Any], Any]) -> Any:
         """This replica's part of the gradient that the next update is made with."""
@@ -236,22 +209,15 @@ class _Watched:
         )
 
 
-def _measured(
-    measure: Callable[..., tuple[tf.Tensor, tf.Tensor]],
-    gradients: Sequence[tf.Tensor],
-    positions: Sequence[int],
-    count: int,
-) -> tuple[Measured, Callable[[Any], dict[int, tf.Tensor]]]:
-    """The norms of a gradient, and a function that divides it by its norm."""
+def _squares_and_prescale(
+    gradients: Sequence[tf.Tensor], device: str
+) -> tuple[tf.Tensor, tf.Tensor]:
+    usual, rare = norm.sums_on(
+        is_accelerator(device), GraphOrParentsInXlaContext(get_default_graph())
+    )
     wide = [tf.cast(gradient, widest(gradients)) for gradient in gradients]
     size = sum(gradient.shape.num_elements() for gradient in gradients)
-    squares, prescale = measure(wide, size)
-    normalized = update_rule.normalization(_AS_IT_IS, squares, prescale)
-    norms = tf.scatter_nd([[i] for i in positions], normalized.norms, [count])
-    measured = Measured(tf.cast(normalized.norm, tf.float32), tf.cast(norms, tf.float32), None)
-    return measured, lambda weights: dict(
-        zip(positions, update_rule.directions(normalized, list(gradients)), strict=True)
-    )
+    return norm.squares_and_prescale(usual, rare, wide, size)
 
 
 def _if(condition: tf.Tensor | None, action: Callable[[], Any]) -> None:

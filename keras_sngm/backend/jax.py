@@ -1,0 +1,249 @@
+"""How SNGM runs on JAX: pure functions of its state, which the function around them compiles.
+
+Keras' `fit` compiles the whole training step. An optimizer that is called outside of any
+compiled function compiles its own. Where arrays are sharded XLA sees to it that sums go
+over all shards.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import sparse
+from keras import ops
+
+from keras_sngm import update_rule
+from keras_sngm.backend.jax_norm import squares_and_prescale, sum_of_squares
+from keras_sngm.backend.jax_recorder import Change
+from keras_sngm.backend.jax_state import assign, do_if, pure, wide
+from keras_sngm.backend.optimizer import Cache, WholeModelOptimizer
+from keras_sngm.backend.recorder import Measured, attached
+from keras_sngm.update_rule import Coefficients, Normalization
+
+
+class BackendOptimizer(WholeModelOptimizer):
+    """Takes the step where it is called: while a function is traced, as a part of it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._steps = Cache()
+
+    def _step(self, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
+        active = tuple(self._get_variable_index(v) for v in variables)
+        if active and (meter := self._noise_meter()) is not None:
+            meter.check()
+        own = [unscaled(dense(gradient), self.loss_scale_factor) for gradient in gradients]
+        rate = ops.convert_to_tensor(self._learning_rate_of_update())
+        if any(isinstance(array, jax.core.Tracer) for array in [*own, rate]):
+            self._take(active, own, rate)
+        else:
+            self._take_compiled(active, own, rate)
+
+    def _take_compiled(
+        self, active: tuple[int, ...], gradients: list[jax.Array], rate: jax.Array
+    ) -> None:
+        variables = [*self._trainable_variables, *self.variables]
+        recorders = attached(self)
+        # Hyper-parameters are part of the key, so that assigning to one of them takes
+        # effect; and so is what the state consists of.
+        step = self._steps.get_or_make(
+            (self._rule(), active, tuple(map(id, recorders)), tuple(map(id, variables))),
+            lambda: jax.jit(
+                pure(lambda gradients, rate: self._take(active, gradients, rate), variables)
+            ),
+        )
+        assign(variables, step([v.value for v in variables], gradients, rate))
+
+    def _take(self, active: tuple[int, ...], gradients: list[jax.Array], rate: jax.Array) -> None:
+        if not active:
+            pass
+        elif self.gradient_accumulation_steps is None:
+            self._update(active, gradients, rate, [])
+        else:
+            self._accumulate(active, gradients)
+            count = self._iterations.value + 1
+            do_if(
+                count % self.gradient_accumulation_steps == 0,
+                lambda: self._update_with_accumulated(active, rate),
+                [*self._trainable_variables, *self.variables],
+            )
+        self._iterations.assign_add(1)
+
+    def _accumulate(self, active: tuple[int, ...], gradients: list[jax.Array]) -> None:
+        for i, gradient in zip(active, gradients, strict=True):
+            accumulator = self._accumulated_gradients[i]
+            accumulator.assign_add(gradient.astype(accumulator.dtype))
+        if self.noise_scale_batch_size is not None:
+            self._accumulated_squares.assign_add(sum_of_squares(gradients))
+
+    def _update_with_accumulated(self, active: tuple[int, ...], rate: jax.Array) -> None:
+        totals = [] if self.noise_scale_batch_size is None else [self._accumulated_squares]
+        sums = [self._accumulated_gradients[i].value for i in active]
+        self._update(active, sums, rate, [total.value for total in totals])
+        for accumulator in [*self._accumulated_gradients, *totals]:
+            accumulator.assign(jnp.zeros_like(accumulator.value))
+
+    def _update(
+        self,
+        active: tuple[int, ...],
+        gradients: list[jax.Array],
+        rate: jax.Array,
+        totals: list[jax.Array],
+    ) -> None:
+        """One update.
+
+        Args:
+            active: positions of the variables that have a gradient.
+            gradients: theirs, summed over micro-batches.
+            rate: learning rate.
+            totals: the sum of the squares of all small batches, if it is measured.
+        """
+        recorders = attached(self)
+        rule, weights = self._rule(), [v.value for v in self._trainable_variables]
+        final, times = self._final_gradients(active, gradients)
+        squares, prescale = squares_and_prescale(final, rule.blockwise)
+        normalized = update_rule.normalization(rule, squares, prescale, times)
+        may_step = [c for recorder in recorders if (c := recorder.may_step()) is not None]
+        if may_step:
+            finite = normalized.finite & jnp.all(jnp.stack(may_step))
+            normalized = normalized._replace(finite=finite)
+        self._descend(active, final, normalized, rate)
+        self._read(active, normalized)
+        for total in totals:
+            self._measure_noise(total, gradients, normalized)
+        for recorder in recorders:
+            recorder.record(
+                ops.convert_to_tensor(self.iterations) + 1,
+                self._measured(),
+                Change(
+                    weights,
+                    [v.value for v in self._trainable_variables],
+                    [momentum.value for momentum in self.momentums],
+                ),
+                lambda: dict(
+                    zip(active, update_rule.whole_direction(rule, normalized, final), strict=True)
+                ),
+            )
+
+    def _final_gradients(
+        self, active: tuple[int, ...], gradients: list[jax.Array]
+    ) -> tuple[list[jax.Array], int]:
+        """What is to be normalized, and how many times the gradient that is."""
+        rule, times = self._rule(), self.gradient_accumulation_steps or 1
+        weights = [wide(self._trainable_variables[i].value) for i in active]
+        gradients = [g.astype(w.dtype) for g, w in zip(gradients, weights, strict=True)]
+        if not update_rule.changes_gradient(rule):
+            return gradients, times
+        decays = self._decays(self._trainable_variables)
+        return [
+            update_rule.final_gradient(rule, gradient / times, weight, decays[i])
+            for i, gradient, weight in zip(active, gradients, weights, strict=True)
+        ], 1
+
+    def _descend(
+        self,
+        active: tuple[int, ...],
+        final: list[jax.Array],
+        normalized: Normalization,
+        rate: jax.Array,
+    ) -> None:
+        rule, decays = self._rule(), self._decays(self._trainable_variables)
+        by = self._coefficients(rate, normalized.finite)
+        new = [wide(v.value) for v in self._trainable_variables]
+        for i, direction in zip(active, update_rule.directions(normalized, final), strict=True):
+            momentum = self.momentums[i].value if self.momentums else None
+            new[i], velocity = update_rule.descend(
+                rule,
+                by[new[i].dtype],
+                new[i],
+                None if momentum is None else wide(momentum),
+                direction,
+                decays[i],
+            )
+            if momentum is not None:
+                self.momentums[i].assign(velocity)
+        if self.use_ema:
+            new = self._averaged(new, by, normalized.finite)
+        for i, weight in enumerate(new):
+            variable = self._trainable_variables[i]
+            constraint = getattr(variable, "constraint", None) if i in active else None
+            if constraint is not None:
+                stored = weight.astype(variable.dtype)
+                weight = jnp.where(normalized.finite, constraint(stored), stored)
+            if i in active or self.use_ema:
+                variable.assign(weight)
+
+    def _coefficients(self, rate: jax.Array, taken: jax.Array) -> dict[Any, Coefficients]:
+        first_average = jnp.equal(ops.convert_to_tensor(self.iterations), self.skipped_steps.value)
+        dtypes = {wide(v.value).dtype for v in self._trainable_variables}
+        return {
+            dtype: update_rule.coefficients(self._rule(), rate.astype(dtype), first_average, taken)
+            for dtype in dtypes
+        }
+
+    def _averaged(
+        self, weights: list[jax.Array], by: dict[Any, Coefficients], taken: jax.Array
+    ) -> list[jax.Array]:
+        """Move the averages. Returns the weights to go on with."""
+        averages = [
+            update_rule.moving_average(by[weight.dtype], wide(average.value), weight)
+            for average, weight in zip(self._model_variables_moving_average, weights, strict=True)
+        ]
+        assign(self._model_variables_moving_average, averages)
+        if not self.ema_overwrite_frequency:
+            return weights
+        updates = ops.convert_to_tensor(self.iterations) + 1
+        overwrite = (updates % self.ema_overwrite_frequency == 0) & taken
+        return [
+            jnp.where(overwrite, average, weight)
+            for average, weight in zip(averages, weights, strict=True)
+        ]
+
+    def _read(self, active: tuple[int, ...], normalized: Normalization) -> None:
+        """Write what the user may read."""
+        norms = jnp.zeros(len(self._trainable_variables), "float32")
+        self.gradient_norm.assign(normalized.norm.astype("float32"))
+        self.gradient_norms.assign(
+            norms.at[jnp.array(active)].set(normalized.norms.astype("float32"))
+        )
+        self.skipped_steps.assign_add(jnp.logical_not(normalized.finite))
+
+    def _measure_noise(
+        self, total: jax.Array, gradients: list[jax.Array], normalized: Normalization
+    ) -> None:
+        """From the total of the squares of all small batches, and the sum of their gradients."""
+        meter = self._noise_meter()
+        if update_rule.changes_gradient(self._rule()):
+            large = sum_of_squares(gradients) / meter.times**2
+        else:
+            large = normalized.unclipped.astype("float32") ** 2
+        meter.update(
+            self.noise_moments,
+            self.gradient_noise_scale,
+            meter.estimates(total, large),
+            normalized.finite,
+        )
+
+    def _measured(self) -> Measured:
+        noise_scale = self.gradient_noise_scale
+        return Measured(
+            self.gradient_norm.value,
+            self.gradient_norms.value,
+            None if noise_scale is None else noise_scale.value,
+        )
+
+
+def dense(gradient: Any) -> jax.Array:
+    """Duplicate rows of a sparse gradient must be added before a norm is taken."""
+    if isinstance(gradient, sparse.JAXSparse):
+        return gradient.todense()
+    return jnp.asarray(gradient)
+
+
+def unscaled(gradient: jax.Array, loss_scale_factor: float | None) -> jax.Array:
+    """The gradient of the loss itself."""
+    if loss_scale_factor is None:
+        return gradient
+    # Not in 16 bits: there a small gradient would become zero.
+    return wide(gradient) / loss_scale_factor

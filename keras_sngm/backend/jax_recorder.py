@@ -1,0 +1,189 @@
+"""Keeps what is measured on each update of one optimizer, as a part of JAX's step.
+
+Its variables go in and out of the step as those of the optimizer do, which they are
+while it is recorded.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+
+from keras_sngm.backend.jax_state import do_if, wide
+from keras_sngm.backend.recorder import Measured, RecorderBase
+from keras_sngm.backend.ring import Ring, row_of
+from keras_sngm.measurements import HISTOGRAM, Plan, details, histogram
+
+
+class Change(NamedTuple):
+    """What an update has changed.
+
+    Attributes:
+        before: the weights before it.
+        after: the weights after it.
+        momentums: the momentum of each after it, or nothing.
+    """
+
+    before: Sequence[jax.Array]
+    after: Sequence[jax.Array]
+    momentums: Sequence[jax.Array]
+
+
+class Recorder(RecorderBase):
+    """With variables that only the training function has while it runs."""
+
+    def __init__(
+        self,
+        optimizer: Any,
+        plan: Plan,
+        momentums: Sequence[keras.Variable],
+        guarded: Sequence[keras.Variable],
+    ) -> None:
+        self.own: list[keras.Variable] = []
+        super().__init__(optimizer, plan, momentums, guarded)
+        self._newest: dict[int, jax.Array] = {}
+        self._newest_norm: jax.Array | None = None
+        self._to_hold = 0
+        self.root = optimizer
+        """The optimizer of the model, which may be around the one that is recorded."""
+
+    def _variable(self, shape: Sequence[int], dtype: str) -> keras.Variable:
+        variable = super()._variable(shape, dtype)
+        self.own.append(variable)
+        return variable
+
+    def _copy(self, variable: keras.Variable) -> jax.Array:
+        """To be called in the thread that trains: its next step takes the original away."""
+        return jnp.copy(self._newest.get(id(variable), variable._value))
+
+    def latest_norm(self) -> jax.Array | None:
+        return self._newest_norm
+
+    def hold(self, updates: int) -> None:
+        self._to_hold = updates
+
+    # Around a call of the training function.
+
+    def before_call(self, values: dict[int, jax.Array]) -> None:
+        """What the function is to get.
+
+        Args:
+            values: of the variables, by their id.
+        """
+        if self.plan.stops:
+            held = values[id(self._held)]
+            new = np.asarray(self._to_hold, held.dtype)
+            values[id(self._held)] = jax.device_put(new, held.sharding)
+            self._to_hold = 0
+
+    def after_call(self, values: dict[int, jax.Array]) -> None:
+        """What it has returned."""
+        self._newest = {id(variable): values[id(variable)] for variable in self.own}
+        self._newest_norm = jnp.copy(values[id(self._latest)])
+
+    # In a training step.
+
+    def may_step(self) -> jax.Array | None:
+        """Whether a step may be taken, `None` if there is no doubt."""
+        if not self.plan.stops:
+            return None
+        return jnp.logical_not(self._halted.value & (self._held.value > 0))
+
+    def record(
+        self,
+        step: jax.Array,
+        measured: Measured,
+        change: Change,
+        directions: Callable[[], Mapping[int, jax.Array]],
+    ) -> None:
+        """To be called after an update.
+
+        Args:
+            step: integer scalar, its number.
+            measured: what it has measured.
+            change: what it has changed.
+            directions: computes g / norm(g) for the positions of those variables that
+                have a gradient.
+        """
+        _write(self._updates, step, self._row(measured))
+        self._latest.assign(measured.norm)
+        self._note_what_is_not_finite(step, measured)
+        rarer = (
+            (self._details, self.plan.details_every, lambda: _details(change, directions())),
+            (
+                self._histograms,
+                self.plan.histogram_every,
+                lambda: _histograms(change, measured.norm, directions()),
+            ),
+        )
+        for ring, every, row in rarer:
+            if every is not None:
+                due = self._active.value & (step % every == 0)
+                do_if(
+                    due,
+                    lambda ring=ring, row=row: _write(ring, step, row()),
+                    [ring.count, ring.rows],
+                )
+
+    def _note_what_is_not_finite(self, step: jax.Array, measured: Measured) -> None:
+        bad = jnp.logical_not(jnp.isfinite(measured.norm))
+        first = bad & (self._bad_step.value == 0)
+        self._bad_norms.assign(jnp.where(first, measured.norms, self._bad_norms.value))
+        self._bad_step.assign(jnp.where(first, step, self._bad_step.value))
+        if self.plan.stops:
+            self._halted.assign(self._halted.value | bad)
+            self._held.assign(self._held.value - 1)
+
+    # Around a training step.
+
+    def backed_up(
+        self,
+        before: dict[int, jax.Array],
+        after: dict[int, jax.Array],
+    ) -> dict[int, jax.Array]:
+        """The new values of the backups of guarded variables.
+
+        Args:
+            before: values of all variables before a training step, by their id.
+            after: and after it.
+        """
+        count = id(self._updates.count)
+        good = (before[count] != after[count]) & ~after[id(self._halted)]
+        return {
+            id(backup): jnp.where(good, after[id(variable)], before[id(backup)])
+            for variable, backup in zip(self._guarded, self._backups, strict=True)
+        }
+
+
+def _write(ring: Ring, step: jax.Array, values: jax.Array) -> None:
+    place = ring.count.value % ring.length
+    ring.rows.assign(ring.rows.value.at[place].set(row_of(step, values)))
+    ring.count.assign_add(1)
+
+
+def _details(change: Change, directions: Mapping[int, jax.Array]) -> jax.Array:
+    rows = [
+        details(wide(before), wide(after), _of(change.momentums, i), directions.get(i))
+        for i, (before, after) in enumerate(zip(change.before, change.after, strict=True))
+    ]
+    return jnp.concatenate(rows)
+
+
+def _histograms(change: Change, norm: jax.Array, directions: Mapping[int, jax.Array]) -> jax.Array:
+    rows = []
+    for i in range(len(change.after)):
+        direction = directions.get(i)
+        if direction is None:
+            rows.append(jnp.zeros(HISTOGRAM))
+        else:
+            rows.append(histogram(direction * norm.astype(direction.dtype)))
+        if change.momentums:
+            rows.append(histogram(change.momentums[i]))
+    return jnp.concatenate(rows)
+
+
+def _of(momentums: Sequence[jax.Array], i: int) -> jax.Array | None:
+    return wide(momentums[i]) if momentums else None
