@@ -1,0 +1,172 @@
+"""How SNGM runs on PyTorch: eagerly, by kernels for lists of tensors.
+
+`torch.compile` leaves the step as it is: there is nothing that it could fuse any more.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from keras import ops
+
+from keras_sngm import update_rule
+from keras_sngm.backend import torch_step
+from keras_sngm.backend.optimizer import WholeModelOptimizer
+from keras_sngm.backend.recorder import Measured, attached
+from keras_sngm.backend.torch_count import HostCount
+from keras_sngm.backend.torch_lists import dense, in_dtypes, wide
+from keras_sngm.backend.torch_norm import squares_and_prescale, sum_of_squares
+from keras_sngm.backend.torch_recorder import Change
+from keras_sngm.backend.torch_step import Moment, Slot
+from keras_sngm.update_rule import Normalization
+
+
+class BackendOptimizer(WholeModelOptimizer):
+    """Takes the step where it is called. The host does not wait for the device."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._calls = HostCount()
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def apply(self, grads: Iterable[Any], trainable_variables: Iterable[Any] | None = None) -> None:
+        super().apply(grads, trainable_variables)
+
+    def _step(self, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
+        active = [self._get_variable_index(v) for v in variables]
+        if active and (meter := self._noise_meter()) is not None:
+            meter.check()
+        own = unscaled([dense(gradient) for gradient in gradients], self.loss_scale_factor)
+        if not active:
+            pass
+        elif self.gradient_accumulation_steps is None:
+            self._update(active, own, [])
+        else:
+            self._accumulate(active, own)
+            if (self._calls.of(self._iterations) + 1) % self.gradient_accumulation_steps == 0:
+                self._update_with_accumulated(active)
+        calls = self._calls.of(self._iterations)
+        self._iterations.value.add_(1)
+        self._calls.set(self._iterations, calls + 1)
+
+    def _accumulate(self, active: list[int], gradients: list[torch.Tensor]) -> None:
+        accumulators = [self._accumulated_gradients[i].value for i in active]
+        dtypes = [accumulator.dtype for accumulator in accumulators]
+        torch._foreach_add_(accumulators, in_dtypes(gradients, dtypes))
+        if self.noise_scale_batch_size is not None:
+            self._accumulated_squares.value.add_(sum_of_squares(gradients))
+
+    def _update_with_accumulated(self, active: list[int]) -> None:
+        totals = [] if self.noise_scale_batch_size is None else [self._accumulated_squares.value]
+        accumulators = [accumulator.value for accumulator in self._accumulated_gradients]
+        self._update(active, [accumulators[i] for i in active], totals)
+        torch._foreach_zero_([*accumulators, *totals])
+
+    def _update(
+        self, active: list[int], gradients: list[torch.Tensor], totals: list[torch.Tensor]
+    ) -> None:
+        """One update.
+
+        Args:
+            active: positions of the variables that have a gradient.
+            gradients: theirs, summed over micro-batches.
+            totals: the sum of the squares of all small batches, if it is measured.
+        """
+        rule, slots = self._rule(), self._slots()
+        own = [slots[i] for i in active]
+        idle = [
+            slot for i, slot in enumerate(slots) if slot.average is not None and i not in active
+        ]
+        times = self.gradient_accumulation_steps or 1
+        final, times_left = torch_step.final_gradients(rule, own, gradients, times)
+        squares, prescale = squares_and_prescale(final, rule.blockwise)
+        normalized = update_rule.normalization(rule, squares, prescale, times_left)
+        recorders = attached(self)
+        moment = self._moment([c for r in recorders if (c := r.may_step()) is not None])
+        if moment.may_step is not None:
+            finite = normalized.finite & moment.may_step
+            normalized = normalized._replace(finite=finite)
+        for total in totals:
+            self._measure_noise(total, gradients, normalized)
+        number = self._calls.of(self._iterations) // times + 1
+        change = None
+        if any(recorder.is_due(number) for recorder in recorders):
+            # Before the step, which may overwrite the gradients.
+            directions = update_rule.whole_direction(rule, normalized, final)
+            change = Change.begin(
+                [slot.weight for slot in slots], dict(zip(active, directions, strict=True))
+            )
+        torch_step.take(rule, own, idle, final, normalized, moment)
+        self._read(active, normalized)
+        for recorder in recorders:
+            recorder.record(number, self._measured(), change)
+
+    def _slots(self) -> list[Slot]:
+        weights = self._trainable_variables
+        momentums = [m.value for m in self.momentums] or [None] * len(weights)
+        averages: list[Any] = [None] * len(weights)
+        if self.use_ema:
+            averages = [average.value for average in self._model_variables_moving_average]
+        constraints = [getattr(weight, "constraint", None) for weight in weights]
+        return [
+            Slot(weight.value, *rest)
+            for weight, *rest in zip(
+                weights, momentums, averages, self._decays(weights), constraints, strict=True
+            )
+        ]
+
+    def _moment(self, conditions: Sequence[torch.Tensor]) -> Moment:
+        updates = self._calls.of(self._iterations) // (self.gradient_accumulation_steps or 1)
+        overwrites = False
+        if self.use_ema and self.ema_overwrite_frequency:
+            overwrites = (updates + 1) % self.ema_overwrite_frequency == 0
+        return Moment(
+            learning_rate=ops.convert_to_tensor(self._learning_rate_of_update()),
+            first_average=self.skipped_steps.value == updates,
+            overwrites_with_average=overwrites,
+            may_step=torch.stack(list(conditions)).all() if conditions else None,
+        )
+
+    def _read(self, active: list[int], normalized: Normalization) -> None:
+        """Write what the user may read."""
+        self.gradient_norm.value.copy_(normalized.norm)
+        norms = self.gradient_norms.value
+        if active == list(range(len(norms))):
+            norms.copy_(normalized.norms)
+        else:
+            norms.zero_()
+            norms[active] = normalized.norms.to(norms.dtype)
+        self.skipped_steps.value.add_(torch.logical_not(normalized.finite))
+
+    def _measure_noise(
+        self, total: torch.Tensor, gradients: list[torch.Tensor], normalized: Normalization
+    ) -> None:
+        """From the total of the squares of all small batches, and the sum of their gradients."""
+        meter = self._noise_meter()
+        if update_rule.changes_gradient(self._rule()):
+            large = sum_of_squares(gradients) / meter.times**2
+        else:
+            large = normalized.unclipped.float() ** 2
+        meter.update(
+            self.noise_moments,
+            self.gradient_noise_scale,
+            meter.estimates(total, large),
+            normalized.finite,
+        )
+
+    def _measured(self) -> Measured:
+        noise_scale = self.gradient_noise_scale
+        return Measured(
+            self.gradient_norm.value,
+            self.gradient_norms.value,
+            None if noise_scale is None else noise_scale.value,
+        )
+
+
+def unscaled(gradients: list[torch.Tensor], loss_scale_factor: float | None) -> list[torch.Tensor]:
+    """The gradients of the loss itself."""
+    if loss_scale_factor is None:
+        return gradients
+    # Not in 16 bits: there a small gradient would become zero.
+    return list(torch._foreach_div(wide(gradients), loss_scale_factor))

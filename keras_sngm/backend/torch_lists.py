@@ -1,0 +1,48 @@
+"""What PyTorch's kernels for lists of tensors leave to do by hand."""
+
+from collections.abc import Sequence
+
+import torch
+
+from keras_sngm.update_rule import arithmetic_dtype
+
+
+def dense(gradient: torch.Tensor) -> torch.Tensor:
+    """Duplicate rows of a sparse gradient must be added before a norm is taken."""
+    return gradient if gradient.layout == torch.strided else gradient.to_dense()
+
+
+def arithmetic(dtype: torch.dtype) -> torch.dtype:
+    """That in which tensors of the given one are computed with."""
+    return getattr(torch, arithmetic_dtype(str(dtype).removeprefix("torch.")))
+
+
+def converted(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    """The tensors in one dtype; those that have it already are not copied."""
+    new = [t if t.dtype == dtype else torch.empty_like(t, dtype=dtype) for t in tensors]
+    changed = [(to, of) for to, of in zip(new, tensors, strict=True) if to is not of]
+    if changed:
+        torch._foreach_copy_([to for to, _ in changed], [of for _, of in changed])
+    return new
+
+
+def in_dtypes(tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> list[torch.Tensor]:
+    """Each tensor in its dtype."""
+    new = list(tensors)
+    for dtype in set(dtypes):
+        places = [k for k, wanted in enumerate(dtypes) if wanted == dtype]
+        for k, tensor in zip(places, converted([tensors[k] for k in places], dtype), strict=True):
+            new[k] = tensor
+    return new
+
+
+def wide(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Each in the precision that it is computed with."""
+    return in_dtypes(tensors, [arithmetic(tensor.dtype) for tensor in tensors])
+
+
+def scaled(tensors: Sequence[torch.Tensor], factors: torch.Tensor) -> list[torch.Tensor]:
+    """New tensors, the given ones times one factor or times one factor each."""
+    if factors.ndim:
+        return list(torch._foreach_mul(tensors, list(factors.unbind())))
+    return list(torch._foreach_mul(tensors, factors))

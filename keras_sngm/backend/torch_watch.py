@@ -1,0 +1,110 @@
+"""Has the optimizer of a model recorded while it is trained, Keras' own as well as SNGM.
+
+SNGM calls its recorders itself. The `apply` of any other optimizer is wrapped while a
+recorder is attached to it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import torch
+
+from keras_sngm.backend import watch
+from keras_sngm.backend.recorder import Measured, attached
+from keras_sngm.backend.torch import BackendOptimizer, unscaled
+from keras_sngm.backend.torch_count import HostCount
+from keras_sngm.backend.torch_lists import dense, wide
+from keras_sngm.backend.torch_norm import squares_and_prescale
+from keras_sngm.backend.torch_recorder import Change, Recorder
+from keras_sngm.measurements import Plan
+
+
+def attach(model: keras.Model, plan: Plan) -> list[Recorder]:
+    """Record from the next training step on.
+
+    Args:
+        model: compiled, its optimizer built.
+        plan: what to record.
+
+    Returns:
+        One recorder for each optimizer that updates variables: several under a
+        `MultiOptimizer`.
+
+    Raises:
+        ValueError: if these do not accumulate over the same number of steps.
+    """
+    optimizers = watch.updating(model.optimizer)
+    guarded = model.non_trainable_weights if plan.stops else []
+    recorders = []
+    for optimizer in optimizers:
+        momentums = optimizer.momentums if isinstance(optimizer, BackendOptimizer) else ()
+        recorders.append(Recorder(optimizer, plan, momentums, guarded))
+        attached(optimizer).append(recorders[-1])
+        if not isinstance(optimizer, BackendOptimizer) and "apply" not in vars(optimizer):
+            optimizer.apply = _Watched(optimizer)
+    return recorders
+
+
+def detach(recorders: Sequence[Recorder]) -> None:
+    """Record no longer."""
+    for recorder in recorders:
+        optimizer = recorder.optimizer()
+        if optimizer is None:
+            continue
+        attached(optimizer).remove(recorder)
+        if not attached(optimizer):
+            vars(optimizer).pop("apply", None)
+
+
+class _Watched:
+    """Takes the place of an optimizer's `apply`."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self._apply = optimizer.apply
+        self._calls = HostCount()
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def __call__(self, grads: Any, trainable_variables: Any = None) -> None:
+        optimizer = self._optimizer
+        gradients = list(grads)
+        weights = optimizer._trainable_variables
+        variables = list(weights if trainable_variables is None else trainable_variables)
+        known, _, positions = watch.given(optimizer, gradients, variables)
+        if not known:
+            self._apply(gradients, variables)
+            return
+        final = self._final(known, positions)
+        measured, directions = watch.measured(
+            *squares_and_prescale(final, blockwise=False), final, positions, len(weights)
+        )
+        times = optimizer.gradient_accumulation_steps or 1
+        calls = self._calls.of(optimizer._iterations)
+        number, is_update = calls // times + 1, (calls + 1) % times == 0
+        recorders = attached(optimizer)
+        change = None
+        if is_update and any(recorder.is_due(number) for recorder in recorders):
+            change = Change.begin([weight.value for weight in weights], directions())
+        if self._may_step(recorders, measured):
+            self._apply(gradients, variables)
+            self._calls.set(optimizer._iterations, calls + 1)
+        for recorder in recorders:
+            if is_update or (recorder.plan.stops and not torch.isfinite(measured.norm)):
+                recorder.record(number, measured, change)
+
+    def _final(self, gradients: list[Any], positions: list[int]) -> list[torch.Tensor]:
+        """The gradients that the next update is made with."""
+        optimizer = self._optimizer
+        own = wide(unscaled([dense(g) for g in gradients], optimizer.loss_scale_factor))
+        times = optimizer.gradient_accumulation_steps
+        if not times:
+            return own
+        before = wide([optimizer._accumulated_gradients[i].value for i in positions])
+        return list(torch._foreach_div(torch._foreach_add(own, before), float(times)))
+
+    def _may_step(self, recorders: Sequence[Recorder], measured: Measured) -> bool:
+        """Waits for the device if the plan is to stop: what Keras does has no condition."""
+        conditions = [c for recorder in recorders if (c := recorder.may_step()) is not None]
+        return all(bool(c) for c in [*conditions, torch.isfinite(measured.norm)]) or not conditions
