@@ -35,10 +35,16 @@ def do_if(
         action: what assigns to no other variables than these.
         variables: those that it may assign to.
     """
-    values = jax.lax.cond(
-        condition, pure(action, variables), lambda values: values, [v.value for v in variables]
-    )
-    assign(variables, values)
+    new = pure(action, variables)
+
+    # A loop of at most one round. What a condition returns XLA would copy, whether it
+    # holds or not; a loop changes it in place.
+    def act(state: tuple[jax.Array, list[jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
+        again, values = state
+        return jax.numpy.zeros_like(again), new(values)
+
+    begin = (condition, [variable.value for variable in variables])
+    assign(variables, jax.lax.while_loop(lambda state: state[0], act, begin)[1])
 
 
 def wide(array: jax.Array) -> jax.Array:
