@@ -311,4 +311,7 @@ def _at_most(limit: Tensor, norms: Tensor) -> Tensor:
 def _norm_of_norms(norms: Tensor) -> Tensor:
     """sqrt(sum(norms ** 2)) for norms of any magnitude."""
     largest = ops.max(norms)
-    return largest * ops.sqrt(ops.sum(ops.square(norms / _nonzero(largest))))
+    # Into a range where the reciprocal, which XLA multiplies by, does not underflow.
+    scale = ops.where(largest > 1.0, 2.0**-32, 2.0**32)
+    shares = norms * scale / _nonzero(largest * scale)
+    return largest * ops.sqrt(ops.sum(ops.square(shares)))

@@ -1,8 +1,40 @@
-import os
 import pathlib
 import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+import keras
 
 # Examples import each other by name, as scripts of one folder do.
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
+
+# Files for some backends alone. All others run on every backend.
+ONLY_ON = {
+    "tensorflow": [
+        "dying_worker.py",
+        "killed_training.py",
+        "replica_training.py",
+        "stopped_training.py",
+        "test_baselines.py",
+        "test_benchmarks.py",
+        "test_compilation.py",
+        "test_distribution.py",
+        "test_examples.py",
+        "test_float64.py",
+        "test_hooks.py",
+        "test_interruption.py",
+        "test_kernel.py",
+        "test_multi_worker.py",
+        "test_norm.py",
+        "test_order.py",
+        "test_package.py",
+        "test_strategies.py",
+        "test_study.py",
+        "test_study_page.py",
+        "test_tensorflow.py",
+    ],
+    "jax": ["test_jax.py"],
+    "torch": ["test_float64.py", "test_torch.py"],
+}
+
+collect_ignore = sorted(
+    {file for files in ONLY_ON.values() for file in files} - set(ONLY_ON[keras.backend.backend()])
+)

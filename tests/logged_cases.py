@@ -63,6 +63,8 @@ CHANGED = {"weight_decay": 0.5, "decoupled_weight_decay": False, "clipvalue": 0.
 NOISE = {"noise_scale_batch_size": BATCH, "noise_scale_momentum": 0.9}
 WITHOUT_STRATEGY = ("0",)
 ALL = ("0", "1", "2", "2-in-replicas")
+# Those of the backend in use.
+STRATEGIES = ALL if keras.backend.backend() == "tensorflow" else WITHOUT_STRATEGY
 
 CASES = {
     "SNGM": Case(sngm(), {}, strategies=ALL),

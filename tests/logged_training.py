@@ -4,21 +4,23 @@ Run by `test_logged_values.py`, as devices must be configured before TensorFlow 
 
     python logged_training.py STRATEGY OUTPUT
 
-STRATEGY is the number of replicas, "0" for none, or "2-in-replicas": two that
-TensorFlow does not let a step leave, as in XLA on GPUs.
+STRATEGY is "0" for none, else TensorFlow's: the number of replicas, or "2-in-replicas": two
+that TensorFlow does not let a step leave, as in XLA on GPUs.
 """
 
+import contextlib
 import json
 import pathlib
 import pickle
 import sys
 import tempfile
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
-import tensorflow as tf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
 
 from keras_sngm import SNGM, GradientNormLogger
 from logged_cases import (
@@ -31,15 +33,15 @@ from logged_cases import (
     Case,
     Logged,
 )
-from replica_training import components, forbid_merge_call, inner, make_strategy
+from replica_options import inner
 
 
 class Witness(keras.callbacks.Callback):
     """Keeps weights and momenta."""
 
-    def __init__(self, strategy: tf.distribute.Strategy) -> None:
+    def __init__(self, first_of: Callable[[keras.Variable], Any]) -> None:
         super().__init__()
-        self.strategy = strategy
+        self.first_of = first_of
         self.weights: list[list[np.ndarray]] = []
         self.momenta: list[list[np.ndarray]] = []
 
@@ -53,14 +55,45 @@ class Witness(keras.callbacks.Callback):
         self.momenta.append(self._values(momenta))
 
     def _values(self, variables: list[keras.Variable]) -> list[np.ndarray]:
-        return [components(self.strategy, v)[0].numpy() for v in variables]
+        return [self.first_of(v).numpy() for v in variables]
 
 
-def train(strategy: tf.distribute.Strategy, case: Case) -> Logged:
-    with strategy.scope():
+class Place(NamedTuple):
+    """Where to train.
+
+    Attributes:
+        scope: makes the context that a model is made in.
+        first_of: gives what a variable is on the first replica.
+    """
+
+    scope: Callable[[], Any] = contextlib.nullcontext
+    first_of: Callable[[keras.Variable], Any] = lambda variable: variable
+
+
+def place(name: str) -> Place:
+    replicas, _, cannot_be_left = name.partition("-")
+    if replicas == "0":
+        return Place()
+    from replica_training import components, forbid_merge_call, make_strategy
+
+    strategy = make_strategy(int(replicas))
+    if cannot_be_left:
+        forbid_merge_call()
+    return Place(strategy.scope, lambda variable: components(strategy, variable)[0])
+
+
+def endless_batches(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """One iterator for all epochs: TensorFlow takes long to delete one."""
+    while True:
+        for begin in range(0, len(x), BATCH):
+            yield x[begin : begin + BATCH], y[begin : begin + BATCH]
+
+
+def train(where: Place, case: Case) -> Logged:
+    with where.scope():
         model = case.model()
         model.compile(optimizer=case.make(), loss="mse", **case.compile)
-    witness = Witness(strategy)
+    witness = Witness(where.first_of)
     with tempfile.TemporaryDirectory() as folder:
         filename = pathlib.Path(folder) / "log.jsonl"
         logger = GradientNormLogger(
@@ -71,9 +104,8 @@ def train(strategy: tf.distribute.Strategy, case: Case) -> Logged:
             update_ratio=True,
             histogram_every=HISTOGRAM_EVERY,
         )
-        batches = tf.data.Dataset.from_tensor_slices(case.data()).batch(BATCH).repeat()
         history = model.fit(
-            batches,
+            endless_batches(*case.data()),
             epochs=EPOCHS,
             steps_per_epoch=STEPS_PER_EPOCH,
             verbose=0,
@@ -85,7 +117,7 @@ def train(strategy: tf.distribute.Strategy, case: Case) -> Logged:
         histograms: dict[int, dict[str, np.ndarray]] = {}
         for tag in events.Tags()["tensors"]:
             for event in events.Tensors(tag):
-                value = tf.make_ndarray(event.tensor_proto)
+                value = make_ndarray(event.tensor_proto)
                 if value.ndim:
                     histograms.setdefault(event.step, {})[tag] = value
                 else:
@@ -95,11 +127,8 @@ def train(strategy: tf.distribute.Strategy, case: Case) -> Logged:
 
 
 def main(name: str, output: str) -> None:
-    replicas, _, cannot_be_left = name.partition("-")
-    strategy = make_strategy(int(replicas))
-    if cannot_be_left:
-        forbid_merge_call()
-    results = {job: train(strategy, case) for job, case in CASES.items() if name in case.strategies}
+    where = place(name)
+    results = {job: train(where, case) for job, case in CASES.items() if name in case.strategies}
     with open(output, "wb") as file:
         pickle.dump(results, file)
 

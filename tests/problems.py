@@ -2,13 +2,36 @@
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from keras_sngm import SNGM
 from reference import ReferenceSNGM
 
+BACKEND = keras.backend.backend()
 SHAPES = [(), (3,), (4, 5), (2, 3, 4), (2, 2, 3, 2)]
 STEPS = 60
+SCHEDULE = keras.optimizers.schedules.PolynomialDecay(0.5, STEPS, 0.0, power=1.1)
+# JAX makes float32 of float64, unless it is told not to when it starts.
+DTYPES = [*(() if BACKEND == "jax" else ("float64",)), "float32", "float16", "bfloat16"]
+
+# How a step is run: SNGM's own jit_compile, and that of the graph around it, if any.
+MODES = {
+    "tensorflow": {
+        "eager": (False, None),
+        "eager-xla": (True, None),
+        "function": (False, False),
+        "function-xla-step": (True, False),
+        "xla-function": ("auto", True),
+    },
+    "jax": {"eager": ("auto", None), "jit": ("auto", True)},
+    "torch": {"eager": ("auto", None)},
+}[BACKEND]
+# Graphs without XLA where there are any, for many steps at once.
+IN_GRAPH = {"tensorflow": False, "jax": True, "torch": None}[BACKEND]
+
+
+def modes(*on_tensorflow):
+    """On TensorFlow the modes of these names, elsewhere all."""
+    return list(on_tensorflow if BACKEND == "tensorflow" else MODES)
 
 
 def random_arrays(shapes=SHAPES, seed=0, scale=1.0):
@@ -35,14 +58,17 @@ def variables_of(arrays, dtypes="float32"):
 
 
 def tensors_of(arrays, variables):
-    return [tf.constant(a, v.dtype) for a, v in zip(arrays, variables, strict=True)]
+    return [
+        keras.ops.convert_to_tensor(array, variable.dtype)
+        for array, variable in zip(arrays, variables, strict=True)
+    ]
 
 
-def train(optimizer, variables, gradients_by_step, jit_compile=None):
-    """Apply the gradients one step after another.
+def stepping(optimizer, variables, jit_compile=None):
+    """A function that takes one step with a list of gradients.
 
-    Eagerly if `jit_compile` is `None`, else in a `tf.function` of that
-    `jit_compile`.
+    Eagerly if `jit_compile` is `None`, else in a graph: a `tf.function` of that
+    `jit_compile`, or with `jax.jit`.
     """
     optimizer.build(variables)
 
@@ -50,9 +76,39 @@ def train(optimizer, variables, gradients_by_step, jit_compile=None):
         optimizer.apply(gradients, variables)
 
     if jit_compile is not None:
-        apply = tf.function(apply, jit_compile=jit_compile)
+        apply = {"tensorflow": _in_a_function, "jax": _in_a_jit}[BACKEND](
+            optimizer, variables, jit_compile
+        )
+    return lambda gradients: apply(tensors_of(gradients, variables))
+
+
+def _in_a_function(optimizer, variables, jit_compile):
+    import tensorflow as tf
+
+    return tf.function(
+        lambda gradients: optimizer.apply(gradients, variables), jit_compile=jit_compile
+    )
+
+
+def _in_a_jit(optimizer, variables, _):
+    import jax
+
+    step = jax.jit(lambda *state: optimizer.stateless_apply(*state))
+
+    def apply(gradients):
+        own, weights = ([v.value for v in of] for of in (optimizer.variables, variables))
+        weights, own = step(own, gradients, weights)
+        for variable, value in zip([*variables, *optimizer.variables], [*weights, *own]):
+            variable.assign(value)
+
+    return apply
+
+
+def train(optimizer, variables, gradients_by_step, jit_compile=None):
+    """Apply the gradients one step after another, see `stepping`."""
+    step = stepping(optimizer, variables, jit_compile)
     for gradients in gradients_by_step:
-        apply(tensors_of(gradients, variables))
+        step(gradients)
 
 
 def assert_close(variables, arrays, tolerance):
@@ -75,6 +131,28 @@ def assert_follows_the_reference(start, gradients, outer, jit_compile="auto", ra
     assert_close(optimizer.momentums, reference.u if optimizer.momentum else [], 1e-5)
     np.testing.assert_allclose(optimizer.gradient_norm, reference.gradient_norm, rtol=1e-5)
     assert int(optimizer.skipped_steps) == 0
+
+
+def compare_with_reference(
+    mode, tolerance=1e-5, dtypes="float32", scale=1.0, rate=SCHEDULE, **options
+):
+    """60 steps beside the reference; returns both optimizers."""
+    jit_compile, outer = MODES[mode]
+    start = random_arrays()
+    variables = variables_of(start, dtypes)
+    start = [v.numpy().astype("float64") for v in variables]
+    gradients = random_gradients(scale=scale)
+    optimizer = SNGM(rate, jit_compile=jit_compile, **options)
+    reference = ReferenceSNGM(start, **options)
+
+    train(optimizer, variables, gradients, outer)
+    for t, gradient in enumerate(gradients):
+        reference.step(gradient, float(rate(t)) if callable(rate) else rate)
+
+    assert_close(variables, reference.w, tolerance)
+    assert_close(optimizer.momentums, reference.u, tolerance)
+    np.testing.assert_allclose(optimizer.gradient_norm, reference.gradient_norm, rtol=1e-3)
+    return optimizer, reference
 
 
 def values_of(variables):

@@ -19,6 +19,11 @@ def has_bad_sample(batch: int) -> bool:
     return batch == BAD_BATCH
 
 
+def inner(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    """Of a `LossScaleOptimizer` the one that it wraps."""
+    return getattr(optimizer, "inner_optimizer", optimizer)
+
+
 def dense(**layer: Any) -> list[keras.layers.Layer]:
     return [
         keras.Input((FEATURES,)),

@@ -29,6 +29,7 @@ from replica_options import (
     Option,
     Outcome,
     has_bad_sample,
+    inner,
 )
 
 
@@ -74,10 +75,6 @@ class Recorder(keras.callbacks.Callback):
         averages = optimizer._model_variables_moving_average if optimizer.use_ema else []
         kept = [*self.model.weights, *optimizer.momentums, *averages]
         return [part.numpy().tobytes() for v in kept for part in components(self.strategy, v)]
-
-
-def inner(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    return getattr(optimizer, "inner_optimizer", optimizer)
 
 
 def components(strategy: tf.distribute.Strategy, variable: keras.Variable) -> tuple:

@@ -9,13 +9,14 @@ import sys
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from keras_sngm import SNGM
 
 X = np.random.default_rng(0).standard_normal((48, 6)).astype("float32")
 Y = np.tanh(X.sum(axis=1, keepdims=True))
-RESUMABLE = ["keras", "checkpoint", "weights"]
+RESUMABLE = ["keras", "weights"]
+if keras.backend.backend() == "tensorflow":
+    RESUMABLE += ["checkpoint"]
 
 
 def build_model():
@@ -44,6 +45,12 @@ def keep(model, path):
     np.savez(path, *(v.numpy() for v in state))
 
 
+def checkpoint_of(model):
+    import tensorflow as tf
+
+    return tf.train.Checkpoint(model=model, optimizer=model.optimizer)
+
+
 def begin(folder):
     keras.utils.set_random_seed(0)
     model = build_model()
@@ -51,7 +58,8 @@ def begin(folder):
     train_an_epoch(model)
     model.save(folder / "model.keras")
     model.save_weights(folder / "model.weights.h5")
-    tf.train.Checkpoint(model=model, optimizer=model.optimizer).write(str(folder / "checkpoint"))
+    if "checkpoint" in RESUMABLE:
+        checkpoint_of(model).write(str(folder / "checkpoint"))
     train_an_epoch(model)
     train_an_epoch(model)
     keep(model, folder / "uninterrupted.npz")
@@ -66,8 +74,7 @@ def load(form, folder):
         model.load_weights(folder / "model.weights.h5")
     else:
         # Before the optimizer is built: its variables are restored when made.
-        checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
-        status = checkpoint.read(str(folder / "checkpoint"))
+        status = checkpoint_of(model).read(str(folder / "checkpoint"))
         model.optimizer.build(model.trainable_variables)
         status.assert_existing_objects_matched()
     return model

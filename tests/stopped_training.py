@@ -1,6 +1,6 @@
 """Trains on two replicas until the gradient of one is NaN, with a logger that stops then.
 
-Run by `test_callbacks.py`, as devices must be configured before TensorFlow starts.
+Run by `test_tensorflow.py`, as devices must be configured before TensorFlow starts.
 """
 
 import warnings

@@ -12,6 +12,7 @@ import re
 import keras
 import pytest
 import tensorflow as tf
+import torch
 from tensorflow.python.distribute.cross_device_ops import CollectiveAllReduce
 
 BACKEND = pathlib.Path(__file__).parents[1] / "keras_sngm" / "backend"
@@ -27,6 +28,7 @@ OF_KERAS = {
     "_model_variables_moving_average": "The averages of `use_ema` are not found.",
     "_overwrite_variables_directly_with_gradients": "float8 scales are updated as if weights.",
     "_track_variable": "Accumulated gradients are not saved.",
+    "_untrack_variable": "On JAX a recorder stays in the state of the optimizer for ever.",
     "_trainable_variables": "The variables the optimizer was built with are not found.",
 }
 OF_TENSORFLOW = {
@@ -55,6 +57,23 @@ OF_TENSORFLOW = {
 }
 
 
+OF_TORCH = {
+    "_foreach_add",
+    "_foreach_add_",
+    "_foreach_clamp_max",
+    "_foreach_clamp_min_",
+    "_foreach_copy_",
+    "_foreach_div",
+    "_foreach_div_",
+    "_foreach_lerp_",
+    "_foreach_mul",
+    "_foreach_mul_",
+    "_foreach_norm",
+    "_foreach_zero_",
+    "_fused_sgd_",
+}
+
+
 def built_optimizer():
     optimizer = keras.optimizers.SGD(use_ema=True, gradient_accumulation_steps=2)
     optimizer.build([keras.Variable([0.0])])
@@ -78,6 +97,15 @@ def test_a_strategy_still_has_its_reduction():
     )
 
 
+@pytest.mark.parametrize("name", sorted(OF_TORCH))
+def test_torch_still_has(name):
+    assert hasattr(torch, name), "Lists of tensors would have to be updated one by one."
+
+
+def test_a_tensor_still_knows_its_version():
+    assert torch.zeros(()).add_(1)._version == 1, "The host asks the device in every step."
+
+
 def nodes_of(kind):
     trees = [ast.parse(path.read_text()) for path in BACKEND.glob("*.py")]
     return [node for tree in trees for node in ast.walk(tree) if isinstance(node, kind)]
@@ -92,3 +120,9 @@ def test_no_hook_of_tensorflow_is_missing_here():
     private = [n for n in nodes_of(ast.ImportFrom) if n.module.startswith("tensorflow.")]
     imported = {(node.module, alias.name) for node in private for alias in node.names}
     assert imported == set(OF_TENSORFLOW)
+
+
+def test_no_hook_of_torch_is_missing_here():
+    attributes = [node for node in nodes_of(ast.Attribute) if isinstance(node.value, ast.Name)]
+    used = {n.attr for n in attributes if n.value.id == "torch" and n.attr.startswith("_")}
+    assert used == OF_TORCH

@@ -7,10 +7,9 @@ gradient is w - mean(x) and the covariance of a sample's gradient is that of x.
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from keras_sngm import SNGM
-from problems import values_of
+from problems import IN_GRAPH, stepping, tensors_of, values_of
 
 DEVIATIONS = np.array([3.0, 1.0, 0.5, 2.0, 1.5])
 GRADIENT = np.array([0.5, -1.0, 0.0, 0.3, 0.8])
@@ -39,17 +38,12 @@ def moments_of(sngm, gradients):
     """What is estimated after each update."""
     # Two variables: the noise scale is that of both together.
     variables = [keras.Variable(np.zeros(2)), keras.Variable(np.zeros(3))]
-    sngm.build(variables)
-
-    @tf.function(jit_compile=False)
-    def apply(gradient):
-        sngm.apply([gradient[:2], gradient[2:]], variables)
-
+    step = stepping(sngm, variables, IN_GRAPH)
     moments = []
     for update in gradients:
         for gradient in update:
-            apply(tf.constant(gradient, "float32"))
-        moments.append(sngm.noise_moments.numpy())
+            step([gradient[:2], gradient[2:]])
+        moments += values_of([sngm.noise_moments])
     return np.array(moments)
 
 
@@ -137,7 +131,7 @@ def test_training_is_not_changed():
     for sngm in (measuring, plain):
         variable = keras.Variable(np.zeros(5))
         for gradient in gradients_of_small_batches(5).reshape(-1, 5):
-            sngm.apply([tf.constant(gradient, "float32")], [variable])
+            sngm.apply(tensors_of([gradient], [variable]), [variable])
         results.append(variable.numpy())
     np.testing.assert_array_equal(*results)
 
@@ -172,7 +166,7 @@ def test_one_small_batch_is_refused():
     with pytest.raises(
         ValueError, match=r"needs several batches.*Received: noise_scale_batch_size=8.*1 replica"
     ):
-        sngm.apply([tf.ones(2)], [keras.Variable([1.0, 2.0])])
+        sngm.apply([keras.ops.ones(2)], [keras.Variable([1.0, 2.0])])
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.0, True, "8"])

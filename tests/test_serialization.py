@@ -5,7 +5,6 @@ import pickle
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from keras_sngm import SNGM
 from problems import random_arrays, random_gradients, train, values_of, variables_of
@@ -69,8 +68,8 @@ def model_with_exclusions(name):
 def means_after_a_step_of_decay(optimizer, model):
     variables = model.trainable_variables
     for v in variables:
-        v.assign(tf.ones_like(v))
-    optimizer.apply([tf.zeros(v.shape) for v in variables], variables)
+        v.assign(keras.ops.ones(v.shape))
+    optimizer.apply([keras.ops.zeros(v.shape) for v in variables], variables)
     return [float(np.mean(v.numpy())) for v in variables]
 
 
@@ -110,7 +109,7 @@ def test_a_saved_exclusion_that_fits_two_variables_is_refused():
     twin, _ = model_with_exclusions("same")
     variables = model.trainable_variables + twin.trainable_variables
     with pytest.raises(ValueError, match="'same/a/kernel'.* fits 2 of"):
-        restored.apply([tf.zeros(v.shape) for v in variables], variables)
+        restored.apply([keras.ops.zeros(v.shape) for v in variables], variables)
 
 
 @pytest.fixture(scope="module")

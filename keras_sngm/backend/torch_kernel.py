@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from keras_sngm.backend.torch_lists import scaled
+from keras_sngm.backend.torch_lists import converted, scaled
 from keras_sngm.backend.torch_norm import is_on_host
 from keras_sngm.update_rule import Coefficients, Normalization, Rule
 
@@ -70,9 +70,10 @@ def update(
 def _divided(
     gradients: Sequence[torch.Tensor], normalized: Normalization
 ) -> Sequence[torch.Tensor]:
-    dtype = gradients[0].dtype
-    # First what brings them into range. The divisor may not be in that of a float32.
-    directions = scaled(gradients, normalized.prescale.to(dtype))
+    own = gradients[0].dtype
+    # On the host a divisor may be out of the range of a float32.
+    dtype = normalized.divisor.dtype if is_on_host(gradients[0]) else own
+    directions = scaled(converted(gradients, dtype), normalized.prescale.to(dtype))
     divisor = normalized.divisor.to(dtype)
     torch._foreach_div_(directions, list(divisor.unbind()) if divisor.ndim else divisor)
-    return directions
+    return converted(directions, own)

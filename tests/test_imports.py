@@ -1,0 +1,20 @@
+"""What importing the package brings along."""
+
+from processes import run_python
+
+
+def test_only_the_backend_in_use_is_imported():
+    """Beyond what Keras imports by itself."""
+    run_python(
+        "-c",
+        """
+import sys
+import keras
+before = set(sys.modules)
+import keras_sngm
+others = {"tensorflow", "jax", "torch"} - {keras.backend.backend()}
+assert not {name.partition(".")[0] for name in set(sys.modules) - before} & others
+used = {name.rpartition(".")[2].partition("_")[0] for name in sys.modules if "sngm.backend." in name}
+assert not used & others
+""",
+    )

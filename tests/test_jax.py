@@ -1,0 +1,63 @@
+"""What there is on the JAX backend alone."""
+
+import jax
+import keras
+import numpy as np
+import pytest
+from jax.experimental import sparse
+
+from keras_sngm import SNGM
+from problems import (
+    assert_close,
+    random_arrays,
+    random_gradients,
+    tensors_of,
+    train,
+    values_of,
+    variables_of,
+)
+
+
+def dense_and_sparse_gradient():
+    """Of an embedding with 5 rows, one of which was looked up three times."""
+    rows = np.random.default_rng(0).standard_normal((4, 3)).astype("float32")
+    gradient = sparse.BCOO((rows, np.array([[2], [0], [2], [2]])), shape=(5, 3))
+    return gradient.todense(), gradient
+
+
+@pytest.mark.parametrize("in_graph", [False, True])
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}], ids=str)
+def test_sparse_gradients_train_like_dense_ones(options, in_graph):
+    """Duplicate rows are added before the norm is taken."""
+    trained = []
+    for gradient in dense_and_sparse_gradient():
+        table = keras.Variable(np.ones((5, 3)), dtype="float32")
+        optimizer = SNGM(**options)
+        optimizer.build([table])
+        step = jax.jit(optimizer.stateless_apply) if in_graph else optimizer.stateless_apply
+        state = [table.value], [v.value for v in optimizer.variables]
+        for _ in range(6):
+            state = step(state[1], [gradient], state[0])
+        trained.append(np.array(state[0][0]))
+    assert not np.array_equal(trained[0], np.ones((5, 3)))
+    np.testing.assert_allclose(*trained, rtol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2, "use_ema": True}])
+def test_stateless_steps_train_like_others_and_assign_to_no_variable(options):
+    gradients = random_gradients(steps=4)
+    expected = variables_of(random_arrays())
+    train(SNGM(**options), expected, gradients)
+
+    variables = variables_of(random_arrays())
+    optimizer = SNGM(**options)
+    optimizer.build(variables)
+    before = values_of([*variables, *optimizer.variables])
+    weights, own = ([v.value for v in of] for of in (variables, optimizer.variables))
+    for gradient in gradients:
+        weights, own = optimizer.stateless_apply(own, tensors_of(gradient, variables), weights)
+    for value, then in zip(values_of([*variables, *optimizer.variables]), before, strict=True):
+        np.testing.assert_array_equal(value, then)
+    for variable, value in zip([*variables, *optimizer.variables], [*weights, *own], strict=True):
+        variable.assign(value)
+    assert_close(variables, values_of(expected), 1e-6)

@@ -1,0 +1,65 @@
+"""What there is on the TensorFlow backend alone."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from keras_sngm import SNGM
+from keras_sngm.backend import tensorflow_step
+from problems import compare_with_reference
+from processes import TESTS, run_python
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"clipnorm": 1.5, "weight_decay": 0.5, "decoupled_weight_decay": False},
+        {"scale": 1e30},
+        {"blockwise": True},
+        {"blockwise": True, "scale": 1e30},
+    ],
+    ids=str,
+)
+def test_the_step_of_accelerators_agrees_with_the_reference(monkeypatch, options):
+    """There XLA gets the norm as well as the update. It runs on a CPU, too."""
+    monkeypatch.setattr(tensorflow_step, "is_accelerator", lambda device: True)
+    compare_with_reference("eager-xla", **options)
+
+
+def test_sparse_gradients_train_like_dense_ones():
+    """Duplicate rows are added before the norm is taken."""
+    indices = tf.constant([2, 0, 2, 2])
+    rows = tf.constant(np.random.default_rng(0).standard_normal((4, 3)), "float32")
+    sparse = tf.IndexedSlices(rows, indices, dense_shape=(5, 3))
+    trained = []
+    for gradient in (sparse, tf.convert_to_tensor(sparse)):
+        table = keras.Variable(np.ones((5, 3)), dtype="float32")
+        optimizer = SNGM()
+        for _ in range(5):
+            optimizer.apply([gradient], [table])
+        trained.append(table.numpy())
+    np.testing.assert_array_equal(*trained)
+
+
+def test_plain_tf_variables_can_be_trained():
+    variable = tf.Variable([1.0, 2.0])
+    optimizer = SNGM(0.5)
+    optimizer.apply_gradients([(tf.constant([3.0, 4.0]), variable)])
+    np.testing.assert_allclose(variable, [1.0 - 0.3, 2.0 - 0.4], rtol=1e-6)
+
+
+def test_a_trained_model_can_be_exported(tmp_path):
+    x = np.random.default_rng(0).standard_normal((48, 6)).astype("float32")
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(1)])
+    model.compile(optimizer=SNGM(), loss="mse")
+    model.fit(x, x[:, :1], batch_size=8, verbose=0)
+    model.export(tmp_path / "exported", verbose=False)
+    exported = tf.saved_model.load(tmp_path / "exported")
+    np.testing.assert_allclose(exported.serve(x), model(x), rtol=1e-6)
+    tf.saved_model.save(model, str(tmp_path / "saved"))
+
+
+def test_stopping_on_several_replicas():
+    run_python(TESTS / "stopped_training.py")

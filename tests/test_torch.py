@@ -1,0 +1,157 @@
+"""What only PyTorch has: its compiler, its accelerators, its way to several processes."""
+
+import pickle
+
+import keras
+import numpy as np
+import pytest
+import torch
+
+from keras_sngm import SNGM, GradientNormLogger
+from keras_sngm.backend import torch_kernel, torch_norm, torch_step
+from problems import (
+    assert_close,
+    compare_with_reference,
+    random_arrays,
+    random_gradients,
+    tensors_of,
+    train,
+    values_of,
+    variables_of,
+)
+from processes import TESTS, run_python
+
+X = np.random.default_rng(0).standard_normal((48, 6)).astype("float32")
+Y = np.tanh(X.sum(axis=1, keepdims=True))
+AVERAGED = {"use_ema": True, "ema_momentum": 0.8, "ema_overwrite_frequency": 7}
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """The step that never asks the host. It runs on a CPU, too."""
+    for module in (torch_kernel, torch_norm, torch_step):
+        monkeypatch.setattr(module, "is_on_host", lambda tensor: False)
+
+
+def fitted(optimizer, *callbacks, **compile_options):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(5), keras.layers.Dense(1)])
+    model.compile(optimizer, "mse", **compile_options)
+    model.fit(X, Y, 8, 2, shuffle=False, verbose=0, callbacks=list(callbacks))
+    return model
+
+
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"nesterov": True},
+        {"clipnorm": 1.5, "weight_decay": 0.5, "decoupled_weight_decay": False},
+        {"clipvalue": 0.5, "weight_decay": 0.5},
+        {"blockwise": True},
+        {"scale": 1e30},
+        {"scale": 1e-30},
+        {"dtypes": "float64", "rate": 0.125},
+    ],
+    ids=str,
+)
+def test_the_step_of_accelerators_agrees_with_the_reference(options):
+    compare_with_reference("eager", **options)
+
+
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize("options", [{}, AVERAGED, {**AVERAGED, "weight_decay": 0.1}], ids=str)
+def test_accelerators_skip_steps_to_the_bit(options):
+    variables = variables_of(random_arrays())
+    optimizer = SNGM(0.1, **options)
+    first, poisoned = random_gradients(steps=2)
+    train(optimizer, variables, [first])
+    poisoned[2][1, 1] = np.nan
+    before = values_of([*variables, *optimizer.variables[4:-1]])
+    train(optimizer, variables, [poisoned])
+    for now, then in zip(values_of([*variables, *optimizer.variables[4:-1]]), before):
+        assert now.tobytes() == then.tobytes()
+    assert int(optimizer.skipped_steps) == 1
+
+
+def test_gradients_stay_as_they_are_on_cpus():
+    variables = variables_of(random_arrays())
+    gradients = tensors_of(random_gradients(steps=1)[0], variables)
+    before = [gradient.clone() for gradient in gradients]
+    for options in ({}, {"nesterov": True}, {"momentum": 0.0}, {"clipvalue": 0.1}):
+        optimizer = SNGM(0.1, **options)
+        optimizer.build(variables)
+        optimizer.apply(gradients, variables)
+    for gradient, expected in zip(gradients, before):
+        assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize("size", [2**18, 2**18 + 1, 5_000_000])
+def test_norms_of_long_tensors_are_precise(size):
+    """PyTorch's own norm is off by 1e-4 here."""
+    tensor = torch.from_numpy(np.random.default_rng(0).standard_normal(size).astype("float32"))
+    squares, _ = torch_norm.squares_and_prescale([tensor, torch.ones(3)], blockwise=False)
+    expected = [tensor.double().square().sum().item(), 3.0]
+    np.testing.assert_allclose(squares, expected, rtol=1e-5)
+
+
+def test_sparse_gradients_train_like_dense_ones():
+    """Duplicate rows are added before the norm is taken."""
+    rows = torch.from_numpy(np.random.default_rng(0).standard_normal((4, 3)).astype("float32"))
+    sparse = torch.sparse_coo_tensor(torch.tensor([[2, 0, 2, 2]]), rows, (5, 3))
+    trained = []
+    for gradient in (sparse, sparse.to_dense()):
+        table = keras.Variable(np.ones((5, 3)), dtype="float32")
+        optimizer = SNGM()
+        for _ in range(5):
+            optimizer.apply([gradient], [table])
+        trained.append(table.numpy())
+    np.testing.assert_array_equal(*trained)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        SNGM,
+        lambda: SNGM(gradient_accumulation_steps=2, weight_decay=0.1, **AVERAGED),
+        lambda: keras.optimizers.SGD(0.05),
+    ],
+    ids=["SNGM", "SNGM, options", "SGD"],
+)
+def test_a_compiled_training_step_trains_the_same(make):
+    """And is logged the same."""
+    compiled, plain = fitted(make(), jit_compile=True), fitted(make())
+    assert_close(compiled.weights, values_of(plain.weights), 1e-5)
+    compiled.fit(X, Y, 8, shuffle=False, verbose=0, callbacks=[GradientNormLogger()])
+    plain.fit(X, Y, 8, shuffle=False, verbose=0, callbacks=[GradientNormLogger()])
+    for key, values in plain.history.history.items():
+        np.testing.assert_allclose(compiled.history.history[key], values, rtol=1e-5)
+    assert_close(compiled.weights, values_of(plain.weights), 1e-5)
+
+
+def test_the_host_is_asked_once():
+    """Not for the number of every step, unless somebody else has changed it."""
+    optimizer = SNGM(gradient_accumulation_steps=2)
+    variables = variables_of(random_arrays())
+    optimizer.build(variables)
+    asked = []
+    of = torch.Tensor.__int__
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "__int__", lambda self: asked.append(1) or of(self))
+        train(optimizer, variables, random_gradients(steps=6))
+        assert len(asked) == 1
+        optimizer._iterations.assign(1)
+        train(optimizer, variables, random_gradients(steps=1))
+        assert len(asked) == 2
+    assert int(optimizer.iterations) == 1
+
+
+def test_two_processes_train_like_one(tmp_path):
+    """In a loop of one's own, with DistributedDataParallel."""
+    run_python(TESTS / "torch_processes.py", tmp_path / "one", 1)
+    run_python(TESTS / "torch_processes.py", tmp_path / "two", 2)
+    one, two = (pickle.loads((tmp_path / name).read_bytes()) for name in ("one", "two"))
+    for value, expected in zip(two, one, strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
