@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 from keras_sngm import SNGM
+from problems import BACKEND
 
 BATCH, STEPS_PER_EPOCH, EPOCHS = 8, 6, 2
 LOG_EVERY, HISTOGRAM_EVERY = 2, 3
@@ -64,7 +65,7 @@ NOISE = {"noise_scale_batch_size": BATCH, "noise_scale_momentum": 0.9}
 WITHOUT_STRATEGY = ("0",)
 ALL = ("0", "1", "2", "2-in-replicas")
 # Those of the backend in use.
-STRATEGIES = ALL if keras.backend.backend() == "tensorflow" else WITHOUT_STRATEGY
+STRATEGIES = ALL if BACKEND == "tensorflow" else WITHOUT_STRATEGY
 
 CASES = {
     "SNGM": Case(sngm(), {}, strategies=ALL),
@@ -153,6 +154,8 @@ CASES = {
     "SGD, averaged": Case(sgd(use_ema=True, ema_momentum=0.9, clipnorm=0.1)),
     "Adam": Case(lambda: keras.optimizers.Adam(RATE)),
 }
+if BACKEND == "torch":  # where Keras compiles by `torch.compile`, not XLA
+    CASES = {name: case for name, case in CASES.items() if "jit_compile" not in case.compile}
 
 
 class Logged(NamedTuple):

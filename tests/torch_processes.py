@@ -1,6 +1,6 @@
 """Trains a model in N processes with DistributedDataParallel, and writes its weights.
 
-    python torch_processes.py OUTPUT N
+python torch_processes.py OUTPUT N
 """
 
 import pickle

@@ -214,6 +214,8 @@ class BackendOptimizer(WholeModelOptimizer):
     ) -> None:
         """From the total of the squares of all small batches, and the sum of their gradients."""
         meter = self._noise_meter()
+        if meter is None:
+            return
         if update_rule.changes_gradient(self._rule()):
             large = sum_of_squares(gradients) / meter.times**2
         else:

@@ -4,6 +4,7 @@ Its variables go in and out of the step as those of the optimizer do, which they
 while it is recorded.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -121,10 +122,9 @@ class Recorder(RecorderBase):
         )
         for ring, every, row in rarer:
             if every is not None:
-                due = self._active.value & (step % every == 0)
                 do_if(
-                    due,
-                    lambda ring=ring, row=row: _write(ring, step, row()),
+                    self._active.value & (step % every == 0),
+                    functools.partial(_write_computed, ring, step, row),
                     [ring.count, ring.rows],
                 )
 
@@ -162,6 +162,10 @@ def _write(ring: Ring, step: jax.Array, values: jax.Array) -> None:
     place = ring.count.value % ring.length
     ring.rows.assign(ring.rows.value.at[place].set(row_of(step, values)))
     ring.count.assign_add(1)
+
+
+def _write_computed(ring: Ring, step: jax.Array, row: Callable[[], jax.Array]) -> None:
+    _write(ring, step, row())
 
 
 def _details(change: Change, directions: Mapping[int, jax.Array]) -> jax.Array:

@@ -35,6 +35,10 @@ def do_if(
         action: what assigns to no other variables than these.
         variables: those that it may assign to.
     """
+    if not isinstance(condition, jax.core.Tracer):
+        if condition:
+            action()
+        return
     new = pure(action, variables)
 
     # A loop of at most one round. What a condition returns XLA would copy, whether it

@@ -26,7 +26,7 @@ from keras_sngm.measurements import Plan
 _SAVING = ("save_own_variables", "load_own_variables")
 
 
-def attach(model: keras.Model, plan: Plan) -> list[Recorder]:
+def attach(model: keras.Model, plan: Plan) -> list[Any]:
     """Record from the next training step on.
 
     Args:
@@ -57,7 +57,7 @@ def attach(model: keras.Model, plan: Plan) -> list[Recorder]:
     return recorders
 
 
-def detach(recorders: Sequence[Recorder]) -> None:
+def detach(recorders: Sequence[Any]) -> None:
     """Record no longer."""
     for recorder in recorders:
         optimizer = recorder.optimizer()
@@ -121,7 +121,7 @@ class _TrainFunction:
     """
 
     def __init__(self, model: keras.Model) -> None:
-        self._model = weakref.ref(model)
+        self._model: Callable[[], Any] = weakref.ref(model)
         self._function = model.train_function
         self._plans: tuple[Plan, ...] = ()
         self._guards = False

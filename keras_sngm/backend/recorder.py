@@ -5,7 +5,7 @@ Nothing here makes the host wait but what says so.
 """
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -79,7 +79,7 @@ class RecorderBase:
         guarded: Sequence[keras.Variable],
     ) -> None:
         self.plan = plan
-        self.optimizer = weakref.ref(optimizer)
+        self.optimizer: Callable[[], Any] = weakref.ref(optimizer)
         self.variables: list[keras.Variable] = list(optimizer._trainable_variables)
         self.has_momentum = bool(momentums)
         self.keeps_noise_scale = getattr(optimizer, "gradient_noise_scale", None) is not None
@@ -119,7 +119,7 @@ class RecorderBase:
         self._halted.assign(False)
         self._bad_step.assign(0)
         for variable, backup in zip(self._guarded, self._backups, strict=True):
-            backup.assign(variable)
+            backup.assign(keras.ops.copy(variable))
         return Progress(*(int(keras.ops.convert_to_numpy(ring.count)) for ring in self._rings))
 
     def end(self) -> None:
@@ -172,7 +172,7 @@ class RecorderBase:
     def restore(self) -> None:
         """Bring back the guarded variables as they were after the last step."""
         for variable, backup in zip(self._guarded, self._backups, strict=True):
-            variable.assign(backup)
+            variable.assign(keras.ops.copy(backup))
 
     def _row(self, measured: Measured) -> Tensor:
         """What is kept of every update."""

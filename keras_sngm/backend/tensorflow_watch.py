@@ -27,7 +27,7 @@ from keras_sngm.measurements import Plan
 _traced: weakref.WeakKeyDictionary[Any, list[Recorder]] = weakref.WeakKeyDictionary()
 
 
-def attach(model: keras.Model, plan: Plan) -> list[Recorder]:
+def attach(model: keras.Model, plan: Plan) -> list[Any]:
     """Record from the next training step on.
 
     The training function is made anew, and traced again by its next call, unless it
@@ -63,7 +63,7 @@ def attach(model: keras.Model, plan: Plan) -> list[Recorder]:
     return recorders
 
 
-def detach(recorders: Sequence[Recorder]) -> None:
+def detach(recorders: Sequence[Any]) -> None:
     """Record no longer."""
     for recorder in recorders:
         optimizer = recorder.optimizer()

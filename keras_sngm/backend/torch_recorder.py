@@ -44,6 +44,10 @@ class Recorder(RecorderBase):
         super().__init__(optimizer, plan, momentums, guarded)
         self._written = dict.fromkeys(self._rings, 0)
 
+    def latest_norm(self) -> Any:
+        """As NumPy has it, for Keras' progress bar takes no tensors of PyTorch."""
+        return keras.ops.convert_to_numpy(self._latest)
+
     def may_step(self) -> torch.Tensor | None:
         """Whether a step may be taken, `None` if there is no doubt."""
         if not self.plan.stops:
@@ -67,6 +71,8 @@ class Recorder(RecorderBase):
         self._write(self._updates, step, self._row(measured))
         self._latest.value.copy_(measured.norm)
         self._note_what_is_not_finite(step, measured)
+        if change is None:
+            return
         if _divides(self.plan.details_every, step):
             self._write(self._details, step, self._details_of(change))
         if _divides(self.plan.histogram_every, step):

@@ -20,7 +20,7 @@ from keras_sngm.backend.torch_recorder import Change, Recorder
 from keras_sngm.measurements import Plan
 
 
-def attach(model: keras.Model, plan: Plan) -> list[Recorder]:
+def attach(model: keras.Model, plan: Plan) -> list[Any]:
     """Record from the next training step on.
 
     Args:
@@ -46,7 +46,7 @@ def attach(model: keras.Model, plan: Plan) -> list[Recorder]:
     return recorders
 
 
-def detach(recorders: Sequence[Recorder]) -> None:
+def detach(recorders: Sequence[Any]) -> None:
     """Record no longer."""
     for recorder in recorders:
         optimizer = recorder.optimizer()
