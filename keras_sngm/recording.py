@@ -90,6 +90,9 @@ class Recording:
     def end_epoch(self) -> dict[str, float]:
         """What belongs into the logs of the epoch. Waits for the device."""
         self.wait()
+        if self._plan.stops and self.fault is not None:
+            # In every process, where there are several.
+            self._model.stop_training = True
         logs = self._values.of_epoch(self._updates, self._details)
         self._updates, self._details = [], []
         return logs
@@ -178,5 +181,5 @@ class Recording:
         bad = ~np.isfinite(np.concatenate(norms))
         paths = [path for path, is_bad in zip(self._values.paths, bad, strict=True) if is_bad]
         self.fault = Fault(step, paths)
-        if self._plan.stops:
+        if self._plan.stops and not self._recorders[0].one_of_several:
             self._model.stop_training = True

@@ -41,6 +41,9 @@ class SNGM(BackendOptimizer):
     momentum and moving averages stay as they are and `skipped_steps` goes up by
     one; `iterations`, and with it a learning rate schedule, goes on.
 
+    On PyTorch, where the weights are not on a CPU, a step overwrites the gradients that
+    it is given.
+
     Under a `tf.distribute` strategy the gradients of all replicas are added up
     before anything else is done with them, so that N replicas on shards of a
     batch train like one on the whole batch. Create the optimizer in the scope of
@@ -94,7 +97,9 @@ class SNGM(BackendOptimizer):
             pays: on CPUs float32 and float64 variables of up to 300,000 elements
             (16,384 with `use_ema`) are left to TensorFlow's kernel for momentum,
             which is as quick there and needs no compilation; with coupled weight
-            decay or `clipvalue` larger ones, too. Defaults to `"auto"`.
+            decay or `clipvalue` larger ones, too. Without effect on JAX, where the
+            update is always compiled, and on PyTorch, where it consists of fused
+            kernels. Defaults to `"auto"`.
         noise_scale_batch_size: Int or `None`. If set, the gradient noise scale is
             estimated, see `gradient_noise_scale`, from how the gradients of the small
             batches of an update differ: those of its replicas and micro-batches, of

@@ -58,35 +58,43 @@ class Witness(keras.callbacks.Callback):
         return [self.first_of(v).numpy() for v in variables]
 
 
+def endless_batches(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """One iterator for all epochs: TensorFlow takes long to delete one."""
+    while True:
+        for begin in range(0, len(x), BATCH):
+            yield x[begin : begin + BATCH], y[begin : begin + BATCH]
+
+
 class Place(NamedTuple):
     """Where to train.
 
     Attributes:
         scope: makes the context that a model is made in.
         first_of: gives what a variable is on the first replica.
+        batches: gives those that all replicas share, without end.
     """
 
     scope: Callable[[], Any] = contextlib.nullcontext
     first_of: Callable[[keras.Variable], Any] = lambda variable: variable
+    batches: Callable[[np.ndarray, np.ndarray], Any] = endless_batches
 
 
 def place(name: str) -> Place:
     replicas, _, cannot_be_left = name.partition("-")
     if replicas == "0":
         return Place()
+    import tensorflow as tf
+
     from replica_training import components, forbid_merge_call, make_strategy
 
     strategy = make_strategy(int(replicas))
     if cannot_be_left:
         forbid_merge_call()
-    return Place(strategy.scope, lambda variable: components(strategy, variable)[0])
-
-
-def endless_batches(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """One iterator for all epochs: TensorFlow takes long to delete one."""
-    while True:
-        for begin in range(0, len(x), BATCH):
-            yield x[begin : begin + BATCH], y[begin : begin + BATCH]
+    return Place(
+        strategy.scope,
+        lambda variable: components(strategy, variable)[0],
+        lambda *arrays: tf.data.Dataset.from_tensor_slices(arrays).batch(BATCH).repeat(),
+    )
 
 
 def train(where: Place, case: Case) -> Logged:
@@ -105,7 +113,7 @@ def train(where: Place, case: Case) -> Logged:
             histogram_every=HISTOGRAM_EVERY,
         )
         history = model.fit(
-            endless_batches(*case.data()),
+            where.batches(*case.data()),
             epochs=EPOCHS,
             steps_per_epoch=STEPS_PER_EPOCH,
             verbose=0,

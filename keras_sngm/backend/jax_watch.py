@@ -130,7 +130,12 @@ class _TrainFunction:
     def __call__(self, state: Any, iterator: Any) -> tuple[Any, Any]:
         model = self._model()
         recorders = _recorders_of(model.optimizer)
-        self._make_anew_if_needed(model, tuple(recorder.plan for recorder in recorders))
+        plans = tuple(recorder.plan for recorder in recorders)
+        if not self._fits(model, plans):
+            with _in_place(model, state):
+                self._make_anew(model)
+        self._length = len(model.optimizer.variables)
+        self._plans = plans or self._plans
         if not recorders:
             return self._function(state, iterator)
         ids = [id(variable) for variable in model.optimizer.variables]
@@ -144,16 +149,14 @@ class _TrainFunction:
             recorder.after_call(values)
         return logs, state
 
-    def _make_anew_if_needed(self, model: keras.Model, plans: tuple[Plan, ...]) -> None:
+    def _fits(self, model: keras.Model, plans: tuple[Plan, ...]) -> bool:
+        """Whether the function may be called with recorders of these plans."""
         guards = any(plan.stops for plan in plans)
-        length = len(model.optimizer.variables)
-        # Under a distribution the function is made for a state of one length.
-        fits = keras.distribution.distribution() is None or length == self._length
+        # Under a distribution it is made for a state of one length.
+        is_of_any_length = keras.distribution.distribution() is None
+        has_length = len(model.optimizer.variables) == self._length
         known = not plans or not self._plans or plans == self._plans
-        if not (fits and known and self._guards >= guards):
-            self._make_anew(model)
-        self._length = length
-        self._plans = plans or self._plans
+        return (is_of_any_length or has_length) and known and self._guards >= guards
 
     def _make_anew(self, model: keras.Model) -> None:
         step, is_own = model.train_step, "train_step" in vars(model)
@@ -167,6 +170,30 @@ class _TrainFunction:
                 del model.train_step
         self._function, model.train_function = model.train_function, self
         self._guards = True
+
+
+@contextlib.contextmanager
+def _in_place(model: keras.Model, state: Any) -> Iterator[None]:
+    """Gives variables the values that Keras has taken away from them while it trains."""
+    groups = (
+        model.trainable_variables,
+        model.non_trainable_variables,
+        model.optimizer.variables,
+        model.metrics_variables,
+    )
+    taken = [
+        (variable, value)
+        for variables, values in zip(groups, state, strict=True)
+        for variable, value in zip(variables, values, strict=True)
+        if variable._value is None
+    ]
+    for variable, value in taken:
+        variable._value = value
+    try:
+        yield
+    finally:
+        for variable, _ in taken:
+            variable._value = None
 
 
 def _guarded_step(

@@ -119,6 +119,7 @@ class RecorderBase:
         self._halted.assign(False)
         self._bad_step.assign(0)
         for variable, backup in zip(self._guarded, self._backups, strict=True):
+            # A copy: JAX could not take away the same array twice.
             backup.assign(keras.ops.copy(variable))
         return Progress(*(int(keras.ops.convert_to_numpy(ring.count)) for ring in self._rings))
 
@@ -126,6 +127,11 @@ class RecorderBase:
         """Do no more than a graph that is traced already has to."""
         self._active.assign(False)
         self._halted.assign(False)
+
+    @property
+    def one_of_several(self) -> bool:
+        """Whether other processes take part in each step, so that all must take the same ones."""
+        return False
 
     def hold(self, updates: int) -> None:
         """Let a halt last for so many updates more.

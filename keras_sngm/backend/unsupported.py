@@ -1,4 +1,4 @@
-"""Stands in on Keras backends that have no step yet, so that importing works."""
+"""Stands in on Keras backends that have no step, so that importing works."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +26,7 @@ def detach(recorders: Sequence[Any]) -> None:
 
 def _not_yet(name: str) -> NotImplementedError:
     return NotImplementedError(
-        f"`{name}` runs on the TensorFlow backend of Keras. "
+        f"`{name}` runs on the TensorFlow, JAX and PyTorch backends of Keras. "
         f"Received: keras.backend.backend()={keras.backend.backend()!r}. "
-        "Set the environment variable KERAS_BACKEND=tensorflow before importing keras."
+        "Set the environment variable KERAS_BACKEND before importing keras."
     )
