@@ -31,7 +31,7 @@ ONLY_ON = {
         "test_study_page.py",
         "test_tensorflow.py",
     ],
-    "jax": ["test_jax.py"],
+    "jax": ["jax_training.py", "test_jax.py", "test_jax_distribution.py"],
     "torch": ["test_float64.py", "test_torch.py"],
 }
 

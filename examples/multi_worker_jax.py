@@ -1,0 +1,219 @@
+r"""Trains one network with SNGM on several machines with `fit`, on Keras' JAX backend.
+
+Two processes on the CPU of this machine:
+
+    KERAS_BACKEND=jax python examples/multi_worker_jax.py
+
+For several machines start the program once on each, with the same arguments and with what
+`keras.distribution.initialize` reads from the environment: the address of the first, how
+many there are, and which one this is.
+
+    export KERAS_DISTRIBUTION_JOB_ADDRESSES=10.0.0.1:1234
+    export KERAS_DISTRIBUTION_NUM_PROCESSES=2
+    export KERAS_DISTRIBUTION_PROCESS_ID=0
+    KERAS_BACKEND=jax python examples/multi_worker_jax.py
+
+Since all processes together take the same batches as one would alone, their number changes
+only the rounding of the result. For that every process hands `fit` the same
+`tf.data.Dataset` of whole batches, from which Keras takes this process' part, and the same
+callbacks.
+
+When a process dies, the others end too, or can be ended. Then start all of them again with
+the same arguments: they go on from the end of the last epoch in `--output`, and end where
+they would have ended undisturbed. A job that reaches its end removes its checkpoint.
+"""
+
+import argparse
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+from tqdm import tqdm
+
+import data
+import models
+from arguments import with_defaults
+from keras_sngm import SNGM, GradientNormLogger
+from progress import Advance
+
+LEARNING_RATE = 0.5
+WEIGHT_DECAY = 1e-4
+DECAY_POWER = 1.1
+SEED = 0
+CHECKPOINT = "checkpoint.weights.h5"
+
+
+class Checkpoint(keras.callbacks.Callback):
+    """Keeps weights and optimizer as they are after each epoch but the last.
+
+    `BackupAndRestore` would read the files of this process, which may be an epoch behind
+    those of others when it died. All must go on from the same ones.
+    """
+
+    def __init__(self, path: pathlib.Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        if epoch + 1 < self.params["epochs"]:
+            partial = self.path.with_name(f"partial-{self.path.name}")
+            self.model.save_weights(partial)
+            partial.replace(self.path)
+
+
+def compiled_model(task: data.Task, steps: int) -> keras.Model:
+    """With all variables in place, as loading a checkpoint needs them."""
+    schedule = keras.optimizers.schedules.PolynomialDecay(
+        LEARNING_RATE, steps, end_learning_rate=0.0, power=DECAY_POWER
+    )
+    model = models.for_input(task.input_shape, task.classes)
+    model.compile(
+        optimizer=SNGM(schedule, weight_decay=WEIGHT_DECAY, decoupled_weight_decay=False),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+def batches(train: tf.data.Dataset, batch_size: int, epochs: range) -> tf.data.Dataset:
+    """Of all processes together. The samples' order follows from the epoch's number."""
+    size = int(train.cardinality())
+    x, y = next(iter(train.batch(size)))
+
+    def order(epoch: tf.Tensor) -> tf.data.Dataset:
+        shuffled = tf.random.experimental.stateless_shuffle(tf.range(size), (SEED, epoch))
+        return tf.data.Dataset.from_tensor_slices(shuffled[: size - size % batch_size])
+
+    picked = tf.data.Dataset.range(epochs.start, epochs.stop).flat_map(order)
+    return picked.batch(batch_size, drop_remainder=True).map(
+        lambda i: (tf.gather(x, i), tf.gather(y, i))
+    )
+
+
+def train(
+    model: keras.Model,
+    task: data.Task,
+    steps: int,
+    arguments: argparse.Namespace,
+    folder: pathlib.Path,
+    reports: bool,
+) -> None:
+    """Goes on from the first process' last checkpoint, if there is one."""
+    last = arguments.output / CHECKPOINT
+    if last.exists():
+        model.load_weights(last)
+    done = int(model.optimizer.iterations) // steps
+    if done:
+        print(f"Resumed after epoch {done}", flush=True)
+
+    with tqdm(total=arguments.epochs, initial=done, unit="epoch", disable=not reports) as bar:
+        model.fit(
+            batches(task.train, arguments.batch_size, range(done, arguments.epochs)),
+            initial_epoch=done,
+            epochs=arguments.epochs,
+            steps_per_epoch=steps,
+            shuffle=False,
+            verbose=0,
+            callbacks=[
+                GradientNormLogger(filename=folder / "norms.csv", append=True),
+                Checkpoint(folder / CHECKPOINT),
+                Advance(bar),
+            ],
+        )
+
+
+def on_this_machine(processes: int, argv: Sequence[str]) -> int:
+    """Run this program so many times on the CPU; returns 0 if all of them reached the end."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    shared = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "KERAS_DISTRIBUTION_JOB_ADDRESSES": address,
+        "KERAS_DISTRIBUTION_NUM_PROCESSES": str(processes),
+    }
+    running = [
+        subprocess.Popen(
+            [sys.executable, __file__, *argv],
+            env={**shared, "KERAS_DISTRIBUTION_PROCESS_ID": str(i)},
+        )
+        for i in range(processes)
+    ]
+    return int(any(process.wait() for process in running))
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="little data, two epochs")
+    parser.add_argument(
+        "--batch-size", type=int, help="of all processes together, default 1000 (quick: 100)"
+    )
+    parser.add_argument("--epochs", type=int, help="default 60 (quick: 2)")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=2,
+        help="how many to start, unless the environment says that this is one of several",
+    )
+    parser.add_argument(
+        "--output",
+        type=pathlib.Path,
+        default=pathlib.Path("results/multi_worker_jax"),
+        help="a folder that all processes can read",
+    )
+    if keras.backend.backend() != "jax":
+        parser.error("set KERAS_BACKEND=jax in the environment")
+    return with_defaults(
+        parser.parse_args(argv),
+        usual={"batch_size": 1000, "epochs": 60},
+        quick={"batch_size": 100, "epochs": 2},
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parse(argv)
+    if "KERAS_DISTRIBUTION_NUM_PROCESSES" not in os.environ:
+        data.load("mnist1d", arguments.quick)  # once, before all processes read it
+        sys.exit(on_this_machine(arguments.processes, argv))
+
+    # Comes first: once JAX has made an array, it cannot join other processes.
+    keras.distribution.initialize()
+    # TensorFlow only reads the data, and would take the memory of GPUs that JAX needs.
+    tf.config.set_visible_devices([], "GPU")
+    task = data.load("mnist1d", arguments.quick)
+    keras.utils.set_random_seed(SEED)  # after `load`, which seeds NumPy when it makes the data
+    keras.distribution.set_distribution(keras.distribution.DataParallel())
+    steps = int(task.train.cardinality()) // arguments.batch_size
+    model = compiled_model(task, arguments.epochs * steps)
+
+    reports = os.environ["KERAS_DISTRIBUTION_PROCESS_ID"] == "0"
+    # All processes must take part in saving, as Keras makes variables on the way. But
+    # one alone may write a file.
+    with tempfile.TemporaryDirectory() as discarded:
+        folder = arguments.output if reports else pathlib.Path(discarded)
+        folder.mkdir(parents=True, exist_ok=True)
+        train(model, task, steps, arguments, folder, reports)
+        model.save(folder / "model.keras")
+    if reports:
+        (folder / CHECKPOINT).unlink(missing_ok=True)
+        # Outside the distribution, where the other processes are not needed.
+        keras.distribution.set_distribution(None)
+        trained = keras.saving.load_model(folder / "model.keras")
+        _, accuracy = trained.evaluate(task.test.batch(1_000), verbose=0)
+        print(f"Test accuracy {100 * accuracy:.1f} %\nWrote {folder / 'model.keras'}")
+
+
+if __name__ == "__main__":
+    main()
