@@ -148,7 +148,8 @@ def on_this_machine(processes: int, argv: Sequence[str]) -> int:
         )
         for i in range(processes)
     ]
-    return int(any(process.wait() for process in running))
+    codes = [process.wait() for process in running]
+    return int(any(codes))
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
