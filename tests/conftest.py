@@ -31,7 +31,13 @@ ONLY_ON = {
         "test_study_page.py",
         "test_tensorflow.py",
     ],
-    "jax": ["jax_training.py", "test_jax.py", "test_jax_distribution.py"],
+    "jax": [
+        "dying_jax_process.py",
+        "jax_training.py",
+        "test_jax.py",
+        "test_jax_distribution.py",
+        "test_jax_multi_worker.py",
+    ],
     "torch": ["test_float64.py", "test_torch.py"],
 }
 

@@ -1,15 +1,9 @@
 """Several workers learn what one would, even if one of them dies on the way."""
 
-import contextlib
 import itertools
 import json
 import signal
-import socket
-import subprocess
-import sys
-import time
 import types
-from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -17,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 import multi_worker
-from processes import TESTS, importing_project
+from processes import TESTS, free_ports, run_together
 
 WORKER = TESTS.parent / "examples" / "multi_worker.py"
 DYING_WORKER = TESTS / "dying_worker.py"
@@ -25,34 +19,19 @@ DYING_WORKER = TESTS / "dying_worker.py"
 # steps would blow up the rounding errors in which the runs do differ.
 STEPS, CHECKPOINT = 12, 5
 ARGUMENTS = ["--quick", "--epochs", "3", "--checkpoint-every", str(CHECKPOINT)]
-TIMEOUT = 240
-
-
-class Ended(NamedTuple):
-    status: int
-    printed: str
 
 
 def run_job(programs, output, keras_home):
     """Run one worker per program until all have ended; returns how they did."""
-    logs = [output.with_suffix(f".{i}.log") for i in range(len(programs))]
-    with contextlib.ExitStack() as cleanup:
-        processes = []
-        for program, log, config in zip(programs, logs, tf_configs(len(programs)), strict=True):
-            process = subprocess.Popen(
-                [sys.executable, program, *ARGUMENTS, "--output", output],
-                env=importing_project(
-                    TF_CONFIG=config, KERAS_HOME=str(keras_home), TMPDIR=str(output.parent)
-                ),
-                stdout=cleanup.enter_context(log.open("w")),
-                stderr=subprocess.STDOUT,
-            )
-            cleanup.callback(process.wait)
-            cleanup.callback(process.kill)
-            processes.append(process)
-        deadline = time.monotonic() + TIMEOUT
-        statuses = [process.wait(deadline - time.monotonic()) for process in processes]
-    return [Ended(status, log.read_text()) for status, log in zip(statuses, logs, strict=True)]
+    arguments = [*ARGUMENTS, "--output", output]
+    environment = {"KERAS_HOME": str(keras_home), "TMPDIR": str(output.parent)}
+    configs = tf_configs(len(programs))
+    return run_together(
+        [
+            ([program, *arguments], {**environment, "TF_CONFIG": config})
+            for program, config in zip(programs, configs, strict=True)
+        ]
+    )
 
 
 def tf_configs(workers):
@@ -64,14 +43,6 @@ def tf_configs(workers):
         json.dumps({"cluster": cluster, "task": {"type": "worker", "index": i}})
         for i in range(workers)
     ]
-
-
-def free_ports(count):
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("localhost", 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 def state_of(output):
