@@ -1,10 +1,12 @@
-"""How fast all cores together stream through memory."""
+"""How fast all cores together, or the accelerator, stream through memory."""
 
 import importlib.util
+from collections.abc import Callable
 from typing import NamedTuple
 
-import tensorflow as tf
+import keras
 
+import modes
 from timing import best
 
 FLOATS = 1 << 26
@@ -17,12 +19,19 @@ class Bandwidth(NamedTuple):
 
 
 def measured(calls: int = 10) -> Bandwidth:
-    """The best of several libraries, for none is the fastest everywhere."""
-    candidates = {"TensorFlow, XLA": _xla, "TensorFlow, momentum kernel": _momentum_kernel}
-    for library, name, candidate in (("jax", "JAX", _jax), ("torch", "PyTorch", _torch)):
-        if importlib.util.find_spec(library):
-            candidates[name] = candidate
-    return max(Bandwidth(candidate(calls), name) for name, candidate in candidates.items())
+    """The best of several libraries, for none is the fastest everywhere.
+
+    On an accelerator, which other libraries may not be built for, of the one in use.
+    """
+    if modes.accelerator():
+        libraries = [keras.backend.backend()]
+    else:
+        libraries = [library for library in _CANDIDATES if importlib.util.find_spec(library)]
+    return max(
+        Bandwidth(candidate(calls), name)
+        for library in libraries
+        for name, candidate in _CANDIDATES[library].items()
+    )
 
 
 def _rate(arrays: int, seconds: float) -> float:
@@ -30,6 +39,8 @@ def _rate(arrays: int, seconds: float) -> float:
 
 
 def _xla(calls: int) -> float:
+    import tensorflow as tf
+
     w, u = (tf.Variable(tf.ones(FLOATS)) for _ in range(2))
 
     @tf.function(jit_compile=True, autograph=False)
@@ -40,6 +51,8 @@ def _xla(calls: int) -> float:
 
 
 def _momentum_kernel(calls: int) -> float:
+    import tensorflow as tf
+
     w, u, g = (tf.Variable(tf.ones(FLOATS)) for _ in range(3))
 
     @tf.function(autograph=False)
@@ -67,5 +80,15 @@ def _jax(calls: int) -> float:
 def _torch(calls: int) -> float:
     import torch
 
-    w, u = (torch.ones(FLOATS) for _ in range(2))
-    return _rate(3, best(lambda: w.add_(u, alpha=-0.01), calls))
+    from steps_torch import finished
+
+    device = torch.device("cuda" if modes.accelerator() else "cpu")
+    w, u = (torch.ones(FLOATS, device=device) for _ in range(2))
+    return _rate(3, best(finished(lambda: w.add_(u, alpha=-0.01), device), calls))
+
+
+_CANDIDATES: dict[str, dict[str, Callable[[int], float]]] = {
+    "tensorflow": {"TensorFlow, XLA": _xla, "TensorFlow, momentum kernel": _momentum_kernel},
+    "jax": {"JAX": _jax},
+    "torch": {"PyTorch": _torch},
+}

@@ -8,7 +8,6 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import bandwidth
-from contestants import Gradients
 from memory import peak_of
 from modes import function_step, samplers
 from shapes import Shape, parameters
@@ -39,8 +38,12 @@ def step_times(
         "times_ms": {name: quartiles_ms(values) for name, values in samples.items()},
         "samples": {name: len(values) for name, values in samples.items()},
     }
-    if {"SNGM", "SGD"} <= set(samples):
-        result["sgd_over_sngm"] = paired_ratio(samples["SGD"], samples["SNGM"])
+    if "SNGM" in samples:
+        result["over_sngm"] = {
+            name: paired_ratio(values, samples["SNGM"])
+            for name, values in samples.items()
+            if name != "SNGM"
+        }
     return result
 
 
@@ -56,7 +59,7 @@ def memory_limit(shapes: Sequence[Shape]) -> dict[str, Any]:
 
 def step_costs(shapes: Sequence[Shape], name: str) -> dict[str, float | None]:
     """What the first step of a built optimizer costs, and the memory of a later one."""
-    step = function_step(name, Gradients(shapes))
+    step = function_step(name, shapes)
     begin = time.perf_counter()
     first_peak = peak_of(step)
     first_seconds = time.perf_counter() - begin

@@ -1,35 +1,19 @@
-"""The ways in which a program may take the step of an optimizer."""
+"""The ways in which a program may take the step of an optimizer, on the backend in use."""
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+import importlib
+from collections.abc import Sequence
 
 import keras
-import tensorflow as tf
 
-from contestants import (
-    KERAS,
-    OTHERS,
-    SNGM_COMPILATIONS,
-    Gradients,
-    Step,
-    missing,
-    weights,
-)
-from fitting import fit_sampler
+from contestants import Step, missing
 from shapes import Shape
-from timing import Sampler, stopwatch
+from timing import Sampler
 
-MICRO_BATCHES = 4
-STEPS_OF_A_FIT = 5
+_here = importlib.import_module(f"modes_{keras.backend.backend()}")
 
-CONTESTANTS: dict[str, tuple[str, ...]] = {
-    "eager": ("SNGM", "SGD", "SGD, clipped", "Adam", "PyTorch"),
-    "function": (*KERAS, *OTHERS),
-    "fit": ("SNGM", "SGD", "SGD, clipped", "Adam"),
-    "mirrored": ("SNGM", "SGD", "SGD, clipped", "Adam"),
-    "accumulate": ("SNGM", "SGD"),
-}
+CONTESTANTS: dict[str, tuple[str, ...]] = _here.CONTESTANTS
+COSTS_OF: tuple[str, ...] = _here.COSTS_OF
+"""Whose first step is measured."""
 
 
 def samplers(
@@ -37,107 +21,15 @@ def samplers(
 ) -> dict[str, Sampler]:
     """All contestants of a mode, or those named, on the same gradients."""
     names = [name for name in names or CONTESTANTS[mode] if name not in missing()]
-    if mode == "mirrored":
-        _split_cpu()
-    gradients = Gradients(shapes)
-    return {name: _sampler(mode, name, gradients) for name in names}
+    gradients = _here.gradients(mode, shapes)
+    return {name: _here.sampler(mode, name, gradients) for name in names}
 
 
-def _sampler(mode: str, name: str, gradients: Gradients) -> Sampler:
-    if name in OTHERS:
-        return stopwatch(OTHERS[name](gradients))
-    return _KERAS[mode](name, gradients)
+def function_step(name: str, shapes: Sequence[Shape]) -> Step:
+    """The step of a built optimizer as it is a part of Keras' training function."""
+    return _here.function_step(name, _here.gradients("function", shapes))
 
 
-def function_step(name: str, gradients: Gradients) -> Step:
-    """As in a training function: a built optimizer, called while a graph is traced."""
-    return _in_graph((KERAS | SNGM_COMPILATIONS)[name](), gradients)
-
-
-def _in_graph(optimizer: keras.optimizers.Optimizer, gradients: Gradients) -> Step:
-    variables = weights(gradients.shapes)
-    optimizer.build(variables)
-
-    def step() -> None:
-        optimizer.apply(gradients.tensors(), variables)
-
-    return _traced(step)
-
-
-def _traced(step: Step) -> Step:
-    # A partial, for TensorFlow warns of many traces of one piece of code.
-    return tf.function(partial(step), autograph=False)
-
-
-def _eager(name: str, gradients: Gradients) -> Sampler:
-    variables = weights(gradients.shapes)
-    tensors = gradients.tensors()
-    optimizer = KERAS[name]()
-    optimizer.build(variables)
-    return stopwatch(lambda: optimizer.apply(tensors, variables))
-
-
-def _function(name: str, gradients: Gradients) -> Sampler:
-    return stopwatch(function_step(name, gradients))
-
-
-def _accumulate(name: str, gradients: Gradients) -> Sampler:
-    """Time per micro-batch."""
-    step = _in_graph(KERAS[name](gradient_accumulation_steps=MICRO_BATCHES), gradients)
-
-    def update() -> None:
-        for _ in range(MICRO_BATCHES):
-            step()
-
-    return stopwatch(update, steps=MICRO_BATCHES)
-
-
-def _mirrored(name: str, gradients: Gradients) -> Sampler:
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-    with strategy.scope():
-        variables = weights(gradients.shapes)
-        optimizer = KERAS[name]()
-        optimizer.build(variables)
-
-    def replica_step() -> None:
-        # Each replica has tensors of its own, as if it had computed them.
-        optimizer.apply([tf.identity(g) for g in gradients.tensors()], variables)
-
-    return stopwatch(_traced(lambda: strategy.run(replica_step)))
-
-
-def _split_cpu() -> None:
-    """Two devices in place of one, as long as TensorFlow has not used it yet."""
-    tf.config.set_logical_device_configuration(
-        tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
-    )
-
-
-class _OptimizerAlone(keras.Model):
-    """A model whose training step has neither a forward nor a backward pass."""
-
-    def __init__(self, gradients: Gradients) -> None:
-        super().__init__()
-        for shape in gradients.shapes:
-            self.add_weight(shape=shape, initializer="ones")
-        self.gradients = gradients
-        self.built = True
-
-    def train_step(self, data: Any) -> dict[str, tf.Tensor]:
-        self.optimizer.apply(self.gradients.tensors(), self.trainable_variables)
-        return {"loss": tf.constant(0.0)}
-
-
-def _fit(name: str, gradients: Gradients) -> Sampler:
-    model = _OptimizerAlone(gradients)
-    model.compile(optimizer=KERAS[name](), jit_compile=True)
-    return fit_sampler(model, tf.constant([0.0]), STEPS_OF_A_FIT)
-
-
-_KERAS: dict[str, Callable[[str, Gradients], Sampler]] = {
-    "eager": _eager,
-    "function": _function,
-    "fit": _fit,
-    "mirrored": _mirrored,
-    "accumulate": _accumulate,
-}
+def accelerator() -> str | None:
+    """The name of the device that steps run on, None for CPUs."""
+    return _here.accelerator()

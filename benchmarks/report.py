@@ -20,6 +20,8 @@ BARS = {
     "PyTorch": "tab:red",
     "Optax": "tab:purple",
 }
+RIVALS = ("SGD", "Optax", "PyTorch")
+"""Compared with SNGM round by round."""
 LIMIT = "memory bandwidth"
 
 _SUMMARY = {
@@ -46,7 +48,10 @@ _LEAST_LIMIT_MS = 1.0
 def print_tables(results: dict[str, Any]) -> None:
     machine = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    print(f"\n{machine['processor']}, {machine['cores']} cores\n{versions}")
+    print(f"\n{machine['processor']}, {machine['cores']} cores")
+    if machine.get("accelerator"):
+        print(machine["accelerator"])
+    print(versions)
     if "function" in _modes(results):
         print("\nMedians, as multiples of SNGM's\n")
         print_rows(summary(results))
@@ -98,13 +103,15 @@ def print_mode(results: dict[str, Any], mode: str) -> None:
     measured = {model: modes[mode] for model, modes in results["steps"].items() if modes.get(mode)}
     names = list(dict.fromkeys(name for m in measured.values() for name in m["times_ms"]))
     print(f"\nMode `{mode}`, ms per step: median (quartiles)\n")
-    print_header("model", *names, "SGD/SNGM in a round", LIMIT, "SNGM/limit")
+    paired = [name for name in RIVALS if any(name in m["over_sngm"] for m in measured.values())]
+    ratios = [f"{name} / SNGM in a round" for name in paired]
+    print_header("model", *names, *ratios, LIMIT, "SNGM/limit")
     for model, m in measured.items():
         limit = _limit(results, model, mode)
         print_row(
             model,
             *(spread(m["times_ms"].get(name)) for name in names),
-            spread(m.get("sgd_over_sngm")),
+            *(spread(m["over_sngm"].get(name)) for name in paired),
             number(limit),
             number(m["times_ms"]["SNGM"][1] / limit if limit else None),
         )
@@ -210,7 +217,7 @@ def _draw_models(ax: Axes, steps: dict[str, Any]) -> None:
     ax.set_xticks(range(len(measured)), [_model_label(*item) for item in measured.items()])
     ax.margins(y=0.25)  # room for the legend
     ax.set_ylabel("time of a step, Keras SGD = 1")
-    ax.set_title("The step alone, in a `tf.function`")
+    ax.set_title("The step alone, in a training function")
     ax.legend(fontsize="small", ncols=5, loc="upper center")
 
 

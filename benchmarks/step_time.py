@@ -1,12 +1,15 @@
 """Times the step of SNGM against other optimizers, with random gradients.
 
-Whatever is compared is interleaved in one process, but for PyTorch; every model and
-mode has a process of its own.
+Whatever is compared is interleaved in one process, but for PyTorch beside TensorFlow; every
+model and mode has a process of its own.
 
     python benchmarks/step_time.py                    everything, about an hour
     python benchmarks/step_time.py --quick            a smoke run
     python benchmarks/step_time.py --models resnet50 --modes eager function
     python benchmarks/step_time.py --report           tables and picture once more
+    KERAS_BACKEND=jax python benchmarks/step_time.py  with JAX, or torch
+
+Each backend has a file of results, and one more for steps on an accelerator.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import keras
 from tqdm import tqdm
 
 import commandline
@@ -23,11 +27,10 @@ import memory
 import report
 from contestants import missing
 from jobs import alone, step_costs, step_times
-from modes import CONTESTANTS
+from modes import CONTESTANTS, COSTS_OF, accelerator
 from shapes import MODELS, TABLE, Shape, even, parameters
 from timing import machine
 
-COSTS_OF = ("SNGM", "SNGM, jit_compile=True", "SNGM, jit_compile=False", "SGD")
 GROWING = ("SNGM", "SGD")
 
 
@@ -54,8 +57,10 @@ def step_jobs(results: dict[str, Any], arguments: argparse.Namespace) -> list[Jo
 
 
 def model_times(model: str, mode: str, seconds: float) -> dict[str, Any]:
-    """Interleaved, but for PyTorch, whose waiting threads would take a core from the next."""
-    apart = {"PyTorch"} & set(CONTESTANTS[mode]) - set(missing())
+    """Interleaved, but for PyTorch, whose waiting threads would take a core from others."""
+    apart: set[str] = set()
+    if keras.backend.backend() != "torch":
+        apart = {"PyTorch"} & set(CONTESTANTS[mode]) - set(missing())
     others = [name for name in CONTESTANTS[mode] if name not in apart]
     result = alone(step_times, mode, MODELS[model], seconds, others)
     for name in apart:
@@ -131,17 +136,24 @@ def _fits(shapes: Sequence[Shape], arrays: int) -> bool:
     return 4 * arrays * parameters(shapes) < memory.available()
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Adds to what was measured before; writes after every job, for a run takes long."""
+def run(arguments: argparse.Namespace) -> pathlib.Path:
+    """Adds to what was measured before; writes after every job, for a run takes long.
+
+    Returns:
+        The file with the results.
+    """
     results: dict[str, Any] = {
         "steps": {},
         "costs": {},
         "growth": {"parameters": [], "variables": []},
         "table": {},
     }
-    if (arguments.output / "step_time.json").exists():
-        results = json.loads((arguments.output / "step_time.json").read_text())
-    results["machine"] = machine()
+    # Asked for in another process, as this one must leave the accelerator's memory alone.
+    device = alone(accelerator)
+    path = arguments.output / f"{_stem()}{'_accelerator' if device else ''}.json"
+    if path.exists():
+        results = json.loads(path.read_text())
+    results["machine"] = {**machine(), "accelerator": device}
     jobs = step_jobs(results, arguments) + growth_jobs(results, arguments)
     if arguments.costs:
         jobs += cost_jobs(results, arguments)
@@ -161,13 +173,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 if result is None:
                     tqdm.write(f"{job.title}: left out, too little memory")
             job.store(result)
-            write(results, arguments.output)
-    return results
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(results, indent=1) + "\n")
+    return path
 
 
-def write(results: dict[str, Any], output: pathlib.Path) -> None:
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "step_time.json").write_text(json.dumps(results, indent=1) + "\n")
+def _stem() -> str:
+    """What the names of this backend's files begin with."""
+    return f"step_time_{keras.backend.backend()}"
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -216,11 +229,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     if arguments.report:
-        results = json.loads((arguments.output / "step_time.json").read_text())
+        paths = sorted(arguments.output.glob(f"{_stem()}*.json"))
     else:
-        results = run(arguments)
-    report.print_tables(results)
-    report.draw(results, arguments.output / "step_time.png")
+        paths = [run(arguments)]
+    for path in paths:
+        results = json.loads(path.read_text())
+        report.print_tables(results)
+        report.draw(results, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -9,10 +9,12 @@ sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 # Files for some backends alone. All others run on every backend.
 ONLY_ON = {
     "tensorflow": [
+        "backend_training.py",
         "dying_worker.py",
         "killed_training.py",
         "replica_training.py",
         "stopped_training.py",
+        "test_backends.py",
         "test_baselines.py",
         "test_benchmarks.py",
         "test_compilation.py",

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from processes import TESTS, run_python
 from replica_options import FAULTS, OPTIONS, Option, Outcome
 
+TESTS_OF_COLUMNS = ("test_distribution", "test_jax_distribution", "test_backends")
 NOT_OFFERED = {"decoupled_weight_decay", "noise_scale_batch_size"}
 
 
@@ -31,7 +32,8 @@ def main() -> None:
 
 def row(name: str, sgd: str) -> str:
     sngm = "step skipped" if name in FAULTS else "same"
-    return f"| {name} | [{sngm}](tests/test_distribution.py) | {sgd} |"
+    cells = [f"[{sngm}](tests/{test}.py)" for test in TESTS_OF_COLUMNS]
+    return f"| {' | '.join([name, *cells, sgd])} |"
 
 
 def said_of(option: Option, alone: Outcome, on_two: Outcome) -> str:

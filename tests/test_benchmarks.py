@@ -11,6 +11,8 @@ from processes import run_python
 ROOT = pathlib.Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 RESULTS = ROOT / "docs" / "step_time"
+BACKENDS = ("tensorflow", "jax", "torch")
+STEP_TIMES = [f"step_time_{backend}" for backend in BACKENDS]
 
 
 @pytest.fixture
@@ -47,7 +49,8 @@ def test_the_readme_shows_what_logging_costs():
     assert all(row in readme for row in rows)
 
 
-def test_every_contestant_takes_steps_in_every_mode():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_contestant_takes_steps_in_every_mode(backend):
     run_python(
         "-c",
         """
@@ -60,6 +63,7 @@ for mode in sorted(CONTESTANTS, key=lambda mode: mode != "mirrored"):
         assert all(seconds > 0 for seconds in sampler()), (mode, name)
 """,
         BENCHMARKS,
+        KERAS_BACKEND=backend,
     )
 
 
@@ -77,7 +81,9 @@ assert set(measured["times_ms"]) == {"SNGM", "SGD", "Adam"}
     )
 
 
-@pytest.mark.parametrize("name, rows", [("step_time", "summary"), ("train_step", "training")])
+@pytest.mark.parametrize(
+    "name, rows", [*((name, "summary") for name in STEP_TIMES), ("train_step", "training")]
+)
 def test_the_readme_shows_what_was_measured(report, name, rows):
     results = json.loads((RESULTS / f"{name}.json").read_text())
     readme = (ROOT / "README.md").read_text()
@@ -85,7 +91,8 @@ def test_the_readme_shows_what_was_measured(report, name, rows):
         assert f"| {' | '.join(row)} |" in readme
 
 
-def test_the_picture_is_drawn_from_the_results(report, tmp_path):
-    results = json.loads((RESULTS / "step_time.json").read_text())
+@pytest.mark.parametrize("name", STEP_TIMES)
+def test_the_picture_is_drawn_from_the_results(report, tmp_path, name):
+    results = json.loads((RESULTS / f"{name}.json").read_text())
     report.draw(results, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000

@@ -16,6 +16,7 @@ from problems import (
     values_of,
     variables_of,
 )
+from processes import TESTS, run_python
 
 
 def dense_and_sparse_gradient():
@@ -61,3 +62,30 @@ def test_stateless_steps_train_like_others_and_assign_to_no_variable(options):
     for variable, value in zip([*variables, *optimizer.variables], [*weights, *own], strict=True):
         variable.assign(value)
     assert_close(variables, values_of(expected), 1e-6)
+
+
+def averaging_model(loss="mse"):
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(1)])
+    model.compile(optimizer=SNGM(use_ema=True, ema_momentum=0.5), loss=loss)
+    return model
+
+
+def test_training_goes_on_after_averages_have_replaced_the_weights():
+    model = averaging_model()
+    x, y = np.ones((8, 6), "float32"), np.ones((8, 1), "float32")
+    model.fit(x, y, verbose=0)
+    weights = model.get_weights()
+    model.fit(x, y, verbose=0)
+    assert not np.array_equal(model.get_weights()[0], weights[0])
+
+
+def test_the_error_of_a_training_step_is_seen():
+    def broken(y, predicted):
+        raise NotImplementedError("no such loss")
+
+    with pytest.raises(NotImplementedError, match="no such loss"):
+        averaging_model(broken).fit(np.ones((8, 6)), np.ones((8, 1)), verbose=0)
+
+
+def test_float64_where_jax_is_told_to_have_it():
+    run_python("-m", "pytest", "-n", "0", TESTS / "test_float64.py", JAX_ENABLE_X64="1")

@@ -10,6 +10,7 @@ import pytest
 
 from keras_sngm import __version__
 from replica_options import FAULTS, OPTIONS
+from support_table import TESTS_OF_COLUMNS
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "keras_sngm"
@@ -233,12 +234,10 @@ def test_the_package_depends_on_keras_alone():
 
 
 def test_the_readme_has_a_row_for_every_option():
-    rows = re.findall(
-        r"^\| (.+) \| \[.*\]\(tests/test_distribution.py\) \| .+ \|$",
-        (ROOT / "README.md").read_text(),
-        re.MULTILINE,
-    )
-    assert rows[: len(OPTIONS) + len(FAULTS)] == [*OPTIONS, *FAULTS]
+    cells = "".join(rf" \| \[.*\]\(tests/{test}.py\)" for test in TESTS_OF_COLUMNS)
+    readme = (ROOT / "README.md").read_text()
+    rows = re.findall(rf"^\| (.+){cells} \| .+ \|$", readme, re.MULTILINE)
+    assert rows == [*OPTIONS, *FAULTS]
 
 
 def test_links_in_the_readme_lead_somewhere():

@@ -29,6 +29,18 @@ class BackendOptimizer(WholeModelOptimizer):
         super().__init__(*args, **kwargs)
         self._steps = Cache()
 
+    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
+        """As on other backends, but weights and averages share no arrays.
+
+        The next training step gives both away, and JAX gives away no array twice.
+        """
+        if self._iterations._value is None:
+            return  # a training step failed, whose state is lost; let its error be seen
+        super().finalize_variable_values(var_list)
+        if self.use_ema:
+            averages = self._model_variables_moving_average
+            assign(averages, [jnp.copy(average.value) for average in averages])
+
     def _step(self, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
         active = tuple(self._get_variable_index(v) for v in variables)
         if active and (meter := self._noise_meter()) is not None:

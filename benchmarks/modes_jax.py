@@ -1,0 +1,79 @@
+"""The ways in which a program may take the step of an optimizer on JAX."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import keras
+import numpy as np
+
+from contestants import KERAS, MICRO_BATCHES, Step, accumulating, weights
+from shapes import Shape
+from steps_jax import compiled, optax_chain
+from timing import Sampler, stopwatch
+
+CONTESTANTS: dict[str, tuple[str, ...]] = {
+    "function": (*KERAS, "Optax"),
+    "eager": ("SNGM", "SGD", "Adam"),
+    "accumulate": ("SNGM", "SGD"),
+}
+COSTS_OF = ("SNGM", "SGD")
+
+
+def accelerator() -> str | None:
+    device = jax.devices()[0]
+    return None if device.platform == "cpu" else device.device_kind
+
+
+def gradients(mode: str, shapes: Sequence[Shape]) -> list[jax.Array]:
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def sampler(mode: str, name: str, gradients: Sequence[jax.Array]) -> Sampler:
+    if name == "Optax":
+        return stopwatch(optax_chain([np.asarray(g) for g in gradients]))
+    return _KERAS[mode](name, gradients)
+
+
+def function_step(name: str, gradients: Sequence[jax.Array]) -> Step:
+    return _stateless(KERAS[name](), gradients)
+
+
+def _stateless(optimizer: keras.optimizers.Optimizer, gradients: Sequence[jax.Array]) -> Step:
+    variables = weights([g.shape for g in gradients])
+    optimizer.build(variables)
+    return compiled(
+        lambda weights, state, gradients: optimizer.stateless_apply(state, gradients, weights),
+        [v.value for v in variables],
+        [v.value for v in optimizer.variables],
+        gradients,
+    )
+
+
+def _function(name: str, gradients: Sequence[jax.Array]) -> Sampler:
+    return stopwatch(function_step(name, gradients))
+
+
+def _eager(name: str, gradients: Sequence[jax.Array]) -> Sampler:
+    variables = weights([g.shape for g in gradients])
+    optimizer = KERAS[name]()
+    optimizer.build(variables)
+
+    def step() -> None:
+        optimizer.apply(gradients, variables)
+        jax.block_until_ready([v.value for v in [*variables, *optimizer.variables]])
+
+    return stopwatch(step)
+
+
+def _accumulate(name: str, gradients: Sequence[jax.Array]) -> Sampler:
+    """Time per micro-batch."""
+    step = _stateless(accumulating(name), gradients)
+    return stopwatch(lambda: [step() for _ in range(MICRO_BATCHES)], steps=MICRO_BATCHES)
+
+
+_KERAS: dict[str, Callable[[str, Sequence[jax.Array]], Sampler]] = {
+    "function": _function,
+    "eager": _eager,
+    "accumulate": _accumulate,
+}

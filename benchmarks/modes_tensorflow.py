@@ -1,0 +1,178 @@
+"""The ways in which a program may take the step of an optimizer on TensorFlow."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from contestants import KERAS, MICRO_BATCHES, Step, accumulating, weights
+from fitting import fit_sampler
+from gradients_tensorflow import Gradients
+from keras_sngm import SNGM
+from shapes import Shape
+from timing import Sampler, stopwatch
+
+STEPS_OF_A_FIT = 5
+
+SNGM_COMPILATIONS: dict[str, Callable[..., keras.optimizers.Optimizer]] = {
+    f"SNGM, jit_compile={jit_compile}": partial(SNGM, 0.01, jit_compile=jit_compile)
+    for jit_compile in (True, False)
+}
+COSTS_OF = ("SNGM", *SNGM_COMPILATIONS, "SGD")
+
+
+def momentum_kernel(gradients: Gradients) -> Step:
+    """TensorFlow's kernel for momentum SGD: a step without a norm and without Keras."""
+    weights = [tf.Variable(tf.ones(shape)) for shape in gradients.shapes]
+    momentums = [tf.Variable(tf.zeros(shape)) for shape in gradients.shapes]
+
+    @tf.function(autograph=False)
+    def step() -> None:
+        for w, u, g in zip(weights, momentums, gradients.tensors(), strict=True):
+            tf.raw_ops.ResourceApplyMomentum(
+                var=w.handle, accum=u.handle, lr=0.01, grad=g, momentum=0.9
+            )
+
+    return step
+
+
+def pytorch(gradients: Gradients) -> Step:
+    import torch
+
+    from steps_torch import clipped_sgd
+
+    return clipped_sgd(gradients.arrays(), torch.device("cpu"))
+
+
+def optax_chain(gradients: Gradients) -> Step:
+    from steps_jax import optax_chain
+
+    return optax_chain(gradients.arrays())
+
+
+OTHERS: dict[str, Callable[[Gradients], Step]] = {
+    "momentum kernel": momentum_kernel,
+    "PyTorch": pytorch,
+    "Optax": optax_chain,
+}
+
+CONTESTANTS: dict[str, tuple[str, ...]] = {
+    "eager": ("SNGM", "SGD", "SGD, clipped", "Adam", "PyTorch"),
+    "function": (*KERAS, *OTHERS),
+    "fit": ("SNGM", "SGD", "SGD, clipped", "Adam"),
+    "mirrored": ("SNGM", "SGD", "SGD, clipped", "Adam"),
+    "accumulate": ("SNGM", "SGD"),
+}
+
+
+def accelerator() -> str | None:
+    for gpu in tf.config.list_physical_devices("GPU"):
+        return tf.config.experimental.get_device_details(gpu)["device_name"]
+    return None
+
+
+def gradients(mode: str, shapes: Sequence[Shape]) -> Gradients:
+    if mode == "mirrored":
+        _split_cpu()
+    return Gradients(shapes)
+
+
+def sampler(mode: str, name: str, gradients: Gradients) -> Sampler:
+    if name in OTHERS:
+        return stopwatch(OTHERS[name](gradients))
+    return _KERAS[mode](name, gradients)
+
+
+def function_step(name: str, gradients: Gradients) -> Step:
+    return _in_graph((KERAS | SNGM_COMPILATIONS)[name](), gradients)
+
+
+def _in_graph(optimizer: keras.optimizers.Optimizer, gradients: Gradients) -> Step:
+    variables = weights(gradients.shapes)
+    optimizer.build(variables)
+
+    def step() -> None:
+        optimizer.apply(gradients.tensors(), variables)
+
+    return _traced(step)
+
+
+def _traced(step: Step) -> Step:
+    # A partial, for TensorFlow warns of many traces of one piece of code.
+    return tf.function(partial(step), autograph=False)
+
+
+def _eager(name: str, gradients: Gradients) -> Sampler:
+    variables = weights(gradients.shapes)
+    tensors = gradients.tensors()
+    optimizer = KERAS[name]()
+    optimizer.build(variables)
+    return stopwatch(lambda: optimizer.apply(tensors, variables))
+
+
+def _function(name: str, gradients: Gradients) -> Sampler:
+    return stopwatch(function_step(name, gradients))
+
+
+def _accumulate(name: str, gradients: Gradients) -> Sampler:
+    """Time per micro-batch."""
+    step = _in_graph(accumulating(name), gradients)
+
+    def update() -> None:
+        for _ in range(MICRO_BATCHES):
+            step()
+
+    return stopwatch(update, steps=MICRO_BATCHES)
+
+
+def _mirrored(name: str, gradients: Gradients) -> Sampler:
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope():
+        variables = weights(gradients.shapes)
+        optimizer = KERAS[name]()
+        optimizer.build(variables)
+
+    def replica_step() -> None:
+        # Each replica has tensors of its own, as if it had computed them.
+        optimizer.apply([tf.identity(g) for g in gradients.tensors()], variables)
+
+    return stopwatch(_traced(lambda: strategy.run(replica_step)))
+
+
+def _split_cpu() -> None:
+    """Two devices in place of one, as long as TensorFlow has not used it yet."""
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+    )
+
+
+class _OptimizerAlone(keras.Model):
+    """A model whose training step has neither a forward nor a backward pass."""
+
+    def __init__(self, gradients: Gradients) -> None:
+        super().__init__()
+        for shape in gradients.shapes:
+            self.add_weight(shape=shape, initializer="ones")
+        self.gradients = gradients
+        self.built = True
+
+    def train_step(self, data: Any) -> dict[str, tf.Tensor]:
+        self.optimizer.apply(self.gradients.tensors(), self.trainable_variables)
+        return {"loss": tf.constant(0.0)}
+
+
+def _fit(name: str, gradients: Gradients) -> Sampler:
+    model = _OptimizerAlone(gradients)
+    model.compile(optimizer=KERAS[name](), jit_compile=True)
+    return fit_sampler(model, tf.constant([0.0]), STEPS_OF_A_FIT)
+
+
+_KERAS: dict[str, Callable[[str, Gradients], Sampler]] = {
+    "eager": _eager,
+    "function": _function,
+    "fit": _fit,
+    "mirrored": _mirrored,
+    "accumulate": _accumulate,
+}

@@ -1,0 +1,56 @@
+"""The ways in which a program may take the step of an optimizer on PyTorch."""
+
+from collections.abc import Sequence
+
+import keras
+import torch
+
+from contestants import KERAS, MICRO_BATCHES, Step, accumulating, weights
+from shapes import Shape
+from steps_torch import clipped_sgd, finished
+from timing import Sampler, stopwatch
+
+CONTESTANTS: dict[str, tuple[str, ...]] = {
+    "function": (*KERAS, "PyTorch"),
+    "accumulate": ("SNGM", "SGD"),
+}
+COSTS_OF = ("SNGM", "SGD")
+
+
+def device() -> torch.device:
+    """Where Keras puts variables."""
+    return keras.ops.zeros(()).device
+
+
+def accelerator() -> str | None:
+    return torch.cuda.get_device_name() if device().type == "cuda" else None
+
+
+def gradients(mode: str, shapes: Sequence[Shape]) -> list[torch.Tensor]:
+    """Of all contestants. Some write to them, which leaves them as good as others."""
+    generator = torch.Generator(device()).manual_seed(0)
+    return [torch.randn(shape, generator=generator, device=device()) for shape in shapes]
+
+
+def sampler(mode: str, name: str, gradients: Sequence[torch.Tensor]) -> Sampler:
+    if name == "PyTorch":
+        return stopwatch(clipped_sgd([g.cpu().numpy() for g in gradients], device()))
+    if mode == "function":
+        return stopwatch(function_step(name, gradients))
+    step = _apply(accumulating(name), gradients)
+    return stopwatch(lambda: [step() for _ in range(MICRO_BATCHES)], steps=MICRO_BATCHES)
+
+
+def function_step(name: str, gradients: Sequence[torch.Tensor]) -> Step:
+    return _apply(KERAS[name](), gradients)
+
+
+def _apply(optimizer: keras.optimizers.Optimizer, gradients: Sequence[torch.Tensor]) -> Step:
+    variables = weights([g.shape for g in gradients])
+    optimizer.build(variables)
+
+    def step() -> None:
+        with torch.no_grad():  # as in Keras' training step
+            optimizer.apply(gradients, variables)
+
+    return finished(step, device())
