@@ -28,6 +28,8 @@ class Exclusions:
         Raises:
             ValueError: if a saved exclusion does not fit exactly one variable.
         """
+        if not self:
+            return (True,) * len(variables)
         excluded = set(self.located_in(variables)._entries)
         return tuple(
             i not in excluded and not any(re.search(name, v.name) for name in self._names)

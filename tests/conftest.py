@@ -39,8 +39,9 @@ ONLY_ON = {
         "test_jax.py",
         "test_jax_distribution.py",
         "test_jax_multi_worker.py",
+        "test_stateless.py",
     ],
-    "torch": ["test_float64.py", "test_torch.py"],
+    "torch": ["test_float64.py", "test_stateless.py", "test_torch.py"],
 }
 
 collect_ignore = sorted(

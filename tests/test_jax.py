@@ -7,15 +7,6 @@ import pytest
 from jax.experimental import sparse
 
 from keras_sngm import SNGM
-from problems import (
-    assert_close,
-    random_arrays,
-    random_gradients,
-    tensors_of,
-    train,
-    values_of,
-    variables_of,
-)
 from processes import TESTS, run_python
 
 
@@ -42,26 +33,6 @@ def test_sparse_gradients_train_like_dense_ones(options, in_graph):
         trained.append(np.array(state[0][0]))
     assert not np.array_equal(trained[0], np.ones((5, 3)))
     np.testing.assert_allclose(*trained, rtol=1e-6)
-
-
-@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2, "use_ema": True}])
-def test_stateless_steps_train_like_others_and_assign_to_no_variable(options):
-    gradients = random_gradients(steps=4)
-    expected = variables_of(random_arrays())
-    train(SNGM(**options), expected, gradients)
-
-    variables = variables_of(random_arrays())
-    optimizer = SNGM(**options)
-    optimizer.build(variables)
-    before = values_of([*variables, *optimizer.variables])
-    weights, own = ([v.value for v in of] for of in (variables, optimizer.variables))
-    for gradient in gradients:
-        weights, own = optimizer.stateless_apply(own, tensors_of(gradient, variables), weights)
-    for value, then in zip(values_of([*variables, *optimizer.variables]), before, strict=True):
-        np.testing.assert_array_equal(value, then)
-    for variable, value in zip([*variables, *optimizer.variables], [*weights, *own], strict=True):
-        variable.assign(value)
-    assert_close(variables, values_of(expected), 1e-6)
 
 
 def averaging_model(loss="mse"):

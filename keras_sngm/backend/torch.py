@@ -14,7 +14,7 @@ from keras_sngm.backend import torch_step
 from keras_sngm.backend.optimizer import WholeModelOptimizer
 from keras_sngm.backend.recorder import Measured, attached
 from keras_sngm.backend.torch_count import HostCount
-from keras_sngm.backend.torch_lists import dense, in_dtypes, wide
+from keras_sngm.backend.torch_lists import dense, in_dtypes, values, wide
 from keras_sngm.backend.torch_norm import squares_and_prescale, sum_of_squares
 from keras_sngm.backend.torch_recorder import Change
 from keras_sngm.backend.torch_step import Moment, Slot
@@ -51,7 +51,7 @@ class BackendOptimizer(WholeModelOptimizer):
         self._calls.set(self._iterations, calls + 1)
 
     def _accumulate(self, active: list[int], gradients: list[torch.Tensor]) -> None:
-        accumulators = [self._accumulated_gradients[i].value for i in active]
+        accumulators = values([self._accumulated_gradients[i] for i in active])
         dtypes = [accumulator.dtype for accumulator in accumulators]
         torch._foreach_add_(accumulators, in_dtypes(gradients, dtypes))
         if self.noise_scale_batch_size is not None:
@@ -59,7 +59,7 @@ class BackendOptimizer(WholeModelOptimizer):
 
     def _update_with_accumulated(self, active: list[int]) -> None:
         totals = [] if self.noise_scale_batch_size is None else [self._accumulated_squares.value]
-        accumulators = [accumulator.value for accumulator in self._accumulated_gradients]
+        accumulators = values(self._accumulated_gradients)
         self._update(active, [accumulators[i] for i in active], totals)
         torch._foreach_zero_([*accumulators, *totals])
 
@@ -104,15 +104,20 @@ class BackendOptimizer(WholeModelOptimizer):
 
     def _slots(self) -> list[Slot]:
         weights = self._trainable_variables
-        momentums = [m.value for m in self.momentums] or [None] * len(weights)
+        momentums = values(self.momentums) or [None] * len(weights)
         averages: list[Any] = [None] * len(weights)
         if self.use_ema:
-            averages = [average.value for average in self._model_variables_moving_average]
+            averages = values(self._model_variables_moving_average)
         constraints = [getattr(weight, "constraint", None) for weight in weights]
         return [
-            Slot(weight.value, *rest)
-            for weight, *rest in zip(
-                weights, momentums, averages, self._decays(weights), constraints, strict=True
+            Slot(*slot)
+            for slot in zip(
+                values(weights),
+                momentums,
+                averages,
+                self._decays(weights),
+                constraints,
+                strict=True,
             )
         ]
 

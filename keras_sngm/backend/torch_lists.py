@@ -1,8 +1,11 @@
 """What PyTorch's kernels for lists of tensors leave to do by hand."""
 
+import functools
 from collections.abc import Sequence
 
+import keras
 import torch
+from keras.src.backend.common.stateless_scope import in_stateless_scope
 
 from keras_sngm.update_rule import arithmetic_dtype
 
@@ -12,6 +15,14 @@ def dense(gradient: torch.Tensor) -> torch.Tensor:
     return gradient if gradient.layout == torch.strided else gradient.to_dense()
 
 
+def values(variables: Sequence[keras.Variable]) -> list[torch.Tensor]:
+    """What the variables hold. Keras takes longer to say that than to update a small one."""
+    if in_stateless_scope():
+        return [variable.value for variable in variables]
+    return [v.value if v._value is None else v._value for v in variables]
+
+
+@functools.cache
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
     """That in which tensors of the given one are computed with."""
     return getattr(torch, arithmetic_dtype(str(dtype).removeprefix("torch.")))
