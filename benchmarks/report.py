@@ -43,6 +43,8 @@ _SUMMARY = {
 }
 _LEAST_LIMIT_MS = 1.0
 """Below this a step is calls, and memory says nothing about it."""
+_LEAST_SHOWN = 0.2
+"""In the picture, of the time of SGD. Limits below would squeeze all the rest."""
 
 
 def print_tables(results: dict[str, Any]) -> None:
@@ -215,7 +217,9 @@ def _draw_models(ax: Axes, steps: dict[str, Any]) -> None:
         )
     ax.axhline(1.0, color="tab:orange", linewidth=0.8, zorder=0)
     ax.set_xticks(range(len(measured)), [_model_label(*item) for item in measured.items()])
-    ax.margins(y=0.25)  # room for the legend
+    ax.set_yscale("log")
+    ax.set_ylim(_LEAST_SHOWN, 3 * ax.get_ylim()[1])  # room for the legend
+    ax.yaxis.set_major_formatter("{x:g}")
     ax.set_ylabel("time of a step, Keras SGD = 1")
     ax.set_title("The step alone, in a training function")
     ax.legend(fontsize="small", ncols=5, loc="upper center")
