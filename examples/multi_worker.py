@@ -55,7 +55,7 @@ def is_chief(strategy: tf.distribute.Strategy) -> bool:
 
 
 def compiled_model(task: data.Task, steps: int) -> keras.Model:
-    """With all variables in place, as restoring a checkpoint needs them."""
+    """With all variables in place, as a checkpoint needs them."""
     schedule = keras.optimizers.schedules.PolynomialDecay(
         LEARNING_RATE, steps, end_learning_rate=0.0, power=DECAY_POWER
     )

@@ -38,15 +38,11 @@ import tensorflow as tf
 from tqdm import tqdm
 
 import data
-import models
 from arguments import with_defaults
-from keras_sngm import SNGM, GradientNormLogger
+from keras_sngm import GradientNormLogger
+from multi_worker import SEED, compiled_model
 from progress import Advance
 
-LEARNING_RATE = 0.5
-WEIGHT_DECAY = 1e-4
-DECAY_POWER = 1.1
-SEED = 0
 CHECKPOINT = "checkpoint.weights.h5"
 
 
@@ -66,21 +62,6 @@ class Checkpoint(keras.callbacks.Callback):
             partial = self.path.with_name(f"partial-{self.path.name}")
             self.model.save_weights(partial)
             partial.replace(self.path)
-
-
-def compiled_model(task: data.Task, steps: int) -> keras.Model:
-    """With all variables in place, as loading a checkpoint needs them."""
-    schedule = keras.optimizers.schedules.PolynomialDecay(
-        LEARNING_RATE, steps, end_learning_rate=0.0, power=DECAY_POWER
-    )
-    model = models.for_input(task.input_shape, task.classes)
-    model.compile(
-        optimizer=SNGM(schedule, weight_decay=WEIGHT_DECAY, decoupled_weight_decay=False),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-    )
-    model.optimizer.build(model.trainable_variables)
-    return model
 
 
 def batches(train: tf.data.Dataset, batch_size: int, epochs: range) -> tf.data.Dataset:

@@ -58,8 +58,8 @@ class GradientNormLogger(keras.callbacks.Callback):
 
     "Each" means every `log_every` updates, against `optimizer.iterations`, which goes
     on counting when training is resumed. `logs` of batches hold `grad_norm` of the
-    newest update, a tensor on the device. A gradient that is not finite makes means
-    and extremes NaN or infinite.
+    newest update, a tensor on the device (on PyTorch a NumPy array). A gradient that is
+    not finite makes means and extremes NaN or infinite.
 
     Args:
         log_dir: Directory for TensorBoard, or `None`. Needs the package `tensorboard`.
@@ -155,7 +155,7 @@ class GradientNormLogger(keras.callbacks.Callback):
         self._told = False
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        self._close()  # an earlier `fit` may have been interrupted
+        self._close_after_interruption()
         if not isinstance(self.model.optimizer, keras.optimizers.Optimizer):
             raise ValueError(
                 "`GradientNormLogger` needs a model compiled with a Keras optimizer. "
@@ -178,7 +178,7 @@ class GradientNormLogger(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         # Keras calls this one in the training thread and before the step, unlike
         # `on_train_batch_end`: so no update is overwritten before it was seen.
-        self._recording.before_updates(self.model.steps_per_execution)
+        self._recording.before_updates()
         self._tell()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
@@ -244,10 +244,21 @@ class GradientNormLogger(keras.callbacks.Callback):
 
     def _close(self) -> None:
         recording, self._recording = self._recording, None
-        if recording is not None:
-            recording.close()
         recorders, self._recorders = self._recorders, []
-        detach(recorders)
+        try:
+            if recording is not None:
+                recording.close()
+        finally:
+            detach(recorders)
+
+    def _close_after_interruption(self) -> None:
+        """Of an earlier `fit`, since when anything may have happened to the model."""
+        try:
+            self._close()
+        except Exception as error:
+            warnings.warn(
+                f"What an interrupted `fit` had not written yet is lost: {error}", stacklevel=2
+            )
 
 
 def _check_boolean(name: str, value: Any) -> None:

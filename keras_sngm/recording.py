@@ -4,6 +4,7 @@ A look at the recorders takes copies on the device, which does not wait. A threa
 its own waits for the copies and hands what came in to the sinks.
 """
 
+import contextlib
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -66,11 +67,12 @@ class Recording:
         if not self._progress:
             self._progress = [recorder.begin() for recorder in self._recorders]
 
-    def before_updates(self, count: int) -> None:
-        """To be called before each time that up to so many updates are made.
+    def before_updates(self) -> None:
+        """To be called before each execution of training steps.
 
         Does not wait for the device. Raises what went wrong in the thread.
         """
+        count = self._model.steps_per_execution
         while self._reads and self._reads[0].done():
             self._reads.pop(0).result()
         no_room = self._unseen + count > self._plan.updates
@@ -105,14 +107,13 @@ class Recording:
 
     def close(self) -> None:
         """Write what there is, and end."""
-        try:
-            self.wait()
-        finally:
-            self._thread.shutdown()
-            for recorder in self._recorders:
-                recorder.end()
+        with contextlib.ExitStack() as ends:
             for sink in self._sinks:
-                sink.close()
+                ends.callback(sink.close)
+            for recorder in self._recorders:
+                ends.callback(recorder.end)
+            ends.callback(self._thread.shutdown)
+            self.wait()
 
     def _look(self) -> None:
         snapshots = [recorder.snapshot() for recorder in self._recorders]

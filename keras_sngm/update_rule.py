@@ -305,13 +305,14 @@ def _nonzero(norm: Tensor) -> Tensor:
 
 def _at_most(limit: Tensor, norms: Tensor) -> Tensor:
     """Norms after clipping; infinity and NaN stay, so that they can be seen."""
-    return ops.where(ops.isfinite(norms), ops.minimum(norms, limit), norms)
+    # Not `ops.minimum`, which on PyTorch makes float32 of float64.
+    return ops.where(ops.logical_and(ops.isfinite(norms), norms > limit), limit, norms)
 
 
 def _norm_of_norms(norms: Tensor) -> Tensor:
     """sqrt(sum(norms ** 2)) for norms of any magnitude."""
     largest = ops.max(norms)
     # Into a range where the reciprocal, which XLA multiplies by, does not underflow.
-    scale = ops.where(largest > 1.0, 2.0**-32, 2.0**32)
+    scale = ops.cast(ops.where(largest > 1.0, 2.0**-32, 2.0**32), norms.dtype)
     shares = norms * scale / _nonzero(largest * scale)
     return largest * ops.sqrt(ops.sum(ops.square(shares)))

@@ -19,6 +19,7 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from autodiff import gradients_of
 from keras_sngm import SNGM, GradientNormLogger
+from keras_sngm.backend.recorder import attached
 from problems import BACKEND, values_of
 
 X = np.random.default_rng(0).standard_normal((40, 6)).astype("float32")
@@ -373,6 +374,22 @@ def test_an_interrupted_epoch_is_written_and_leaves_nothing_behind(tmp_path):
     np.testing.assert_allclose(history["grad_norm"], norms_from_scratch().mean(axis=1), rtol=1e-5)
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, *range(1, 11)]
+
+
+def test_a_logger_outlives_an_interruption_and_other_training(monkeypatch):
+    """More updates come without it than it keeps."""
+    monkeypatch.setattr("keras_sngm.callbacks._MOST_UPDATES", 4)
+    logger, model = GradientNormLogger(), build_model()
+
+    def interrupt(batch, logs):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, logger, keras.callbacks.LambdaCallback(on_train_batch_end=interrupt))
+    fit(model, epochs=2)
+    with pytest.warns(UserWarning, match="interrupted `fit` had not written yet is lost"):
+        history = fit(model, logger).history
+    assert np.isfinite(history["grad_norm"]).all()
 
 
 def counted_traces(model):
@@ -737,6 +754,22 @@ def test_what_goes_wrong_while_writing_is_raised(tmp_path, monkeypatch):
     monkeypatch.setattr("keras_sngm.sinks.FileSink.write", full)
     with pytest.raises(OSError, match="No space left"):
         fit(build_model(), GradientNormLogger(filename=tmp_path / "log.csv"))
+
+
+@pytest.mark.parametrize("make", [SNGM, keras.optimizers.SGD])
+def test_what_goes_wrong_at_the_end_leaves_nothing_behind(tmp_path, monkeypatch, make):
+    def full(self):
+        raise OSError("No space left on device")
+
+    closed = []
+    monkeypatch.setattr("keras_sngm.sinks.FileSink.close", full)
+    monkeypatch.setattr("keras_sngm.sinks.TensorBoardSink.close", lambda self: closed.append(1))
+    model = build_model(make())
+    with pytest.raises(OSError, match="No space left"):
+        fit(model, GradientNormLogger(tmp_path, tmp_path / "log.csv"))
+    assert len(closed) == 1
+    assert not attached(model.optimizer)
+    assert "apply" not in vars(model.optimizer)
 
 
 def test_a_model_without_optimizer_is_refused():

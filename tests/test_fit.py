@@ -247,3 +247,40 @@ def test_momentum_cannot_be_switched_on_after_building():
     optimizer.momentum = 0.9
     with pytest.raises(ValueError, match="built with `momentum=0.0`.*Received: momentum=0.9"):
         optimizer.apply([keras.ops.ones(1)])
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.0}, {"gradient_accumulation_steps": 2}])
+def test_float8_layers_train(options):
+    """Their scales are overwritten, and have no momentum."""
+    model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(16), keras.layers.Dense(1)])
+    model.layers[0].quantize("float8")
+    model.compile(optimizer=SNGM(0.01, **options), loss="mse")
+    logger = GradientNormLogger(update_ratio=True)
+    x, y = np.ones((16, 16), "float32"), np.ones((16, 1), "float32")
+    losses = model.fit(x, y, batch_size=8, epochs=2, verbose=0, callbacks=[logger]).history["loss"]
+    assert losses[1] < losses[0]
+
+
+def test_coupled_weight_decay_of_nothing():
+    weights = []
+    for decay in (None, 0.1):
+        model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+        model.set_weights([np.ones((2, 1)), np.zeros(1)])
+        optimizer = SNGM(weight_decay=decay, decoupled_weight_decay=False)
+        optimizer.exclude_from_weight_decay(var_names=["kernel", "bias"])
+        model.compile(optimizer=optimizer, loss="mse")
+        model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0)
+        weights.append(model.get_weights())
+    for got, expected in zip(*weights):
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "of_gradient, of_variable", [((1,), (4,)), ((9,), (4,)), ((4,), (4, 1)), ((2, 2), (4,))]
+)
+def test_gradients_of_another_shape_are_refused(of_gradient, of_variable):
+    variable = keras.Variable(np.ones(of_variable), dtype="float32")
+    optimizer = SNGM()
+    optimizer.build([variable])
+    with pytest.raises(ValueError, match="must have the shape of its variable. Received: gradient"):
+        optimizer.apply([keras.ops.ones(of_gradient)])

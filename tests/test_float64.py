@@ -28,3 +28,13 @@ def test_float32_variables_beside_float64_ones(jit_compile, outer, scale):
     train(SNGM(0.5, jit_compile=jit_compile), variables, gradients, outer)
     np.testing.assert_allclose(variables[0].numpy(), np.full(4, -0.25), rtol=1e-14)
     np.testing.assert_array_equal(variables[1].numpy(), [0.0, 0.0])
+
+
+@mode
+@pytest.mark.parametrize("scale", [1e-50, 1.0, 1e60])
+def test_clipping_is_as_precise(jit_compile, outer, scale):
+    variables = variables_of([np.zeros(4), np.zeros(1)], "float64")
+    gradients = [[np.full(4, scale), np.full(1, 3 * scale)]]
+    train(SNGM(1.0, clipnorm=scale, jit_compile=jit_compile), variables, gradients, outer)
+    np.testing.assert_allclose(variables[0].numpy(), np.full(4, -0.5 / np.sqrt(2)), rtol=1e-14)
+    np.testing.assert_allclose(variables[1].numpy(), np.full(1, -1 / np.sqrt(2)), rtol=1e-14)

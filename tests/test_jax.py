@@ -1,12 +1,15 @@
 """What there is on the JAX backend alone."""
 
+import gc
+
 import jax
 import keras
 import numpy as np
 import pytest
 from jax.experimental import sparse
 
-from keras_sngm import SNGM
+from keras_sngm import SNGM, GradientNormLogger
+from problems import values_of, variables_of
 from processes import TESTS, run_python
 
 
@@ -35,9 +38,10 @@ def test_sparse_gradients_train_like_dense_ones(options, in_graph):
     np.testing.assert_allclose(*trained, rtol=1e-6)
 
 
-def averaging_model(loss="mse"):
+def averaging_model(loss="mse", **compile_options):
     model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(1)])
-    model.compile(optimizer=SNGM(use_ema=True, ema_momentum=0.5), loss=loss)
+    optimizer = SNGM(use_ema=True, ema_momentum=0.5)
+    model.compile(optimizer=optimizer, loss=loss, **compile_options)
     return model
 
 
@@ -56,6 +60,93 @@ def test_the_error_of_a_training_step_is_seen():
 
     with pytest.raises(NotImplementedError, match="no such loss"):
         averaging_model(broken).fit(np.ones((8, 6)), np.ones((8, 1)), verbose=0)
+
+
+class NoMoreDataError(Exception):
+    pass
+
+
+def test_the_error_of_a_later_step_is_seen_and_overcome(tmp_path):
+    """Keras has given the state away by then."""
+    x, y = np.ones((8, 6), "float32"), np.ones((8, 1), "float32")
+
+    def batches():
+        yield from [(x, y)] * 3
+        raise NoMoreDataError
+
+    model, logger = averaging_model(steps_per_execution=2), GradientNormLogger()
+    with pytest.raises(NoMoreDataError):
+        model.fit(batches(), steps_per_epoch=8, verbose=0, callbacks=[logger])
+    other = averaging_model()
+    other.fit(x, y, verbose=0)
+    other.save_weights(tmp_path / "other.weights.h5")
+    model.load_weights(tmp_path / "other.weights.h5")
+    with pytest.warns(UserWarning, match="had not written yet is lost"):
+        model.fit(x, y, verbose=0, callbacks=[logger])
+    assert int(model.optimizer.iterations) == 2
+
+
+def test_a_logger_does_not_have_the_state_fetched_in_every_step(monkeypatch):
+    fetched = []
+    get_state = keras.Model._get_jax_state
+    monkeypatch.setattr(
+        keras.Model,
+        "_get_jax_state",
+        lambda *args, **kwargs: fetched.append(1) or get_state(*args, **kwargs),
+    )
+    x, y = np.ones((64, 6), "float32"), np.ones((64, 1), "float32")
+    counts = []
+    for callbacks in ([], [GradientNormLogger(update_ratio=True, on_nonfinite="stop")]):
+        averaging_model().fit(x, y, batch_size=4, verbose=0, callbacks=callbacks)
+        counts.append(len(fetched))
+        fetched.clear()
+    assert counts[0] == counts[1]
+
+
+ASSIGNED = [
+    ({"use_ema": True, "ema_momentum": 0.5}, {"ema_overwrite_frequency": 2}),
+    ({"gradient_accumulation_steps": 2}, {"gradient_accumulation_steps": 4}),
+    (
+        {"gradient_accumulation_steps": 2, "noise_scale_batch_size": 8},
+        {"noise_scale_momentum": 0.5},
+    ),
+    ({}, {"momentum": 0.5, "nesterov": True, "weight_decay": 0.1}),
+]
+
+
+@pytest.mark.parametrize("arguments, assigned", ASSIGNED)
+def test_assigned_hyper_parameters_take_effect(arguments, assigned):
+    """In a step that was compiled before as in one that never was."""
+    states = []
+    for before in (2, 0):
+        (variable,) = variables_of([np.ones(3)])
+        optimizer = SNGM(0.1, **arguments)
+        optimizer.build([variable])
+        gradients = jax.random.normal(jax.random.key(0), (8, 3))
+        if before:
+            optimizer.apply([gradients[0]])
+            state = values_of([variable, *optimizer.variables])
+        else:
+            for v, value in zip([variable, *optimizer.variables], state):
+                v.assign(value)
+        for name, value in assigned.items():
+            setattr(optimizer, name, value)
+        for gradient in gradients[1:]:
+            optimizer.apply([gradient])
+        states.append(values_of([variable, *optimizer.variables]))
+    for got, expected in zip(*states):
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_no_compiled_step_outlives_its_logger():
+    model = averaging_model(run_eagerly=True)
+    x, y = np.ones((8, 6), "float32"), np.ones((8, 1), "float32")
+    alive = []
+    for _ in range(3):
+        model.fit(x, y, verbose=0, callbacks=[GradientNormLogger()])
+        gc.collect()
+        alive.append(len(jax.live_arrays()))
+    assert alive[0] == alive[1] == alive[2]
 
 
 def test_float64_where_jax_is_told_to_have_it():

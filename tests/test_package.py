@@ -79,10 +79,12 @@ ALLOWED = {
         "keras_sngm.update_rule",
     },
     "backend/optimizer": {
+        "keras_sngm",
         "keras_sngm.backend.noise",
         "keras_sngm.update_rule",
     },
     "backend/recorder": {
+        "keras_sngm.backend.optimizer",
         "keras_sngm.backend.ring",
         "keras_sngm.measurements",
         "keras_sngm.update_rule",
@@ -194,7 +196,9 @@ ALLOWED = {
     },
     "backend/watch": {
         "keras_sngm",
+        "keras_sngm.backend.optimizer",
         "keras_sngm.backend.recorder",
+        "keras_sngm.measurements",
         "keras_sngm.update_rule",
     },
 }

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from keras_sngm import SNGM
 from keras_sngm.backend import tensorflow_step
-from problems import compare_with_reference
+from problems import compare_with_reference, trained_table
 from processes import TESTS, run_python
 
 
@@ -33,13 +33,7 @@ def test_sparse_gradients_train_like_dense_ones():
     indices = tf.constant([2, 0, 2, 2])
     rows = tf.constant(np.random.default_rng(0).standard_normal((4, 3)), "float32")
     sparse = tf.IndexedSlices(rows, indices, dense_shape=(5, 3))
-    trained = []
-    for gradient in (sparse, tf.convert_to_tensor(sparse)):
-        table = keras.Variable(np.ones((5, 3)), dtype="float32")
-        optimizer = SNGM()
-        for _ in range(5):
-            optimizer.apply([gradient], [table])
-        trained.append(table.numpy())
+    trained = [trained_table(gradient) for gradient in (sparse, tf.convert_to_tensor(sparse))]
     np.testing.assert_array_equal(*trained)
 
 

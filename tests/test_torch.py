@@ -9,6 +9,7 @@ import torch
 
 from keras_sngm import SNGM, GradientNormLogger
 from keras_sngm.backend import torch_kernel, torch_norm, torch_step
+from keras_sngm.backend.torch_count import HostCount
 from problems import (
     assert_close,
     compare_with_reference,
@@ -16,6 +17,7 @@ from problems import (
     random_gradients,
     tensors_of,
     train,
+    trained_table,
     values_of,
     variables_of,
 )
@@ -96,17 +98,92 @@ def test_norms_of_long_tensors_are_precise(size):
     np.testing.assert_allclose(squares, expected, rtol=1e-5)
 
 
+LAYOUTS = {
+    "row by row": lambda tensor: tensor,
+    "column by column": lambda tensor: tensor.transpose(0, 3).contiguous().transpose(0, 3),
+    "channels last": lambda tensor: tensor.to(memory_format=torch.channels_last),
+    "every second row": lambda tensor: tensor.repeat_interleave(2, dim=0)[::2],
+}
+OPTIONS = [
+    {},
+    {"nesterov": True},
+    {"gradient_accumulation_steps": 2},
+    {"blockwise": True, **AVERAGED},
+    {"weight_decay": 0.1, "decoupled_weight_decay": False},
+]
+
+
+def trained_in(weight_layout, gradient_layout, options):
+    """Variables after three steps, and all that the optimizer keeps."""
+    generator = torch.Generator().manual_seed(0)
+    start, *gradients = torch.randn((5, 4, 3, 2, 6), generator=generator)
+    variables = [keras.Variable(weight_layout(start)), keras.Variable(np.ones(3))]
+    assert variables[0].value.stride() == weight_layout(start).stride()
+    optimizer = SNGM(0.1, **options)
+    optimizer.build(variables)
+    for gradient in gradients:
+        optimizer.apply([gradient_layout(gradient), torch.ones(3)])
+    return [v.numpy() for v in [*variables, *optimizer.variables]]
+
+
+def assert_layouts_do_not_matter(weights, gradients, options):
+    got = trained_in(LAYOUTS[weights], LAYOUTS[gradients], options)
+    for value, expected in zip(got, trained_in(LAYOUTS["row by row"], lambda g: g, options)):
+        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
+
+
+layouts = pytest.mark.parametrize("weights", [name for name in LAYOUTS if name[0] != "e"])
+
+
+@layouts
+@pytest.mark.parametrize("gradients", LAYOUTS)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_how_tensors_lie_in_memory_does_not_matter(weights, gradients, options):
+    assert_layouts_do_not_matter(weights, gradients, options)
+
+
+@layouts
+@pytest.mark.parametrize("gradients", LAYOUTS)
+@pytest.mark.usefixtures("accelerator")
+def test_nor_does_it_on_accelerators(weights, gradients):
+    assert_layouts_do_not_matter(weights, gradients, {})
+
+
+def test_a_gradient_may_be_one_number_many_times():
+    tables = [trained_table(g) for g in (torch.ones(()).expand(5, 3), torch.ones(5, 3))]
+    np.testing.assert_allclose(*tables, rtol=1e-6)
+
+
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize("options", [{}, {"nesterov": True}, {"blockwise": True}], ids=str)
+def test_weights_may_share_a_gradient_on_accelerators(options):
+    results = []
+    for gradients in ([torch.full((3,), 2.0)] * 2, [torch.full((3,), 2.0) for _ in range(2)]):
+        variables = variables_of([np.ones(3), np.ones(3)])
+        optimizer = SNGM(0.5, **options)
+        optimizer.build(variables)
+        optimizer.apply(gradients)
+        results.append(np.array(values_of(variables)))
+    np.testing.assert_allclose(*results, rtol=1e-6)
+
+
+def test_the_host_knows_when_a_count_was_assigned():
+    variable = keras.Variable(3, dtype="int64", trainable=False)
+    count = HostCount()
+    assert count.of(variable) == 3
+    variable.assign(5)
+    assert count.of(variable) == 5
+    count.set(variable, 7)
+    assert count.of(variable) == 7
+    replaced = keras.Variable(9, dtype="int64", trainable=False)
+    assert count.of(replaced) == 9
+
+
 def test_sparse_gradients_train_like_dense_ones():
     """Duplicate rows are added before the norm is taken."""
     rows = torch.from_numpy(np.random.default_rng(0).standard_normal((4, 3)).astype("float32"))
     sparse = torch.sparse_coo_tensor(torch.tensor([[2, 0, 2, 2]]), rows, (5, 3))
-    trained = []
-    for gradient in (sparse, sparse.to_dense()):
-        table = keras.Variable(np.ones((5, 3)), dtype="float32")
-        optimizer = SNGM()
-        for _ in range(5):
-            optimizer.apply([gradient], [table])
-        trained.append(table.numpy())
+    trained = [trained_table(gradient) for gradient in (sparse, sparse.to_dense())]
     np.testing.assert_array_equal(*trained)
 
 

@@ -1,6 +1,11 @@
 """How one SNGM step runs on the Keras backend in use, and how it is watched.
 
-This package is the only place that names private hooks of Keras or TensorFlow.
+This package is the only place that names private hooks of Keras and its backends.
+
+`attach(model, plan)` has the optimizer of a compiled model, which must be built, recorded
+from the next training step on. It returns a recorder for each optimizer that updates
+variables, several under a `MultiOptimizer`, and raises a ValueError if these do not accumulate
+over the same number of steps. `detach(recorders)` ends that.
 """
 
 import keras

@@ -18,7 +18,7 @@ from keras_sngm.backend.jax_norm import squares_and_prescale, sum_of_squares
 from keras_sngm.backend.jax_recorder import Change
 from keras_sngm.backend.jax_state import assign, do_if, pure, wide
 from keras_sngm.backend.optimizer import Cache, WholeModelOptimizer
-from keras_sngm.backend.recorder import Measured, attached
+from keras_sngm.backend.recorder import attached, measured_by
 from keras_sngm.update_rule import Coefficients, Normalization
 
 
@@ -34,12 +34,17 @@ class BackendOptimizer(WholeModelOptimizer):
 
         The next training step gives both away, and JAX gives away no array twice.
         """
-        if self._iterations._value is None:
+        calls = self._iterations._value
+        if calls is None or calls.is_deleted():
             return  # a training step failed, whose state is lost; let its error be seen
         super().finalize_variable_values(var_list)
-        if self.use_ema:
-            averages = self._model_variables_moving_average
-            assign(averages, [jnp.copy(average.value) for average in averages])
+        for average in self._model_variables_moving_average if self.use_ema else ():
+            if average is not None:
+                average.assign(jnp.copy(average.value))
+
+    def forget(self, recorder: Any) -> None:
+        """Let go of the steps that were compiled with a recorder, and so of the recorder."""
+        self._steps.drop(lambda key: id(recorder) in key[2])
 
     def _step(self, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
         active = tuple(self._get_variable_index(v) for v in variables)
@@ -59,8 +64,15 @@ class BackendOptimizer(WholeModelOptimizer):
         recorders = attached(self)
         # Hyper-parameters are part of the key, so that assigning to one of them takes
         # effect; and so is what the state consists of.
+        how = (
+            self._rule(),
+            self.use_ema,
+            self.ema_overwrite_frequency,
+            self.gradient_accumulation_steps,
+            self._noise_meter(),
+        )
         step = self._steps.get_or_make(
-            (self._rule(), active, tuple(map(id, recorders)), tuple(map(id, variables))),
+            (how, active, tuple(map(id, recorders)), tuple(map(id, variables))),
             lambda: jax.jit(
                 pure(lambda gradients, rate: self._take(active, gradients, rate), variables)
             ),
@@ -123,15 +135,15 @@ class BackendOptimizer(WholeModelOptimizer):
         self._descend(active, final, normalized, rate)
         self._read(active, normalized)
         for total in totals:
-            self._measure_noise(total, gradients, normalized)
+            self._measure_noise(total, normalized, lambda: sum_of_squares(gradients))
         for recorder in recorders:
             recorder.record(
                 ops.convert_to_tensor(self.iterations) + 1,
-                self._measured(),
+                measured_by(self),
                 Change(
                     weights,
                     [v.value for v in self._trainable_variables],
-                    [momentum.value for momentum in self.momentums],
+                    [None if momentum is None else momentum.value for momentum in self.momentums],
                 ),
                 lambda: dict(
                     zip(active, update_rule.whole_direction(rule, normalized, final), strict=True)
@@ -198,19 +210,19 @@ class BackendOptimizer(WholeModelOptimizer):
         self, weights: list[jax.Array], by: dict[Any, Coefficients], taken: jax.Array
     ) -> list[jax.Array]:
         """Move the averages. Returns the weights to go on with."""
-        averages = [
-            update_rule.moving_average(by[weight.dtype], wide(average.value), weight)
-            for average, weight in zip(self._model_variables_moving_average, weights, strict=True)
-        ]
-        assign(self._model_variables_moving_average, averages)
-        if not self.ema_overwrite_frequency:
-            return weights
-        updates = ops.convert_to_tensor(self.iterations) + 1
-        overwrite = (updates % self.ema_overwrite_frequency == 0) & taken
-        return [
-            jnp.where(overwrite, average, weight)
-            for average, weight in zip(averages, weights, strict=True)
-        ]
+        overwrite: Any = False
+        if self.ema_overwrite_frequency:
+            updates = ops.convert_to_tensor(self.iterations) + 1
+            overwrite = (updates % self.ema_overwrite_frequency == 0) & taken
+        new = list(weights)
+        for i, average in enumerate(self._model_variables_moving_average):
+            if average is None:
+                continue
+            value = update_rule.moving_average(by[new[i].dtype], wide(average.value), new[i])
+            average.assign(value)
+            if overwrite is not False:
+                new[i] = jnp.where(overwrite, value, new[i])
+        return new
 
     def _read(self, active: tuple[int, ...], normalized: Normalization) -> None:
         """Write what the user may read."""
@@ -220,32 +232,6 @@ class BackendOptimizer(WholeModelOptimizer):
             norms.at[jnp.array(active)].set(normalized.norms.astype("float32"))
         )
         self.skipped_steps.assign_add(jnp.logical_not(normalized.finite))
-
-    def _measure_noise(
-        self, total: jax.Array, gradients: list[jax.Array], normalized: Normalization
-    ) -> None:
-        """From the total of the squares of all small batches, and the sum of their gradients."""
-        meter = self._noise_meter()
-        if meter is None:
-            return
-        if update_rule.changes_gradient(self._rule()):
-            large = sum_of_squares(gradients) / meter.times**2
-        else:
-            large = normalized.unclipped.astype("float32") ** 2
-        meter.update(
-            self.noise_moments,
-            self.gradient_noise_scale,
-            meter.estimates(total, large),
-            normalized.finite,
-        )
-
-    def _measured(self) -> Measured:
-        noise_scale = self.gradient_noise_scale
-        return Measured(
-            self.gradient_norm.value,
-            self.gradient_norms.value,
-            None if noise_scale is None else noise_scale.value,
-        )
 
 
 def dense(gradient: Any) -> jax.Array:

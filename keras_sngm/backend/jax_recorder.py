@@ -16,7 +16,7 @@ import numpy as np
 from keras_sngm.backend.jax_state import do_if, wide
 from keras_sngm.backend.recorder import Measured, RecorderBase
 from keras_sngm.backend.ring import Ring, row_of
-from keras_sngm.measurements import HISTOGRAM, Plan, details, histogram
+from keras_sngm.measurements import HISTOGRAM, details, histogram
 
 
 class Change(NamedTuple):
@@ -25,26 +25,20 @@ class Change(NamedTuple):
     Attributes:
         before: the weights before it.
         after: the weights after it.
-        momentums: the momentum of each after it, or nothing.
+        momentums: the momentum of each that has one after it, or nothing at all.
     """
 
     before: Sequence[jax.Array]
     after: Sequence[jax.Array]
-    momentums: Sequence[jax.Array]
+    momentums: Sequence[jax.Array | None]
 
 
 class Recorder(RecorderBase):
     """With variables that only the training function has while it runs."""
 
-    def __init__(
-        self,
-        optimizer: Any,
-        plan: Plan,
-        momentums: Sequence[keras.Variable],
-        guarded: Sequence[keras.Variable],
-    ) -> None:
+    def __init__(self, optimizer: Any, *what: Any) -> None:
         self.own: list[keras.Variable] = []
-        super().__init__(optimizer, plan, momentums, guarded)
+        super().__init__(optimizer, *what)
         self._newest: dict[int, jax.Array] = {}
         self._newest_norm: jax.Array | None = None
         self._to_hold = 0
@@ -190,9 +184,11 @@ def _histograms(change: Change, norm: jax.Array, directions: Mapping[int, jax.Ar
         else:
             rows.append(histogram(direction * norm.astype(direction.dtype)))
         if change.momentums:
-            rows.append(histogram(change.momentums[i]))
+            momentum = change.momentums[i]
+            rows.append(jnp.zeros(HISTOGRAM) if momentum is None else histogram(momentum))
     return jnp.concatenate(rows)
 
 
-def _of(momentums: Sequence[jax.Array], i: int) -> jax.Array | None:
-    return wide(momentums[i]) if momentums else None
+def _of(momentums: Sequence[jax.Array | None], i: int) -> jax.Array | None:
+    momentum = momentums[i] if momentums else None
+    return None if momentum is None else wide(momentum)

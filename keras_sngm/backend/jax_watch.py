@@ -1,7 +1,6 @@
 """Has the optimizer of a model recorded while it is trained, Keras' own as well as SNGM.
 
-SNGM calls its recorders itself. The `apply` of any other optimizer is wrapped while a
-recorder is attached to it. The recorders' variables are then among those of the
+While a recorder is attached to an optimizer, its variables are among those of the
 optimizer, for nothing else goes in and out of a training step, but not in its files.
 """
 
@@ -27,54 +26,35 @@ _SAVING = ("save_own_variables", "load_own_variables")
 
 
 def attach(model: keras.Model, plan: Plan) -> list[Any]:
-    """Record from the next training step on.
-
-    Args:
-        model: compiled, its optimizer built.
-        plan: what to record.
-
-    Returns:
-        One recorder for each optimizer that updates variables: several under a
-        `MultiOptimizer`.
-
-    Raises:
-        ValueError: if these do not accumulate over the same number of steps.
-    """
-    optimizers = watch.updating(model.optimizer)
+    """Record from the next training step on."""
+    recorders = watch.recorders(model, plan, Recorder)
     model.make_train_function()
     if not isinstance(model.train_function, _TrainFunction):
         model.train_function = _TrainFunction(model)
-    guarded = model.non_trainable_weights if plan.stops else []
-    recorders = [_recorder(optimizer, plan, guarded) for optimizer in optimizers]
-    for optimizer, recorder in zip(optimizers, recorders, strict=True):
+    optimizers = [model.optimizer]
+    for recorder in recorders:
         recorder.root = model.optimizer
-        attached(optimizer).append(recorder)
+        watch.begin(recorder, _Watched)
         _track(recorder)
-        if not isinstance(optimizer, BackendOptimizer) and "apply" not in vars(optimizer):
-            optimizer.apply = _Watched(optimizer)
-    for one in {id(one): one for one in [model.optimizer, *optimizers]}.values():
-        _keep_recorders_out_of_files(one)
+        optimizers.append(recorder.optimizer())
+    for optimizer in optimizers:
+        _keep_recorders_out_of_files(optimizer)
     return recorders
 
 
 def detach(recorders: Sequence[Any]) -> None:
     """Record no longer."""
     for recorder in recorders:
-        optimizer = recorder.optimizer()
+        optimizer = watch.end(recorder)
         if optimizer is None:
             continue
-        attached(optimizer).remove(recorder)
         _untrack(recorder)
-        if attached(optimizer):
-            continue
-        for one in (optimizer, recorder.root):
-            for name in ("apply", *_SAVING):
-                vars(one).pop(name, None)
-
-
-def _recorder(optimizer: Any, plan: Plan, guarded: Sequence[keras.Variable]) -> Recorder:
-    momentums = optimizer.momentums if isinstance(optimizer, BackendOptimizer) else ()
-    return Recorder(optimizer, plan, momentums, guarded)
+        if isinstance(optimizer, BackendOptimizer):
+            optimizer.forget(recorder)
+        if not attached(optimizer):
+            for one in (optimizer, recorder.root):
+                for name in _SAVING:
+                    vars(one).pop(name, None)
 
 
 def _track(recorder: Recorder) -> None:
@@ -155,6 +135,8 @@ class _TrainFunction:
         # Under a distribution it is made for a state of one length.
         is_of_any_length = keras.distribution.distribution() is None
         has_length = len(model.optimizer.variables) == self._length
+        # It was traced with the recorders of that time. Others of the same plans have the
+        # same places in the state, so that it writes to theirs.
         known = not plans or not self._plans or plans == self._plans
         return (is_of_any_length or has_length) and known and self._guards >= guards
 
@@ -214,22 +196,11 @@ def _by_id(variables: Sequence[keras.Variable], values: Sequence[jax.Array]) -> 
     return {id(variable): value for variable, value in zip(variables, values, strict=True)}
 
 
-class _Watched:
-    """Takes the place of an optimizer's `apply`."""
-
-    def __init__(self, optimizer: Any) -> None:
-        self._optimizer = optimizer
-        self._apply = optimizer.apply
-
-    def __call__(self, grads: Any, trainable_variables: Any = None) -> None:
+class _Watched(watch.Watched):
+    def _update(self, given: watch.Given, gradients: list[Any], variables: list[Any]) -> None:
         optimizer = self._optimizer
-        gradients = list(grads)
         weights = optimizer._trainable_variables
-        variables = list(weights if trainable_variables is None else trainable_variables)
-        known, _, positions = watch.given(optimizer, gradients, variables)
-        if not known:
-            self._apply(gradients, variables)
-            return
+        known, positions = given.gradients, given.positions
         final = [self._final(*pair) for pair in zip(known, positions, strict=True)]
         squares, prescale = norm.squares_and_prescale(final, blockwise=False)
         measured, directions = watch.measured(squares, prescale, final, positions, len(weights))

@@ -4,9 +4,11 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import keras
+from keras import ops
 
+from keras_sngm import update_rule
 from keras_sngm.backend.noise import NoiseMeter
-from keras_sngm.update_rule import Rule, arithmetic_dtype
+from keras_sngm.update_rule import Normalization, Rule, arithmetic_dtype
 
 
 class WholeModelOptimizer(keras.optimizers.Optimizer):
@@ -92,6 +94,7 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
             gradients, variables = self._overwrite_variables_directly_with_gradients(
                 gradients, variables
             )
+            _check_shapes(gradients, variables)
             self._step(gradients, variables)
 
     def _variables_of(
@@ -141,6 +144,53 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
             self.gradient_accumulation_steps or 1,
         )
 
+    def _measure_noise(
+        self,
+        total: Any,
+        normalized: Normalization,
+        squares: Callable[[], Any],
+        local: Callable[[Any], Any] = lambda variable: variable,
+    ) -> None:
+        """Move the averages of the noise scale, if it is measured.
+
+        Args:
+            total: the sum of the squares of the gradients of all small batches.
+            normalized: how their sum is normalized.
+            squares: the sum of the squares of that sum, if `normalized` does not know.
+            local: what a variable is on the replica that asks.
+        """
+        meter = self._noise_meter()
+        if meter is None:
+            return
+        if update_rule.changes_gradient(self._rule()):
+            large = squares() / meter.times**2
+        else:
+            large = ops.cast(normalized.unclipped, "float32") ** 2
+        meter.update(
+            local(self.noise_moments),
+            local(self.gradient_noise_scale),
+            meter.estimates(total, large),
+            normalized.finite,
+        )
+
+
+def _check_shapes(gradients: Sequence[Any], variables: Sequence[Any]) -> None:
+    for gradient, variable in zip(gradients, variables, strict=True):
+        if not _fits(gradient.shape, variable.shape):
+            raise ValueError(
+                "A gradient must have the shape of its variable. "
+                f"Received: gradient.shape={tuple(gradient.shape)} for "
+                f"variable '{variable.name}' of shape {tuple(variable.shape)}"
+            )
+
+
+def _fits(shape: Any, wanted: Any) -> bool:
+    if shape == wanted:
+        return True
+    # In graphs of TensorFlow a shape may be known in part.
+    is_compatible = getattr(shape, "is_compatible_with", None)
+    return is_compatible is not None and is_compatible(wanted)
+
 
 class Cache:
     """A dictionary that Keras and TensorFlow do not try to save with the optimizer."""
@@ -152,3 +202,6 @@ class Cache:
         if key not in self._entries:
             self._entries[key] = make()
         return self._entries[key]
+
+    def drop(self, is_old: Callable[[Any], bool]) -> None:
+        self._entries = {k: entry for k, entry in self._entries.items() if not is_old(k)}

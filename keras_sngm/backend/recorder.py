@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
+from keras_sngm.backend.optimizer import WholeModelOptimizer
 from keras_sngm.backend.ring import Ring
 from keras_sngm.measurements import DETAILS, HISTOGRAM, Plan
 from keras_sngm.update_rule import Tensor
@@ -30,6 +31,20 @@ class Measured(NamedTuple):
     norms: Tensor
     """One per variable, 0 where there was no gradient."""
     noise_scale: Tensor | None
+
+
+def measured_by(
+    optimizer: Any, local: Callable[[Any], Any] = lambda variable: variable
+) -> Measured:
+    """What SNGM keeps of its last update.
+
+    Args:
+        optimizer: an SNGM.
+        local: what a variable is on the replica that asks, `None` of `None`.
+    """
+    kept = (optimizer.gradient_norm, optimizer.gradient_norms, optimizer.gradient_noise_scale)
+    values = [None if v is None else keras.ops.convert_to_tensor(local(v)) for v in kept]
+    return Measured(*values)
 
 
 class Progress(NamedTuple):
@@ -66,18 +81,13 @@ class RecorderBase:
     Args:
         optimizer: a built Keras optimizer, not one that wraps others.
         plan: what to keep.
-        momentums: its momentum for each variable that it was built with, or nothing.
         guarded: variables that are to be as they were after the last step, once none
             is taken any more. Only if the plan `stops`.
     """
 
-    def __init__(
-        self,
-        optimizer: Any,
-        plan: Plan,
-        momentums: Sequence[keras.Variable],
-        guarded: Sequence[keras.Variable],
-    ) -> None:
+    def __init__(self, optimizer: Any, plan: Plan, guarded: Sequence[keras.Variable]) -> None:
+        # Keras' optimizers keep other things by the name of momentum.
+        momentums = optimizer.momentums if isinstance(optimizer, WholeModelOptimizer) else ()
         self.plan = plan
         self.optimizer: Callable[[], Any] = weakref.ref(optimizer)
         self.variables: list[keras.Variable] = list(optimizer._trainable_variables)

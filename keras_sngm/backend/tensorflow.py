@@ -20,9 +20,8 @@ from tensorflow.python.framework.config import is_op_determinism_enabled
 from tensorflow.python.framework.ops import get_default_graph
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
-from keras_sngm import update_rule
 from keras_sngm.backend.optimizer import Cache, WholeModelOptimizer
-from keras_sngm.backend.recorder import Measured, attached
+from keras_sngm.backend.recorder import attached, measured_by
 from keras_sngm.backend.tensorflow_checks import (
     check_strategy,
     check_variables,
@@ -126,12 +125,12 @@ class BackendOptimizer(WholeModelOptimizer):
 
     def _squares(self, replicas: Replicas, active: tuple[int, ...], gradients: list[Any]) -> Any:
         """Each replica's sum of squares of its own gradient."""
-        weights = [self._trainable_variables[i] for i in active]
+        weight = self._trainable_variables[active[0]]
         sums: list[tf.Tensor] = []
         for parts in zip(*map(replicas.parts, gradients), strict=True):
-            device = replicas.parts(weights[0])[len(sums)].device
+            device = replicas.parts(weight)[len(sums)].device
             with tf.device(device):
-                sums.append(sum_of_squares(parts, weights, device))
+                sums.append(self._local_squares(active, parts, device))
         return replicas.joined(sums)
 
     def _accumulate(
@@ -190,47 +189,27 @@ class BackendOptimizer(WholeModelOptimizer):
                     recorder.before(local, number)
                 normalized = step(local_gradients, moment)
                 for total in of_squares:
-                    self._measure_noise(local, active, local_gradients, total[replica], normalized)
+                    self._measure_noise(
+                        total[replica],
+                        normalized,
+                        functools.partial(
+                            self._local_squares, active, local_gradients, step.device
+                        ),
+                        local,
+                    )
                 for recorder in recording:
                     recorder.after(
                         local,
                         number,
-                        self._measured(local),
+                        measured_by(self, local),
                         functools.partial(_directions, step, local_gradients, normalized),
                     )
 
-    def _measured(self, local: Local) -> Measured:
-        noise_scale = local(self.gradient_noise_scale)
-        return Measured(
-            tf.convert_to_tensor(local(self.gradient_norm)),
-            tf.convert_to_tensor(local(self.gradient_norms)),
-            None if noise_scale is None else tf.convert_to_tensor(noise_scale),
-        )
-
-    def _measure_noise(
-        self,
-        local: Local,
-        active: tuple[int, ...],
-        gradients: Sequence[Any],
-        total: tf.Tensor,
-        normalized: Normalization,
-    ) -> None:
-        """From the total of the squares of all small batches."""
-        meter = self._noise_meter()
-        if meter is None:
-            return
-        if update_rule.changes_gradient(self._rule()):
-            weights = [self._trainable_variables[i] for i in active]
-            device = local(weights[0]).device
-            large = sum_of_squares(gradients, weights, device) / meter.times**2
-        else:
-            large = tf.cast(normalized.unclipped, tf.float32) ** 2
-        meter.update(
-            local(self.noise_moments),
-            local(self.gradient_noise_scale),
-            meter.estimates(total, large),
-            normalized.finite,
-        )
+    def _local_squares(
+        self, active: tuple[int, ...], gradients: Sequence[Any], device: str
+    ) -> tf.Tensor:
+        """The sum of the squares of the gradients that one replica has."""
+        return sum_of_squares(gradients, [self._trainable_variables[i] for i in active], device)
 
     def _moment(self, conditions: Sequence[tf.Tensor]) -> Moment:
         updates = tf.convert_to_tensor(self.iterations)

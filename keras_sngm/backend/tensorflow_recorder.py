@@ -11,7 +11,7 @@ from keras_sngm.backend.recorder import Measured, RecorderBase
 from keras_sngm.backend.ring import Ring, row_of
 from keras_sngm.backend.tensorflow_replicas import native_variable
 from keras_sngm.backend.tensorflow_slot import arithmetic_dtype, for_arithmetic
-from keras_sngm.measurements import HISTOGRAM, Plan, details, histogram
+from keras_sngm.measurements import HISTOGRAM, details, histogram
 
 Local = Callable[[Any], tf.Variable]
 
@@ -19,18 +19,12 @@ Local = Callable[[Any], tf.Variable]
 class Recorder(RecorderBase):
     """With its variables on the first replica of each device."""
 
-    def __init__(
-        self,
-        optimizer: Any,
-        plan: Plan,
-        momentums: Sequence[keras.Variable],
-        guarded: Sequence[keras.Variable],
-    ) -> None:
+    def __init__(self, optimizer: Any, *what: Any) -> None:
         self._strategy = optimizer._distribution_strategy
-        super().__init__(optimizer, plan, momentums, guarded)
+        super().__init__(optimizer, *what)
         self.left_at: int | None = None
         """How often the optimizer had been called when this was detached from it."""
-        needs_weights = plan.details_every or plan.histogram_every
+        needs_weights = self.plan.details_every or self.plan.histogram_every
         self._before = [
             self._variable(v.shape, arithmetic_dtype(native_variable(v).dtype).name)
             for v in (self.variables if needs_weights else ())

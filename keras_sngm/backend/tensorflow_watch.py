@@ -17,7 +17,6 @@ from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 from keras_sngm.backend import tensorflow_norm as norm
 from keras_sngm.backend import watch
 from keras_sngm.backend.recorder import Measured, attached
-from keras_sngm.backend.tensorflow import BackendOptimizer
 from keras_sngm.backend.tensorflow_recorder import Recorder
 from keras_sngm.backend.tensorflow_replicas import OwnReplica
 from keras_sngm.backend.tensorflow_slot import arithmetic_dtype, dense, is_accelerator, widest
@@ -32,30 +31,16 @@ def attach(model: keras.Model, plan: Plan) -> list[Any]:
 
     The training function is made anew, and traced again by its next call, unless it
     already holds such recorders from an earlier `fit`.
-
-    Args:
-        model: compiled, its optimizer built.
-        plan: what to record.
-
-    Returns:
-        One recorder for each optimizer that updates variables: several under a
-        `MultiOptimizer`.
-
-    Raises:
-        ValueError: if these do not accumulate over the same number of steps.
     """
     model.make_train_function()
     optimizers = watch.updating(model.optimizer)
     recorders = _left_by_an_earlier_fit(model, optimizers, plan)
     if not recorders:
-        guarded = model.non_trainable_weights if plan.stops else []
-        recorders = [_recorder(optimizer, plan, guarded) for optimizer in optimizers]
+        recorders = watch.recorders(model, plan, Recorder)
         model.make_train_function(force=True)
-    for optimizer, recorder in zip(optimizers, recorders, strict=True):
-        attached(optimizer).append(recorder)
+    for recorder in recorders:
+        watch.begin(recorder, _Watched)
         recorder.left_at = None
-        if not isinstance(optimizer, BackendOptimizer) and "apply" not in vars(optimizer):
-            optimizer.apply = _Watched(optimizer)
     _traced.setdefault(
         model.train_function,
         [recorder for optimizer in optimizers for recorder in attached(optimizer)],
@@ -66,13 +51,9 @@ def attach(model: keras.Model, plan: Plan) -> list[Any]:
 def detach(recorders: Sequence[Any]) -> None:
     """Record no longer."""
     for recorder in recorders:
-        optimizer = recorder.optimizer()
-        if optimizer is None:
-            continue
-        attached(optimizer).remove(recorder)
-        recorder.left_at = _calls(optimizer)
-        if not attached(optimizer) and "apply" in vars(optimizer):
-            del optimizer.apply
+        optimizer = watch.end(recorder)
+        if optimizer is not None:
+            recorder.left_at = _calls(optimizer)
 
 
 def _left_by_an_earlier_fit(
@@ -98,32 +79,15 @@ def _calls(optimizer: Any) -> int:
     return int(keras.ops.convert_to_numpy(optimizer._iterations))
 
 
-def _recorder(optimizer: Any, plan: Plan, guarded: Sequence[keras.Variable]) -> Recorder:
-    momentums = optimizer.momentums if isinstance(optimizer, BackendOptimizer) else ()
-    return Recorder(optimizer, plan, momentums, guarded)
+class _Watched(watch.Watched):
+    """Sums up the gradients of all replicas once more, in each training step.
 
-
-class _Watched:
-    """Takes the place of an optimizer's `apply`.
-
-    The gradients of all replicas are summed up once more here, in each training step:
-    where Keras does it, nobody else can see the result.
+    Where Keras does it, nobody else can see the result.
     """
 
-    def __init__(self, optimizer: Any) -> None:
-        self._optimizer = optimizer
-        self._apply = optimizer.apply
-
-    def __call__(self, grads: Any, trainable_variables: Any = None) -> None:
+    def _update(self, given: watch.Given, gradients: list[Any], variables: list[Any]) -> None:
         optimizer = self._optimizer
-        gradients = list(grads)
-        variables = list(
-            optimizer._trainable_variables if trainable_variables is None else trainable_variables
-        )
-        known, on, positions = watch.given(optimizer, gradients, variables)
-        if not known:
-            self._apply(gradients, variables)
-            return
+        known, on, positions = given
         replicas = OwnReplica(tf.distribute.get_replica_context())
 
         def local(value: Any) -> Any:

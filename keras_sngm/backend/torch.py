@@ -12,7 +12,7 @@ from keras import ops
 from keras_sngm import update_rule
 from keras_sngm.backend import torch_step
 from keras_sngm.backend.optimizer import WholeModelOptimizer
-from keras_sngm.backend.recorder import Measured, attached
+from keras_sngm.backend.recorder import attached, measured_by
 from keras_sngm.backend.torch_count import HostCount
 from keras_sngm.backend.torch_lists import dense, in_dtypes, values, wide
 from keras_sngm.backend.torch_norm import squares_and_prescale, sum_of_squares
@@ -75,9 +75,8 @@ class BackendOptimizer(WholeModelOptimizer):
         """
         rule, slots = self._rule(), self._slots()
         own = [slots[i] for i in active]
-        idle = [
-            slot for i, slot in enumerate(slots) if slot.average is not None and i not in active
-        ]
+        others = set(range(len(slots))) - set(active)
+        idle = [slots[i] for i in sorted(others) if slots[i].average is not None]
         times = self.gradient_accumulation_steps or 1
         final, times_left = torch_step.final_gradients(rule, own, gradients, times)
         squares, prescale = squares_and_prescale(final, rule.blockwise)
@@ -88,7 +87,7 @@ class BackendOptimizer(WholeModelOptimizer):
             finite = normalized.finite & moment.may_step
             normalized = normalized._replace(finite=finite)
         for total in totals:
-            self._measure_noise(total, gradients, normalized)
+            self._measure_noise(total, normalized, lambda: sum_of_squares(gradients))
         number = self._calls.of(self._iterations) // times + 1
         change = None
         if any(recorder.is_due(number) for recorder in recorders):
@@ -100,7 +99,7 @@ class BackendOptimizer(WholeModelOptimizer):
         torch_step.take(rule, own, idle, final, normalized, moment)
         self._read(active, normalized)
         for recorder in recorders:
-            recorder.record(number, self._measured(), change)
+            recorder.record(number, measured_by(self), change)
 
     def _slots(self) -> list[Slot]:
         weights = self._trainable_variables
@@ -143,32 +142,6 @@ class BackendOptimizer(WholeModelOptimizer):
             norms.zero_()
             norms[active] = normalized.norms.to(norms.dtype)
         self.skipped_steps.value.add_(torch.logical_not(normalized.finite))
-
-    def _measure_noise(
-        self, total: torch.Tensor, gradients: list[torch.Tensor], normalized: Normalization
-    ) -> None:
-        """From the total of the squares of all small batches, and the sum of their gradients."""
-        meter = self._noise_meter()
-        if meter is None:
-            return
-        if update_rule.changes_gradient(self._rule()):
-            large = sum_of_squares(gradients) / meter.times**2
-        else:
-            large = normalized.unclipped.float() ** 2
-        meter.update(
-            self.noise_moments,
-            self.gradient_noise_scale,
-            meter.estimates(total, large),
-            normalized.finite,
-        )
-
-    def _measured(self) -> Measured:
-        noise_scale = self.gradient_noise_scale
-        return Measured(
-            self.gradient_norm.value,
-            self.gradient_norms.value,
-            None if noise_scale is None else noise_scale.value,
-        )
 
 
 def unscaled(gradients: list[torch.Tensor], loss_scale_factor: float | None) -> list[torch.Tensor]:

@@ -49,6 +49,7 @@ def update(
         elif not divided:
             how["lr"] /= divisor.item()
     else:
+        divided = divided or _share_memory(gradients)
         how["found_inf"] = torch.logical_not(by.taken).float()
         if not divided:
             how["grad_scale"] = (normalized.divisor / normalized.prescale).float()
@@ -65,6 +66,12 @@ def update(
         is_first_step=False,
         **how,
     )
+
+
+def _share_memory(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether one tensor is there twice, as where two weights have the same gradient."""
+    places = [tensor.data_ptr() for tensor in tensors if tensor.numel()]
+    return len(set(places)) < len(places)
 
 
 def _divided(

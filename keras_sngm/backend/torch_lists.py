@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 import torch
@@ -15,11 +16,11 @@ def dense(gradient: torch.Tensor) -> torch.Tensor:
     return gradient if gradient.layout == torch.strided else gradient.to_dense()
 
 
-def values(variables: Sequence[keras.Variable]) -> list[torch.Tensor]:
+def values(variables: Sequence[keras.Variable | None]) -> list[Any]:
     """What the variables hold. Keras takes longer to say that than to update a small one."""
     if in_stateless_scope():
-        return [variable.value for variable in variables]
-    return [v.value if v._value is None else v._value for v in variables]
+        return [None if v is None else v.value for v in variables]
+    return [None if v is None else v.value if v._value is None else v._value for v in variables]
 
 
 @functools.cache
@@ -29,8 +30,16 @@ def arithmetic(dtype: torch.dtype) -> torch.dtype:
 
 
 def converted(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
-    """The tensors in one dtype; those that have it already are not copied."""
-    new = [t if t.dtype == dtype else torch.empty_like(t, dtype=dtype) for t in tensors]
+    """The tensors in one dtype and row by row in memory; those that are so are not copied.
+
+    PyTorch's fused kernels take it for granted that tensors lie in memory alike.
+    """
+    new = [
+        t
+        if t.dtype == dtype and t.is_contiguous()
+        else torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
+        for t in tensors
+    ]
     changed = [(to, of) for to, of in zip(new, tensors, strict=True) if to is not of]
     if changed:
         torch._foreach_copy_([to for to, _ in changed], [of for _, of in changed])

@@ -8,8 +8,8 @@ import torch
 
 from keras_sngm.backend.recorder import Measured, RecorderBase
 from keras_sngm.backend.ring import Ring, row_of
-from keras_sngm.backend.torch_lists import wide
-from keras_sngm.measurements import HISTOGRAM, Plan, details, histogram
+from keras_sngm.backend.torch_lists import values, wide
+from keras_sngm.measurements import HISTOGRAM, details, histogram
 
 
 class Change(NamedTuple):
@@ -34,14 +34,8 @@ class Change(NamedTuple):
 class Recorder(RecorderBase):
     """Knows on the host which update is made, so that there are no conditions."""
 
-    def __init__(
-        self,
-        optimizer: Any,
-        plan: Plan,
-        momentums: Sequence[keras.Variable],
-        guarded: Sequence[keras.Variable],
-    ) -> None:
-        super().__init__(optimizer, plan, momentums, guarded)
+    def __init__(self, optimizer: Any, *what: Any) -> None:
+        super().__init__(optimizer, *what)
         self._written = dict.fromkeys(self._rings, 0)
 
     def latest_norm(self) -> Any:
@@ -115,14 +109,14 @@ class Recorder(RecorderBase):
                 rows.append(torch.zeros(HISTOGRAM, device=norm.device))
             else:
                 rows.append(histogram(direction * norm.to(direction.dtype)))
-            if momentum is not None:
-                rows.append(histogram(momentum))
+            if self.has_momentum:
+                rows.append(torch.zeros(HISTOGRAM) if momentum is None else histogram(momentum))
         return torch.cat(rows)
 
     def _momentums_now(self) -> list[torch.Tensor | None]:
         if not self.has_momentum:
             return [None] * len(self.variables)
-        return [*wide([momentum.value for momentum in self._momentums])]
+        return [None if m is None else wide([m])[0] for m in values(self._momentums)]
 
 
 def _divides(every: int | None, step: int) -> bool:

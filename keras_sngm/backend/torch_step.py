@@ -49,11 +49,12 @@ def final_gradients(
     own = list(torch._foreach_div(own, float(times)))
     if rule.weight_decay is not None and not rule.decoupled_weight_decay:
         decaying = [k for k, slot in enumerate(slots) if slot.decays]
-        torch._foreach_add_(
-            [own[k] for k in decaying],
-            wide([slots[k].weight for k in decaying]),
-            alpha=rule.weight_decay,
-        )
+        if decaying:
+            torch._foreach_add_(
+                [own[k] for k in decaying],
+                wide([slots[k].weight for k in decaying]),
+                alpha=rule.weight_decay,
+            )
     if rule.clipvalue is not None:
         clipped = list(torch._foreach_clamp_max(own, rule.clipvalue))
         torch._foreach_clamp_min_(clipped, -rule.clipvalue)
@@ -133,7 +134,8 @@ def _update(
     stored = [[slot.weight for slot in together]]
     stored.append([slot.momentum for slot in slots if slot.momentum is not None])
     stored.append([slot.average for slot in together if slot.average is not None])
-    # 16-bit variables are copied to 32 bits and back, others are updated where they are.
+    # What has 16 bits or is not row by row in memory is copied to where it is updated, and
+    # back; all else is updated where it is.
     weights, momentums, averages = (wide(tensors) for tensors in stored)
     if slots:
         if rule.weight_decay is not None and rule.decoupled_weight_decay:
@@ -146,8 +148,9 @@ def _update(
             for weight, average in zip(weights, averages, strict=True):
                 weight.copy_(torch.where(by.taken, average, weight))
     for kept, new in zip(stored, (weights, momentums, averages), strict=True):
-        if kept and kept[0] is not new[0]:
-            torch._foreach_copy_(kept, new)
+        copied = [(to, of) for to, of in zip(kept, new, strict=True) if to is not of]
+        if copied:
+            torch._foreach_copy_([to for to, _ in copied], [of for _, of in copied])
 
 
 def _move(

@@ -1,8 +1,4 @@
-"""Has the optimizer of a model recorded while it is trained, Keras' own as well as SNGM.
-
-SNGM calls its recorders itself. The `apply` of any other optimizer is wrapped while a
-recorder is attached to it.
-"""
+"""Has the optimizer of a model recorded while it is trained, Keras' own as well as SNGM."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +8,7 @@ import torch
 
 from keras_sngm.backend import watch
 from keras_sngm.backend.recorder import Measured, attached
-from keras_sngm.backend.torch import BackendOptimizer, unscaled
+from keras_sngm.backend.torch import unscaled
 from keras_sngm.backend.torch_count import HostCount
 from keras_sngm.backend.torch_lists import dense, wide
 from keras_sngm.backend.torch_norm import squares_and_prescale
@@ -21,64 +17,32 @@ from keras_sngm.measurements import Plan
 
 
 def attach(model: keras.Model, plan: Plan) -> list[Any]:
-    """Record from the next training step on.
-
-    Args:
-        model: compiled, its optimizer built.
-        plan: what to record.
-
-    Returns:
-        One recorder for each optimizer that updates variables: several under a
-        `MultiOptimizer`.
-
-    Raises:
-        ValueError: if these do not accumulate over the same number of steps.
-    """
-    optimizers = watch.updating(model.optimizer)
-    guarded = model.non_trainable_weights if plan.stops else []
-    recorders = []
-    for optimizer in optimizers:
-        momentums = optimizer.momentums if isinstance(optimizer, BackendOptimizer) else ()
-        recorders.append(Recorder(optimizer, plan, momentums, guarded))
-        attached(optimizer).append(recorders[-1])
-        if not isinstance(optimizer, BackendOptimizer) and "apply" not in vars(optimizer):
-            optimizer.apply = _Watched(optimizer)
+    """Record from the next training step on."""
+    recorders = watch.recorders(model, plan, Recorder)
+    for recorder in recorders:
+        watch.begin(recorder, _Watched)
     return recorders
 
 
 def detach(recorders: Sequence[Any]) -> None:
     """Record no longer."""
     for recorder in recorders:
-        optimizer = recorder.optimizer()
-        if optimizer is None:
-            continue
-        attached(optimizer).remove(recorder)
-        if not attached(optimizer):
-            vars(optimizer).pop("apply", None)
+        watch.end(recorder)
 
 
-class _Watched:
-    """Takes the place of an optimizer's `apply`."""
-
+class _Watched(watch.Watched):
     def __init__(self, optimizer: Any) -> None:
-        self._optimizer = optimizer
-        self._apply = optimizer.apply
+        super().__init__(optimizer)
         self._calls = HostCount()
 
     @torch.compiler.disable
     @torch.no_grad()
-    def __call__(self, grads: Any, trainable_variables: Any = None) -> None:
+    def _update(self, given: watch.Given, gradients: list[Any], variables: list[Any]) -> None:
         optimizer = self._optimizer
-        gradients = list(grads)
         weights = optimizer._trainable_variables
-        variables = list(weights if trainable_variables is None else trainable_variables)
-        known, _, positions = watch.given(optimizer, gradients, variables)
-        if not known:
-            self._apply(gradients, variables)
-            return
-        final = self._final(known, positions)
+        final = self._final(given.gradients, given.positions)
         measured, directions = watch.measured(
-            *squares_and_prescale(final, blockwise=False), final, positions, len(weights)
+            *squares_and_prescale(final, blockwise=False), final, given.positions, len(weights)
         )
         times = optimizer.gradient_accumulation_steps or 1
         calls = self._calls.of(optimizer._iterations)

@@ -1,15 +1,51 @@
-"""Which optimizers of a model are to be recorded, and how those of Keras are measured."""
+"""Which optimizers of a model are recorded, how that begins and ends, and what is measured.
+
+SNGM calls its recorders itself. The `apply` of any other optimizer is wrapped while a
+recorder is attached to it.
+"""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import keras
 from keras import ops
 
 from keras_sngm import update_rule
-from keras_sngm.backend.recorder import Measured
+from keras_sngm.backend.optimizer import WholeModelOptimizer
+from keras_sngm.backend.recorder import Measured, attached
+from keras_sngm.measurements import Plan
 from keras_sngm.update_rule import Tensor
 
 _AS_IT_IS = update_rule.Rule(0.0, False, False, None, True, None, None, None, 0.0)
+
+
+def recorders(model: keras.Model, plan: Plan, make: Callable[..., Any]) -> list[Any]:
+    """One made for each optimizer that updates variables."""
+    guarded = model.non_trainable_weights if plan.stops else []
+    return [make(optimizer, plan, guarded) for optimizer in updating(model.optimizer)]
+
+
+def begin(recorder: Any, wrap: Callable[[Any], Callable[..., None]]) -> None:
+    """Have a recorder called in each update.
+
+    Args:
+        recorder: a new one.
+        wrap: makes of another optimizer than SNGM what takes the place of its `apply`.
+    """
+    optimizer = recorder.optimizer()
+    attached(optimizer).append(recorder)
+    if not isinstance(optimizer, WholeModelOptimizer) and "apply" not in vars(optimizer):
+        optimizer.apply = wrap(optimizer)
+
+
+def end(recorder: Any) -> Any:
+    """Have it called no longer. Returns its optimizer, `None` if that is no more."""
+    optimizer = recorder.optimizer()
+    if optimizer is not None:
+        attached(optimizer).remove(recorder)
+        if not attached(optimizer):
+            vars(optimizer).pop("apply", None)
+    return optimizer
 
 
 def updating(optimizer: Any) -> list[Any]:
@@ -38,16 +74,48 @@ def _inside(optimizer: Any) -> list[Any]:
     return [optimizer]
 
 
-def given(
-    optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]
-) -> tuple[list[Any], list[Any], list[int]]:
-    """Those gradients that weights are updated with, their variables and these' positions."""
+class Given(NamedTuple):
+    """What weights are updated with.
+
+    Attributes:
+        gradients: one for each of `variables`.
+        variables: the weights.
+        positions: where they are among all variables of the optimizer.
+    """
+
+    gradients: list[Any]
+    variables: list[Any]
+    positions: list[int]
+
+
+class Watched:
+    """Takes the place of an optimizer's `apply`. A backend supplies `_update`."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+        self._apply = optimizer.apply
+
+    def __call__(self, grads: Any, trainable_variables: Any = None) -> None:
+        known, gradients = self._optimizer._trainable_variables, list(grads)
+        variables = list(known if trainable_variables is None else trainable_variables)
+        given = _given(self._optimizer, gradients, variables)
+        if given.gradients:
+            self._update(given, gradients, variables)
+        else:
+            self._apply(gradients, variables)
+
+    def _update(self, given: Given, gradients: list[Any], variables: list[Any]) -> None:
+        """Record, and apply the gradients to the variables."""
+        raise NotImplementedError
+
+
+def _given(optimizer: Any, gradients: Sequence[Any], variables: Sequence[Any]) -> Given:
     pairs = [
         (gradient, variable)
         for gradient, variable in zip(gradients, variables, strict=True)
         if gradient is not None and not getattr(variable, "overwrite_with_gradient", False)
     ]
-    return (
+    return Given(
         [gradient for gradient, _ in pairs],
         [variable for _, variable in pairs],
         [optimizer._get_variable_index(variable) for _, variable in pairs],
