@@ -48,7 +48,8 @@ class SNGM(BackendOptimizer):
     before anything else is done with them, so that N replicas on shards of a
     batch train like one on the whole batch. Create the optimizer in the scope of
     the strategy, which may be `OneDeviceStrategy`, `MirroredStrategy` or
-    `MultiWorkerMirroredStrategy`.
+    `MultiWorkerMirroredStrategy`. On JAX the same holds of `keras.distribution`, on PyTorch
+    of gradients that `DistributedDataParallel` has averaged.
 
     Args:
         learning_rate: A float, a `keras.optimizers.schedules.LearningRateSchedule`
