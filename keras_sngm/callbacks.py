@@ -164,7 +164,8 @@ class GradientNormLogger(keras.callbacks.Callback):
         if not self.model.optimizer.built:
             self.model.optimizer.build(self.model.trainable_variables)
         self._told = False
-        self._recorders = attach(self.model, self._plan())
+        # Keras gives all callbacks of a `fit` the same `params`.
+        self._recorders = attach(self.model, self._plan(), self.params)
         try:
             self._recording = self._begin(self._recorders)
         except Exception:

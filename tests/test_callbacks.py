@@ -392,6 +392,28 @@ def test_a_logger_outlives_an_interruption_and_other_training(monkeypatch):
     assert np.isfinite(history["grad_norm"]).all()
 
 
+@every_optimizer
+def test_an_interrupted_logger_does_not_go_on_beside_the_next(make):
+    def interrupt(batch, logs):
+        raise KeyboardInterrupt
+
+    model, first = build_model(make()), GradientNormLogger(per_variable=True)
+    fit(model, epochs=1)
+    count = len(model.optimizer.variables)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, first, keras.callbacks.LambdaCallback(on_train_batch_end=interrupt))
+    inner = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    recorders = []
+    look = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: recorders.extend(attached(inner))
+    )
+    fit(model, GradientNormLogger(), GradientNormLogger(), look, epochs=1)
+    assert [recorder.plan.per_variable for recorder in recorders] == [False, False]
+    assert len(model.optimizer.variables) == count
+    assert np.isfinite(fit(model, first).history["grad_norm"]).all()
+    assert not attached(inner)
+
+
 def counted_traces(model):
     """A list that grows with each trace of the training step."""
     traces = []

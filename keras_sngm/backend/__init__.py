@@ -2,10 +2,11 @@
 
 This package is the only place that names private hooks of Keras and its backends.
 
-`attach(model, plan)` has the optimizer of a compiled model, which must be built, recorded
+`attach(model, plan, fit)` has the optimizer of a compiled model, which must be built, recorded
 from the next training step on. It returns a recorder for each optimizer that updates
 variables, several under a `MultiOptimizer`, and raises a ValueError if these do not accumulate
-over the same number of steps. `detach(recorders)` ends that.
+over the same number of steps. `detach(recorders)` ends that, and so does an `attach` with
+another object for `fit`: the one before has been interrupted.
 """
 
 import keras

@@ -25,8 +25,9 @@ from keras_sngm.measurements import Plan
 _SAVING = ("save_own_variables", "load_own_variables")
 
 
-def attach(model: keras.Model, plan: Plan) -> list[Any]:
+def attach(model: keras.Model, plan: Plan, fit: Any) -> list[Any]:
     """Record from the next training step on."""
+    detach(watch.left_over(model, fit))
     recorders = watch.recorders(model, plan, Recorder)
     model.make_train_function()
     if not isinstance(model.train_function, _TrainFunction):
@@ -34,7 +35,7 @@ def attach(model: keras.Model, plan: Plan) -> list[Any]:
     optimizers = [model.optimizer]
     for recorder in recorders:
         recorder.root = model.optimizer
-        watch.begin(recorder, _Watched)
+        watch.begin(recorder, _Watched, fit)
         _track(recorder)
         optimizers.append(recorder.optimizer())
     for optimizer in optimizers:

@@ -176,7 +176,7 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
 
 def _check_shapes(gradients: Sequence[Any], variables: Sequence[Any]) -> None:
     for gradient, variable in zip(gradients, variables, strict=True):
-        if not _fits(gradient.shape, variable.shape):
+        if gradient.shape != variable.shape and not _may_be(gradient.shape, variable.shape):
             raise ValueError(
                 "A gradient must have the shape of its variable. "
                 f"Received: gradient.shape={tuple(gradient.shape)} for "
@@ -184,10 +184,8 @@ def _check_shapes(gradients: Sequence[Any], variables: Sequence[Any]) -> None:
             )
 
 
-def _fits(shape: Any, wanted: Any) -> bool:
-    if shape == wanted:
-        return True
-    # In graphs of TensorFlow a shape may be known in part.
+def _may_be(shape: Any, wanted: Any) -> bool:
+    """In graphs of TensorFlow a shape may be known in part."""
     is_compatible = getattr(shape, "is_compatible_with", None)
     return is_compatible is not None and is_compatible(wanted)
 

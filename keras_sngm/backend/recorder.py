@@ -91,6 +91,8 @@ class RecorderBase:
         self.plan = plan
         self.optimizer: Callable[[], Any] = weakref.ref(optimizer)
         self.variables: list[keras.Variable] = list(optimizer._trainable_variables)
+        self.fit: Any = None
+        """By what the `fit` is known that this was attached in last."""
         self.has_momentum = bool(momentums)
         self.keeps_noise_scale = getattr(optimizer, "gradient_noise_scale", None) is not None
         self._momentums = list(momentums) or [None] * len(self.variables)

@@ -26,12 +26,13 @@ from keras_sngm.measurements import Plan
 _traced: weakref.WeakKeyDictionary[Any, list[Recorder]] = weakref.WeakKeyDictionary()
 
 
-def attach(model: keras.Model, plan: Plan) -> list[Any]:
+def attach(model: keras.Model, plan: Plan, fit: Any) -> list[Any]:
     """Record from the next training step on.
 
     The training function is made anew, and traced again by its next call, unless it
     already holds such recorders from an earlier `fit`.
     """
+    detach(watch.left_over(model, fit))
     model.make_train_function()
     optimizers = watch.updating(model.optimizer)
     recorders = _left_by_an_earlier_fit(model, optimizers, plan)
@@ -39,7 +40,7 @@ def attach(model: keras.Model, plan: Plan) -> list[Any]:
         recorders = watch.recorders(model, plan, Recorder)
         model.make_train_function(force=True)
     for recorder in recorders:
-        watch.begin(recorder, _Watched)
+        watch.begin(recorder, _Watched, fit)
         recorder.left_at = None
     _traced.setdefault(
         model.train_function,

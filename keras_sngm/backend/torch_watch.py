@@ -16,11 +16,12 @@ from keras_sngm.backend.torch_recorder import Change, Recorder
 from keras_sngm.measurements import Plan
 
 
-def attach(model: keras.Model, plan: Plan) -> list[Any]:
+def attach(model: keras.Model, plan: Plan, fit: Any) -> list[Any]:
     """Record from the next training step on."""
+    detach(watch.left_over(model, fit))
     recorders = watch.recorders(model, plan, Recorder)
     for recorder in recorders:
-        watch.begin(recorder, _Watched)
+        watch.begin(recorder, _Watched, fit)
     return recorders
 
 

@@ -15,7 +15,7 @@ class BackendOptimizer(keras.optimizers.Optimizer):
         raise _not_yet(type(self).__name__)
 
 
-def attach(model: keras.Model, plan: Plan) -> list[Any]:
+def attach(model: keras.Model, plan: Plan, fit: Any) -> list[Any]:
     """Refuses to record."""
     raise _not_yet("GradientNormLogger")
 

@@ -25,26 +25,34 @@ def recorders(model: keras.Model, plan: Plan, make: Callable[..., Any]) -> list[
     return [make(optimizer, plan, guarded) for optimizer in updating(model.optimizer)]
 
 
-def begin(recorder: Any, wrap: Callable[[Any], Callable[..., None]]) -> None:
+def left_over(model: keras.Model, fit: Any) -> list[Any]:
+    """The recorders that another `fit` than this one has not detached."""
+    optimizers = updating(model.optimizer)
+    return [one for optimizer in optimizers for one in attached(optimizer) if one.fit is not fit]
+
+
+def begin(recorder: Any, wrap: Callable[[Any], Callable[..., None]], fit: Any) -> None:
     """Have a recorder called in each update.
 
     Args:
-        recorder: a new one.
+        recorder: one that is not attached.
         wrap: makes of another optimizer than SNGM what takes the place of its `apply`.
+        fit: what this `fit` has in common with no other.
     """
-    optimizer = recorder.optimizer()
+    recorder.fit, optimizer = fit, recorder.optimizer()
     attached(optimizer).append(recorder)
     if not isinstance(optimizer, WholeModelOptimizer) and "apply" not in vars(optimizer):
         optimizer.apply = wrap(optimizer)
 
 
 def end(recorder: Any) -> Any:
-    """Have it called no longer. Returns its optimizer, `None` if that is no more."""
+    """Have it called no longer. Returns the optimizer that did so, if there is one."""
     optimizer = recorder.optimizer()
-    if optimizer is not None:
-        attached(optimizer).remove(recorder)
-        if not attached(optimizer):
-            vars(optimizer).pop("apply", None)
+    if optimizer is None or recorder not in attached(optimizer):
+        return None
+    attached(optimizer).remove(recorder)
+    if not attached(optimizer):
+        vars(optimizer).pop("apply", None)
     return optimizer
 
 
