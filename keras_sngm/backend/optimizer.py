@@ -176,16 +176,20 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
 
 def _check_shapes(gradients: Sequence[Any], variables: Sequence[Any]) -> None:
     for gradient, variable in zip(gradients, variables, strict=True):
-        if gradient.shape != variable.shape and not _may_be(gradient.shape, variable.shape):
+        # Not every `tf.IndexedSlices` knows its shape.
+        shape: Any = getattr(gradient, "shape", None)
+        if shape != variable.shape and not _may_be(shape, variable.shape):
             raise ValueError(
                 "A gradient must have the shape of its variable. "
-                f"Received: gradient.shape={tuple(gradient.shape)} for "
+                f"Received: gradient.shape={tuple(shape)} for "
                 f"variable '{variable.name}' of shape {tuple(variable.shape)}"
             )
 
 
 def _may_be(shape: Any, wanted: Any) -> bool:
-    """In graphs of TensorFlow a shape may be known in part."""
+    if shape is None:
+        return True
+    # In graphs of TensorFlow a shape may be known in part.
     is_compatible = getattr(shape, "is_compatible_with", None)
     return is_compatible is not None and is_compatible(wanted)
 
