@@ -40,6 +40,9 @@ def attach(model: keras.Model, plan: Plan, fit: Any) -> list[Any]:
         optimizers.append(recorder.optimizer())
     for optimizer in optimizers:
         _keep_recorders_out_of_files(optimizer)
+    if hasattr(model, "_record_training_state_sharding_spec"):
+        # Older Keras has noted before training begins how each part of the state is sharded.
+        model._record_training_state_sharding_spec()
     return recorders
 
 
