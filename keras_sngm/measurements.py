@@ -5,7 +5,7 @@ rows on the host.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,21 +63,28 @@ def details(
     return ops.stack([ops.cast(value, "float32") for value in values])
 
 
-def histogram(tensor: Tensor) -> Tensor:
+def histogram(tensor: Tensor, segment_sum: Callable[..., Tensor] = ops.segment_sum) -> Tensor:
     """Least value, greatest value, and counts in `BUCKETS` intervals of one width.
 
     All counts are 0 if an element is not finite.
+
+    Args:
+        tensor: what to count the elements of.
+        segment_sum: as that of Keras.
     """
     vector = ops.cast(ops.reshape(tensor, (-1,)), "float32")
     least, greatest = ops.min(vector), ops.max(vector)
     finite = ops.isfinite(least) & ops.isfinite(greatest)
     # Halves, as the difference of two float32 numbers need not be one.
     width = (greatest / 2 - least / 2) / BUCKETS
-    offsets = (vector / 2 - least / 2) / ops.where(width > 0, width, 1.0)
-    offsets = ops.where(finite, offsets, 0.0)
-    places = ops.clip(ops.cast(ops.floor(offsets), "int32"), 0, BUCKETS - 1)
-    ones = ops.where(finite, ops.ones_like(places), 0)
-    counts = ops.segment_sum(ones, places, num_segments=BUCKETS)
+    # Numbers from the host would have to be copied.
+    one, zero = ops.ones_like(width), ops.zeros_like(width)
+    offsets = (vector / 2 - least / 2) / ops.where(width > 0, width, one)
+    offsets = ops.where(finite, offsets, zero)
+    last = (BUCKETS - 1) * one
+    places = ops.cast(ops.where(offsets < last, offsets, last), "int32")
+    ones = ops.ones_like(places) * ops.cast(finite, "int32")
+    counts = segment_sum(ones, places, num_segments=BUCKETS)
     return ops.concatenate([ops.stack([least, greatest]), ops.cast(counts, "float32")])
 
 

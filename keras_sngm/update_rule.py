@@ -144,7 +144,7 @@ def _common_normalization(rule: Rule, squares: Tensor, prescale: Tensor) -> Norm
         limit = rule.clipnorm * prescale
         clipped = _at_most(limit, norms)
         norm = _norm_of_norms(clipped)
-        divisor = _nonzero(norm) * ops.where(norms > limit, norms / limit, 1.0)
+        divisor = _nonzero(norm) * ops.where(norms > limit, norms / limit, _filled(1.0, norms))
         norms = clipped
     if rule.global_clipnorm is not None:
         # A factor common to all variables vanishes in g / norm(g): only the
@@ -201,6 +201,15 @@ def _one_each(factor: Tensor, count: int) -> list[Tensor]:
     return ops.unstack(factor) if len(factor.shape) == 1 else [factor] * count
 
 
+def spread(values: Tensor, positions: Sequence[int], count: int) -> Tensor:
+    """A vector of `count` numbers, the given ones at their positions, else zeros."""
+    if list(positions) == list(range(count)):
+        return values
+    # Not by indices, which from the host would have to be copied.
+    own = dict(zip(positions, ops.unstack(values), strict=True))
+    return ops.stack([own.get(i, ops.zeros_like(values[0])) for i in range(count)])
+
+
 def noise_moments(small: Tensor, large: Tensor, count: int, samples: float) -> list[Tensor]:
     """Unbiased estimates of tr(Sigma) and norm(G)^2 from one batch.
 
@@ -237,7 +246,7 @@ def noise_averages(
     new = ops.stack([*estimates, ops.ones_like(estimates[0])])
     counts = ops.logical_and(taken, ops.all(ops.isfinite(new)))
     moved = ops.where(counts, momentum * moments + (1.0 - momentum) * new, moments)
-    quotient = ops.where(moved[1] > 0, moved[0] / moved[1], math.inf)
+    quotient = ops.where(moved[1] > 0, moved[0] / moved[1], _filled(math.inf, moved[0]))
     return moved, ops.where(counts, quotient, noise_scale)
 
 
@@ -298,6 +307,11 @@ def moving_average(by: Coefficients, average: Tensor, weight: Tensor) -> Tensor:
     return by.ema_momentum * average + (1.0 - by.ema_momentum) * weight
 
 
+def _filled(value: Tensor, like: Tensor) -> Tensor:
+    """A number as a tensor, made where `like` is: from the host it would have to be copied."""
+    return value * ops.ones_like(like)
+
+
 def _nonzero(norm: Tensor) -> Tensor:
     """1 for a norm of 0, so that a zero gradient gives a zero direction."""
     return ops.where(norm == 0.0, ops.ones_like(norm), norm)
@@ -306,13 +320,14 @@ def _nonzero(norm: Tensor) -> Tensor:
 def _at_most(limit: Tensor, norms: Tensor) -> Tensor:
     """Norms after clipping; infinity and NaN stay, so that they can be seen."""
     # Not `ops.minimum`, which on PyTorch makes float32 of float64.
-    return ops.where(ops.logical_and(ops.isfinite(norms), norms > limit), limit, norms)
+    over = ops.logical_and(ops.isfinite(norms), norms > limit)
+    return ops.where(over, _filled(limit, norms), norms)
 
 
 def _norm_of_norms(norms: Tensor) -> Tensor:
     """sqrt(sum(norms ** 2)) for norms of any magnitude."""
     largest = ops.max(norms)
     # Into a range where the reciprocal, which XLA multiplies by, does not underflow.
-    scale = ops.cast(ops.where(largest > 1.0, 2.0**-32, 2.0**32), norms.dtype)
+    scale = ops.where(largest > 1.0, _filled(2.0**-32, largest), _filled(2.0**32, largest))
     shares = norms * scale / _nonzero(largest * scale)
     return largest * ops.sqrt(ops.sum(ops.square(shares)))

@@ -6,10 +6,13 @@ import keras
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from keras_sngm import SNGM, GradientNormLogger
 from keras_sngm.backend import torch_kernel, torch_norm, torch_step
 from keras_sngm.backend.torch_count import HostCount
+from keras_sngm.backend.torch_recorder import Recorder, segment_sum
+from keras_sngm.measurements import histogram
 from problems import (
     assert_close,
     compare_with_reference,
@@ -28,11 +31,30 @@ Y = np.tanh(X.sum(axis=1, keepdims=True))
 AVERAGED = {"use_ema": True, "ema_momentum": 0.8, "ema_overwrite_frequency": 7}
 
 
-@pytest.fixture
-def accelerator(monkeypatch):
-    """The step that never asks the host. It runs on a CPU, too."""
-    for module in (torch_kernel, torch_norm, torch_step):
-        monkeypatch.setattr(module, "is_on_host", lambda tensor: False)
+@pytest.fixture(params=["CUDA", "others"])
+def accelerator(request, monkeypatch):
+    """The steps of accelerators, which run on CPUs, too."""
+    if request.param == "CUDA":
+        for module in (torch_kernel, torch_norm, torch_step):
+            monkeypatch.setattr(module, "host_decides", lambda tensor: False)
+    else:
+        monkeypatch.setattr(torch_kernel, "is_on_cpu", lambda tensor: False)
+    kernel = torch._fused_sgd_
+
+    def strict(weights, gradients, momentums, **how):
+        """What the kernels of accelerators demand. The one of CPUs demands less."""
+        assert len({tensor.dtype for tensor in [*weights, *gradients, *momentums]}) == 1
+        told = {name: how[name] for name in ("lr", "found_inf", "grad_scale") if name in how}
+        if request.param == "CUDA":
+            for value in told.values():
+                assert value.dtype == torch.float32
+                assert value.ndim == 0
+        else:
+            assert list(told) == ["lr"]
+            assert isinstance(told["lr"], float)
+        kernel(weights, gradients, momentums, **how)
+
+    monkeypatch.setattr(torch, "_fused_sgd_", strict)
 
 
 def fitted(optimizer, *callbacks, **compile_options):
@@ -75,6 +97,66 @@ def test_accelerators_skip_steps_to_the_bit(options):
     for now, then in zip(values_of([*variables, *optimizer.variables[4:-1]]), before):
         assert now.tobytes() == then.tobytes()
     assert int(optimizer.skipped_steps) == 1
+
+
+class Waits(TorchDispatchMode):
+    """Counts how often the host asks for a number, or makes a tensor of one of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        waits = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.lift_fresh.default)
+        self.count += function in waits
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("accelerator", ["CUDA"], indirect=True)
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"blockwise": True, "clipnorm": 1.5},
+        {"weight_decay": 0.1, **AVERAGED},
+        {"gradient_accumulation_steps": 2, "noise_scale_batch_size": 4},
+        {"clipvalue": 0.5, "loss_scale_factor": 4.0},
+    ],
+    ids=str,
+)
+def test_the_host_does_not_wait_for_cuda(options):
+    variables = variables_of(random_arrays())
+    optimizer = SNGM(0.1, **options)
+    train(optimizer, variables, random_gradients(steps=2))
+    gradients = tensors_of(random_gradients(steps=1)[0], variables)
+    with Waits() as waits:
+        for _ in range(4):
+            optimizer.apply(gradients, variables)
+        for _ in range(2):  # one variable has no gradient
+            optimizer.apply(gradients[1:], variables[1:])
+    assert waits.count == 0
+
+
+@pytest.mark.parametrize("make", [SNGM, lambda: keras.optimizers.SGD(0.05)], ids=["SNGM", "SGD"])
+def test_nor_does_it_for_a_logger(monkeypatch, tmp_path, make):
+    record, counts = Recorder.record, []
+
+    def counted(*args):
+        with Waits() as waits:
+            record(*args)
+        counts.append(waits.count)
+
+    monkeypatch.setattr(Recorder, "record", counted)
+    logger = GradientNormLogger(tmp_path, log_every=2, update_ratio=True, histogram_every=3)
+    fitted(make(), logger)
+    assert counts == [0] * 12
+
+
+def test_histograms_count_further_than_float32_does():
+    """By ones, that is, as Keras' `segment_sum` counts."""
+    size = 2**24 + 2**10
+    assert histogram(torch.zeros(size), segment_sum)[2:].tolist() == [size] + [0] * 29
 
 
 def test_gradients_stay_as_they_are_on_cpus():

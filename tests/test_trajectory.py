@@ -47,6 +47,21 @@ def test_agrees_with_the_reference_without_momentum(mode, nesterov):
     assert optimizer.momentums == []
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_momentum_may_be_set_to_zero_and_back(nesterov):
+    start, gradients = random_arrays(), random_gradients(steps=9)
+    variables = variables_of(start)
+    optimizer = SNGM(0.1, nesterov=nesterov)
+    reference = ReferenceSNGM(start, nesterov=nesterov)
+    for t, momentum in enumerate([0.9, 0.0, 0.5]):
+        optimizer.momentum = reference.beta = momentum
+        train(optimizer, variables, gradients[3 * t : 3 * t + 3])
+        for gradient in gradients[3 * t : 3 * t + 3]:
+            reference.step(gradient, 0.1)
+        assert_close(variables, reference.w, 1e-5)
+        assert_close(optimizer.momentums, reference.u, 1e-5)
+
+
 @pytest.mark.parametrize("mode", MOST_MODES)
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != "float32"])
 def test_agrees_with_the_reference_in_every_dtype(mode, dtype):

@@ -226,11 +226,9 @@ class BackendOptimizer(WholeModelOptimizer):
 
     def _read(self, active: tuple[int, ...], normalized: Normalization) -> None:
         """Write what the user may read."""
-        norms = jnp.zeros(len(self._trainable_variables), "float32")
+        norms = update_rule.spread(normalized.norms, active, len(self._trainable_variables))
         self.gradient_norm.assign(normalized.norm.astype("float32"))
-        self.gradient_norms.assign(
-            norms.at[jnp.array(active)].set(normalized.norms.astype("float32"))
-        )
+        self.gradient_norms.assign(norms.astype("float32"))
         self.skipped_steps.assign_add(jnp.logical_not(normalized.finite))
 
 

@@ -194,8 +194,9 @@ class RecorderBase:
 
     def _row(self, measured: Measured) -> Tensor:
         """What is kept of every update."""
-        unknown = keras.ops.full((), np.nan, "float32")
-        noise_scale = unknown if measured.noise_scale is None else measured.noise_scale
+        noise_scale = measured.noise_scale
+        if noise_scale is None:
+            noise_scale = np.nan * keras.ops.ones_like(measured.norm)
         row = keras.ops.stack([measured.norm, noise_scale])
         return keras.ops.concatenate([row, measured.norms]) if self.plan.per_variable else row
 

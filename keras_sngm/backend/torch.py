@@ -136,11 +136,7 @@ class BackendOptimizer(WholeModelOptimizer):
         """Write what the user may read."""
         self.gradient_norm.value.copy_(normalized.norm)
         norms = self.gradient_norms.value
-        if active == list(range(len(norms))):
-            norms.copy_(normalized.norms)
-        else:
-            norms.zero_()
-            norms[active] = normalized.norms.to(norms.dtype)
+        norms.copy_(update_rule.spread(normalized.norms, active, len(norms)))
         self.skipped_steps.value.add_(torch.logical_not(normalized.finite))
 
 

@@ -2,8 +2,9 @@
 
 The kernel reads gradient, momentum and weight once and writes the last two. It wants the
 normalized gradient. Dividing by the norm is left to it, too: on CPUs, where the host
-knows the norm, by its `dampening`, which leaves the gradients as they are; elsewhere by
-its `grad_scale`, a tensor on the device, which overwrites them.
+knows the norm, by its `dampening`, which leaves the gradients as they are; on CUDA by
+its `grad_scale`, a tensor on the device, which overwrites them. On other devices, where
+it heeds no tensors and computes in float32, they are divided before.
 """
 
 from collections.abc import Sequence
@@ -12,11 +13,14 @@ from typing import Any
 import torch
 
 from keras_sngm.backend.torch_lists import converted, scaled
-from keras_sngm.backend.torch_norm import is_on_host
+from keras_sngm.backend.torch_norm import host_decides
 from keras_sngm.update_rule import Coefficients, Normalization, Rule
 
 # Up to here 1 - (1 - 1 / norm) is 1 / norm to far below float32's rounding.
 _LARGEST_DIVISOR = 2.0**20
+
+# The kernel takes no momenta if the coefficient is 0. By this one they vanish as well.
+_NO_MOMENTUM = 2.0**-1000
 
 
 def update(
@@ -37,35 +41,61 @@ def update(
         momentums: one for each, or none at all.
         gradients: one for each.
     """
-    how: dict[str, Any] = {"lr": by.learning_rate, "dampening": 0.0}
-    divided = normalized.divisor.ndim > 0 or weights[0].dtype == torch.float64
-    if is_on_host(weights[0]):
-        divisor, prescale = normalized.divisor, normalized.prescale
-        divided = divided or rule.nesterov or divisor.item() > _LARGEST_DIVISOR
-        divided = divided or prescale.item() != 1.0
-        how["lr"] = by.learning_rate.item()
-        if not divided and momentums:
-            how["dampening"] = 1.0 - 1.0 / divisor.item()
-        elif not divided:
-            how["lr"] /= divisor.item()
+    if not host_decides(weights[0]):
+        gradients, how = _told_by_tensors(by, normalized, gradients)
+    elif is_on_cpu(weights[0]):
+        gradients, how = _told_by_numbers(rule, by, normalized, gradients, bool(momentums))
     else:
-        divided = divided or _share_memory(gradients)
-        how["found_inf"] = torch.logical_not(by.taken).float()
-        if not divided:
-            how["grad_scale"] = (normalized.divisor / normalized.prescale).float()
-    if divided:
-        gradients = _divided(gradients, normalized)
+        gradients, how = _divided(gradients, normalized), {"lr": by.learning_rate.item()}
     torch._fused_sgd_(
         weights,
         gradients,
         momentums,
         weight_decay=0.0,
-        momentum=rule.momentum if momentums else 0.0,
+        momentum=(rule.momentum or _NO_MOMENTUM) if momentums else 0.0,
         nesterov=rule.nesterov and bool(momentums),
         maximize=False,
         is_first_step=False,
-        **how,
+        **{"dampening": 0.0, **how},
     )
+
+
+def is_on_cpu(tensor: torch.Tensor) -> bool:
+    """Whether the kernel is the one for CPUs, which takes 1 - `dampening` in float64."""
+    return tensor.device.type == "cpu"
+
+
+def _told_by_numbers(
+    rule: Rule,
+    by: Coefficients,
+    normalized: Normalization,
+    gradients: Sequence[torch.Tensor],
+    has_momentum: bool,
+) -> tuple[Sequence[torch.Tensor], dict[str, Any]]:
+    """Gradients for the kernel, and what to tell it."""
+    rate = by.learning_rate.item()
+    divided = normalized.divisor.ndim > 0 or gradients[0].dtype == torch.float64 or rule.nesterov
+    if divided or normalized.prescale.item() != 1.0 or normalized.divisor.item() > _LARGEST_DIVISOR:
+        return _divided(gradients, normalized), {"lr": rate}
+    divisor = normalized.divisor.item()
+    if has_momentum:
+        return gradients, {"lr": rate, "dampening": 1.0 - 1.0 / divisor}
+    return gradients, {"lr": rate / divisor}
+
+
+def _told_by_tensors(
+    by: Coefficients, normalized: Normalization, gradients: Sequence[torch.Tensor]
+) -> tuple[Sequence[torch.Tensor], dict[str, Any]]:
+    """Gradients for the kernel, and what to tell it: float32, for it reads nothing else."""
+    how = {
+        "lr": by.learning_rate.float(),
+        "found_inf": torch.logical_not(by.taken).float(),
+    }
+    divided = normalized.divisor.ndim > 0 or gradients[0].dtype == torch.float64
+    if divided or _share_memory(gradients):
+        return _divided(gradients, normalized), how
+    how["grad_scale"] = (normalized.divisor / normalized.prescale).float()
+    return gradients, how
 
 
 def _share_memory(tensors: Sequence[torch.Tensor]) -> bool:
@@ -78,8 +108,8 @@ def _divided(
     gradients: Sequence[torch.Tensor], normalized: Normalization
 ) -> Sequence[torch.Tensor]:
     own = gradients[0].dtype
-    # On the host a divisor may be out of the range of a float32.
-    dtype = normalized.divisor.dtype if is_on_host(gradients[0]) else own
+    # Where the host decides a divisor may be out of the range of a float32.
+    dtype = normalized.divisor.dtype if host_decides(gradients[0]) else own
     directions = scaled(converted(gradients, dtype), normalized.prescale.to(dtype))
     divisor = normalized.divisor.to(dtype)
     torch._foreach_div_(directions, list(divisor.unbind()) if divisor.ndim else divisor)

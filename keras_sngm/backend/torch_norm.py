@@ -25,7 +25,7 @@ def squares_and_prescale(
         A vector, and a power of two: 1 unless the squares overflow or are too small to
         trust. With `blockwise` a vector of such powers.
     """
-    if not is_on_host(gradients[0]):
+    if not host_decides(gradients[0]):
         # Without a condition, for which the host would have to wait.
         squares = torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float64)).square()
         return squares, torch.ones_like(squares if blockwise else squares[0])
@@ -39,9 +39,14 @@ def squares_and_prescale(
     return squares, prescale
 
 
-def is_on_host(tensor: torch.Tensor) -> bool:
-    """Whether its elements can be asked for without waiting for a device."""
-    return tensor.device.type == "cpu"
+def host_decides(tensor: torch.Tensor) -> bool:
+    """Whether the host asks for the norm and all that a step depends on.
+
+    On CPUs that costs nothing. CUDA, which is ROCm's name, too, has no need of it. Others
+    have: kernels for Apple's GPUs ignored `found_inf` and `grad_scale`
+    (https://github.com/pytorch/pytorch/pull/186360), and not all have float64.
+    """
+    return tensor.device.type != "cuda"
 
 
 def sum_of_squares(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -61,4 +66,4 @@ def _sums_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     if len(parts) == len(tensors):
         return squares
     owners = torch.repeat_interleave(torch.arange(len(tensors)), torch.tensor(lengths))
-    return squares.new_zeros(len(tensors)).index_add_(0, owners, squares)
+    return squares.new_zeros(len(tensors)).index_add_(0, owners.to(squares.device), squares)

@@ -73,7 +73,8 @@ class Recorder(RecorderBase):
             self._write(self._histograms, step, self._histograms_of(measured.norm, change))
 
     def _write(self, ring: Ring, step: int, values: torch.Tensor) -> None:
-        row = row_of(torch.tensor(step, device=values.device), values)
+        # Not `torch.tensor`, which has the host wait for the device.
+        row = row_of(torch.full((), step, device=values.device), values)
         ring.rows.value[self._written[ring] % ring.length].copy_(row)
         ring.count.value.add_(1)
         self._written[ring] += 1
@@ -102,21 +103,27 @@ class Recorder(RecorderBase):
         return torch.cat(rows)
 
     def _histograms_of(self, norm: torch.Tensor, change: Change) -> torch.Tensor:
-        rows = []
+        rows, none = [], torch.zeros(HISTOGRAM, device=norm.device)
         for i, momentum in enumerate(self._momentums_now()):
             direction = change.directions.get(i)
             if direction is None:
-                rows.append(torch.zeros(HISTOGRAM, device=norm.device))
+                rows.append(none)
             else:
-                rows.append(histogram(direction * norm.to(direction.dtype)))
+                rows.append(histogram(direction * norm.to(direction.dtype), segment_sum))
             if self.has_momentum:
-                rows.append(torch.zeros(HISTOGRAM) if momentum is None else histogram(momentum))
+                rows.append(none if momentum is None else histogram(momentum, segment_sum))
         return torch.cat(rows)
 
     def _momentums_now(self) -> list[torch.Tensor | None]:
         if not self.has_momentum:
             return [None] * len(self.variables)
         return [None if m is None else wide([m])[0] for m in values(self._momentums)]
+
+
+def segment_sum(data: torch.Tensor, places: torch.Tensor, num_segments: int) -> torch.Tensor:
+    """Keras' own waits for the device, and counts in float32, so to 16 million."""
+    sums = torch.zeros(num_segments, dtype=data.dtype, device=data.device)
+    return sums.scatter_add_(0, places.long(), data)
 
 
 def _divides(every: int | None, step: int) -> bool:

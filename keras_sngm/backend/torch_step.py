@@ -8,7 +8,7 @@ import torch
 from keras_sngm import update_rule
 from keras_sngm.backend import torch_kernel as kernel
 from keras_sngm.backend.torch_lists import arithmetic, in_dtypes, wide
-from keras_sngm.backend.torch_norm import is_on_host
+from keras_sngm.backend.torch_norm import host_decides
 from keras_sngm.update_rule import Coefficients, Normalization, Rule
 
 
@@ -78,11 +78,11 @@ def take(
         rule: the hyper-parameters.
         slots: those of the variables that have a gradient.
         idle: those of the others.
-        gradients: final ones. Overwritten, unless the host has them.
+        gradients: final ones. Overwritten on CUDA.
         normalized: how to normalize them.
         moment: what else the step depends on.
     """
-    if is_on_host(gradients[0]) and not normalized.finite:
+    if host_decides(gradients[0]) and not normalized.finite:
         return
     for dtype in {slot.weight.dtype for slot in [*slots, *idle]}:
         by = _coefficients(rule, moment, normalized.finite, arithmetic(dtype))
@@ -157,7 +157,7 @@ def _move(
     averages: list[torch.Tensor], weights: list[torch.Tensor], momentum: torch.Tensor
 ) -> None:
     """Exponential moving averages of the weights."""
-    if is_on_host(momentum):
+    if host_decides(momentum):
         torch._foreach_lerp_(averages, weights, 1.0 - momentum.item())
     else:
         torch._foreach_mul_(averages, momentum)

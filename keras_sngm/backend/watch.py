@@ -147,11 +147,7 @@ def measured(
         count: how many these are.
     """
     normalized = update_rule.normalization(_AS_IT_IS, squares, prescale)
-    norms = ops.scatter(
-        ops.convert_to_tensor([[i] for i in positions]),
-        ops.cast(normalized.norms, "float32"),
-        (count,),
-    )
+    norms = ops.cast(update_rule.spread(normalized.norms, positions, count), "float32")
     return Measured(ops.cast(normalized.norm, "float32"), norms, None), lambda: dict(
         zip(positions, update_rule.directions(normalized, list(gradients)), strict=True)
     )
