@@ -37,13 +37,14 @@ def accelerator(request, monkeypatch):
     if request.param == "CUDA":
         for module in (torch_kernel, torch_norm, torch_step):
             monkeypatch.setattr(module, "host_decides", lambda tensor: False)
-    else:
-        monkeypatch.setattr(torch_kernel, "is_on_cpu", lambda tensor: False)
+    monkeypatch.setattr(torch_kernel, "is_on_cpu", lambda tensor: False)
     kernel = torch._fused_sgd_
 
     def strict(weights, gradients, momentums, **how):
         """What the kernels of accelerators demand. The one of CPUs demands less."""
         assert len({tensor.dtype for tensor in [*weights, *gradients, *momentums]}) == 1
+        for tensors in (gradients, momentums or weights):
+            assert [t.stride() for t in tensors] == [w.stride() for w in weights]
         told = {name: how[name] for name in ("lr", "found_inf", "grad_scale") if name in how}
         if request.param == "CUDA":
             for value in told.values():
@@ -229,6 +230,24 @@ def test_how_tensors_lie_in_memory_does_not_matter(weights, gradients, options):
 @pytest.mark.usefixtures("accelerator")
 def test_nor_does_it_on_accelerators(weights, gradients):
     assert_layouts_do_not_matter(weights, gradients, {})
+
+
+@pytest.mark.usefixtures("accelerator")
+def test_strides_that_mean_nothing_do_not_matter_on_accelerators():
+    """Those of dimensions of size 1."""
+    column = torch.arange(1.0, 7.0).reshape(6, 1)
+    odd = column.reshape(1, 6).t()
+    assert column.stride() != odd.stride()
+    tables = []
+    for weight, gradient in ((column, column), (column, odd), (odd, column)):
+        variable = keras.Variable(weight.clone())
+        optimizer = SNGM()
+        optimizer.build([variable])
+        optimizer.apply([gradient.clone()])
+        optimizer.apply([gradient.clone()])
+        tables.append(variable.numpy())
+    np.testing.assert_array_equal(tables[1], tables[0])
+    np.testing.assert_array_equal(tables[2], tables[0])
 
 
 def test_a_gradient_may_be_one_number_many_times():

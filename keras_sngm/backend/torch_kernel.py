@@ -47,6 +47,8 @@ def update(
         gradients, how = _told_by_numbers(rule, by, normalized, gradients, bool(momentums))
     else:
         gradients, how = _divided(gradients, normalized), {"lr": by.learning_rate.item()}
+    if not is_on_cpu(weights[0]):
+        gradients, momentums = _aligned(gradients, weights), _aligned(momentums, weights)
     torch._fused_sgd_(
         weights,
         gradients,
@@ -96,6 +98,22 @@ def _told_by_tensors(
         return _divided(gradients, normalized), how
     how["grad_scale"] = (normalized.divisor / normalized.prescale).float()
     return gradients, how
+
+
+def _aligned(
+    tensors: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """The same memory with the strides of the weights.
+
+    Row by row as they all are, strides of dimensions of size 1 may differ, which PyTorch 2.4
+    refuses (https://github.com/pytorch/pytorch/pull/134546).
+    """
+    return [
+        tensor
+        if tensor.stride() == weight.stride()
+        else tensor.as_strided(weight.size(), weight.stride())
+        for tensor, weight in zip(tensors, weights, strict=False)
+    ]
 
 
 def _share_memory(tensors: Sequence[torch.Tensor]) -> bool:
