@@ -66,12 +66,14 @@ def details(
 def histogram(tensor: Tensor, segment_sum: Callable[..., Tensor] = ops.segment_sum) -> Tensor:
     """Least value, greatest value, and counts in `BUCKETS` intervals of one width.
 
-    All counts are 0 if an element is not finite.
+    All counts are 0 if an element is not finite, and all is 0 if there are none.
 
     Args:
         tensor: what to count the elements of.
         segment_sum: as that of Keras.
     """
+    if 0 in tensor.shape:
+        return ops.zeros((HISTOGRAM,), "float32")
     vector = ops.cast(ops.reshape(tensor, (-1,)), "float32")
     least, greatest = ops.min(vector), ops.max(vector)
     finite = ops.isfinite(least) & ops.isfinite(greatest)

@@ -196,6 +196,29 @@ def test_histograms_of_chosen_variables(tmp_path):
     }
 
 
+class WithoutElements(keras.layers.Dense):
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.nothing = self.add_weight(shape=(0, 3), name="nothing")
+
+    def call(self, inputs):
+        return super().call(inputs) + ops.sum(self.nothing)
+
+
+@pytest.mark.parametrize("make", [SNGM, OPTIMIZERS["SGD"]], ids=["SNGM", "SGD"])
+def test_a_variable_may_be_without_elements(tmp_path, make):
+    model = keras.Sequential([keras.Input((6,)), WithoutElements(1, name="head")], name="net")
+    model.compile(make(), "mse")
+    logger = GradientNormLogger(
+        tmp_path, per_variable=True, update_ratio=True, histogram_every=2, on_nonfinite="stop"
+    )
+    history = fit(model, logger).history
+    assert history["grad_norm/net/head/nothing"] == [0.0, 0.0]
+    events = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0}).Reload()
+    histograms = events.Tensors("gradients/net/head/kernel")
+    assert [event.step for event in histograms] == [2, 4, 6, 8, 10]
+
+
 def test_other_callbacks_see_the_norm(tmp_path, capsys):
     model = build_model()
     model.fit(
