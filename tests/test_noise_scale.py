@@ -65,12 +65,13 @@ def test_estimates_are_unbiased_over_repetitions():
         assert abs(np.mean(values) - true) < 3 * standard_error
 
 
-def test_an_estimate_is_that_of_its_update():
+@pytest.mark.parametrize("scale", [1.0, 1e-16, 1e15])
+def test_an_estimate_is_that_of_its_update(scale):
     """Numerator: the sample variance of its small batches, which is unbiased."""
     gradients = gradients_of_small_batches(20)
-    moments = moments_of(optimizer(), gradients)
+    moments = moments_of(optimizer(), scale * gradients).astype("float64")
     expected = [brute_force(update[np.newaxis]) for update in gradients]
-    np.testing.assert_allclose(moments[:, :2], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(moments[:, :2] / scale**2, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_average_matches_brute_force():

@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from keras_sngm import SNGM, GradientNormLogger
+from keras_sngm.backend import torch as backend
 from keras_sngm.backend import torch_kernel, torch_norm, torch_step
 from keras_sngm.backend.torch_count import HostCount
 from keras_sngm.backend.torch_recorder import Recorder, segment_sum
@@ -35,7 +36,7 @@ AVERAGED = {"use_ema": True, "ema_momentum": 0.8, "ema_overwrite_frequency": 7}
 def accelerator(request, monkeypatch):
     """The steps of accelerators, which run on CPUs, too."""
     if request.param == "CUDA":
-        for module in (torch_kernel, torch_norm, torch_step):
+        for module in (backend, torch_kernel, torch_norm, torch_step):
             monkeypatch.setattr(module, "host_decides", lambda tensor: False)
     monkeypatch.setattr(torch_kernel, "is_on_cpu", lambda tensor: False)
     kernel = torch._fused_sgd_
@@ -113,7 +114,42 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("accelerator", ["CUDA"], indirect=True)
+def counted_by(waits, function):
+    def counted(*args, **kwargs):
+        with waits:
+            return function(*args, **kwargs)
+
+    return counted
+
+
+ON_CUDA = pytest.mark.parametrize("accelerator", ["CUDA"], indirect=True)
+
+
+@ON_CUDA
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize("options", [{}, {"nesterov": True}, {"blockwise": True}], ids=str)
+@pytest.mark.parametrize("dtypes", [("float32",) * 2, ("float64", "float32")], ids=str)
+@pytest.mark.parametrize("magnitude", [3e38, 1e60, 1e-60, 1e-42])
+def test_norms_out_of_range_do_no_harm_on_cuda(magnitude, dtypes, options):
+    """The step is right, or skipped and counted."""
+    variables = variables_of([np.zeros(4), np.zeros(4)], dtypes)
+    wide = torch.full((4,), magnitude, dtype=torch.float64)
+    gradients = [wide.to(variable.value.dtype) for variable in variables]
+    expected = np.array([gradient.double().numpy() for gradient in gradients])
+    norms = np.linalg.norm(expected, axis=1 if "blockwise" in options else None, keepdims=True)
+    optimizer = SNGM(0.5, **options)
+    optimizer.build(variables)
+    optimizer.apply(gradients)
+    if int(optimizer.skipped_steps):
+        assert norms.max() > 3e38
+        expected = np.zeros_like(expected)
+    else:
+        expected = -0.5 * (1.9 if "nesterov" in options else 1.0) * expected
+        expected = np.divide(expected, norms, out=expected, where=norms > 0.0)
+    np.testing.assert_allclose(values_of(variables), expected, rtol=1e-3)
+
+
+@ON_CUDA
 @pytest.mark.usefixtures("accelerator")
 @pytest.mark.parametrize(
     "options",
@@ -126,8 +162,9 @@ class Waits(TorchDispatchMode):
     ],
     ids=str,
 )
-def test_the_host_does_not_wait_for_cuda(options):
-    variables = variables_of(random_arrays())
+@pytest.mark.parametrize("dtypes", ["float32", ["float32", "float64", "float16"] * 2], ids=str)
+def test_the_host_does_not_wait_for_cuda(options, dtypes):
+    variables = variables_of(random_arrays(), dtypes[:5] if dtypes != "float32" else dtypes)
     optimizer = SNGM(0.1, **options)
     train(optimizer, variables, random_gradients(steps=2))
     gradients = tensors_of(random_gradients(steps=1)[0], variables)
@@ -141,17 +178,29 @@ def test_the_host_does_not_wait_for_cuda(options):
 
 @pytest.mark.parametrize("make", [SNGM, lambda: keras.optimizers.SGD(0.05)], ids=["SNGM", "SGD"])
 def test_nor_does_it_for_a_logger(monkeypatch, tmp_path, make):
-    record, counts = Recorder.record, []
-
-    def counted(*args):
-        with Waits() as waits:
-            record(*args)
-        counts.append(waits.count)
-
-    monkeypatch.setattr(Recorder, "record", counted)
+    waits = Waits()
+    monkeypatch.setattr(Recorder, "record", counted_by(waits, Recorder.record))
     logger = GradientNormLogger(tmp_path, log_every=2, update_ratio=True, histogram_every=3)
     fitted(make(), logger)
-    assert counts == [0] * 12
+    assert waits.count == 0
+
+
+@ON_CUDA
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize("on_nonfinite", ["warn", "stop"])
+@pytest.mark.parametrize("make", [SNGM, lambda: keras.optimizers.SGD(0.05)], ids=["SNGM", "SGD"])
+def test_nor_does_it_for_a_logger_between_steps(monkeypatch, make, on_nonfinite):
+    totals = []
+    for callbacks in ([], [GradientNormLogger(on_nonfinite=on_nonfinite)]):
+        waits = Waits()
+        with monkeypatch.context() as patch:
+            for of, name in ((keras.Sequential, "train_step"), (Recorder, "hold")):
+                patch.setattr(of, name, counted_by(waits, getattr(of, name)))
+            fitted(make(), *callbacks)
+        totals.append(waits.count)
+    # With an optimizer of Keras once for the number of the first step, and to stop it in each.
+    expected = 0 if make is SNGM else {"warn": 1, "stop": 1 + 12}[on_nonfinite]
+    assert totals[1] - totals[0] == expected
 
 
 def test_histograms_count_further_than_float32_does():
@@ -255,11 +304,22 @@ def test_a_gradient_may_be_one_number_many_times():
     np.testing.assert_allclose(*tables, rtol=1e-6)
 
 
+def alike(way):
+    """Two equal gradients."""
+    if way == "one tensor":
+        return [torch.full((3,), 2.0)] * 2
+    if way == "one memory in part":  # as gradients of the parts of concatenations are
+        memory = torch.full((5,), 2.0)
+        return [memory[:3], memory[2:]]
+    return [torch.full((3,), 2.0) for _ in range(2)]
+
+
 @pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize("way", ["one tensor", "one memory in part"])
 @pytest.mark.parametrize("options", [{}, {"nesterov": True}, {"blockwise": True}], ids=str)
-def test_weights_may_share_a_gradient_on_accelerators(options):
+def test_weights_may_share_a_gradient_on_accelerators(options, way):
     results = []
-    for gradients in ([torch.full((3,), 2.0)] * 2, [torch.full((3,), 2.0) for _ in range(2)]):
+    for gradients in map(alike, (way, "apart")):
         variables = variables_of([np.ones(3), np.ones(3)])
         optimizer = SNGM(0.5, **options)
         optimizer.build(variables)

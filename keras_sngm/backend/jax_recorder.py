@@ -73,10 +73,8 @@ class Recorder(RecorderBase):
             values: of the variables, by their id.
         """
         if self.plan.stops:
-            held = values[id(self._held)]
-            new = np.asarray(self._to_hold, held.dtype)
-            # Unlike `jax.device_put` this does not ask other processes whether they agree.
-            values[id(self._held)] = jax.make_array_from_callback((), held.sharding, lambda _: new)
+            held = self._held
+            values[id(held)] = _like(values[id(held)], self._to_hold)
             self._to_hold = 0
 
     def after_call(self, values: dict[int, jax.Array]) -> None:
@@ -173,6 +171,15 @@ def _details(change: Change, directions: Mapping[int, jax.Array]) -> jax.Array:
         for i, (before, after) in enumerate(zip(change.before, change.after, strict=True))
     ]
     return jnp.concatenate(rows)
+
+
+def _like(array: jax.Array, number: int) -> jax.Array:
+    """A number in place of a scalar, so that a step compiled for the one takes the other."""
+    new = np.asarray(number, array.dtype)
+    if not array.committed:
+        return jnp.asarray(new)
+    # Unlike `jax.device_put` this does not ask other processes whether they agree.
+    return jax.make_array_from_callback((), array.sharding, lambda _: new)
 
 
 def _histograms(change: Change, norm: jax.Array, directions: Mapping[int, jax.Array]) -> jax.Array:

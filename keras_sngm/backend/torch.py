@@ -15,7 +15,12 @@ from keras_sngm.backend.optimizer import WholeModelOptimizer
 from keras_sngm.backend.recorder import attached, measured_by
 from keras_sngm.backend.torch_count import HostCount
 from keras_sngm.backend.torch_lists import dense, in_dtypes, values, wide
-from keras_sngm.backend.torch_norm import squares_and_prescale, sum_of_squares
+from keras_sngm.backend.torch_norm import (
+    host_decides,
+    in_range,
+    squares_and_prescale,
+    sum_of_squares,
+)
 from keras_sngm.backend.torch_recorder import Change
 from keras_sngm.backend.torch_step import Moment, Slot
 from keras_sngm.update_rule import Normalization
@@ -81,6 +86,9 @@ class BackendOptimizer(WholeModelOptimizer):
         final, times_left = torch_step.final_gradients(rule, own, gradients, times)
         squares, prescale = squares_and_prescale(final, rule.blockwise)
         normalized = update_rule.normalization(rule, squares, prescale, times_left)
+        if not host_decides(final[0]):
+            finite = normalized.finite & in_range(normalized.unclipped, final)
+            normalized = normalized._replace(finite=finite)
         recorders = attached(self)
         moment = self._moment([c for r in recorders if (c := r.may_step()) is not None])
         if moment.may_step is not None:

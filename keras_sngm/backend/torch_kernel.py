@@ -7,6 +7,7 @@ its `grad_scale`, a tensor on the device, which overwrites them. On other device
 it heeds no tensors and computes in float32, they are divided before.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,7 +97,7 @@ def _told_by_tensors(
     divided = normalized.divisor.ndim > 0 or gradients[0].dtype == torch.float64
     if divided or _share_memory(gradients):
         return _divided(gradients, normalized), how
-    how["grad_scale"] = (normalized.divisor / normalized.prescale).float()
+    how["grad_scale"] = _nonzero((normalized.divisor / normalized.prescale).float())
     return gradients, how
 
 
@@ -117,9 +118,14 @@ def _aligned(
 
 
 def _share_memory(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether one tensor is there twice, as where two weights have the same gradient."""
-    places = [tensor.data_ptr() for tensor in tensors if tensor.numel()]
-    return len(set(places)) < len(places)
+    """Whether memory of one tensor belongs to another, too, as where weights are added."""
+    places = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t.numel())
+    return any(end > begin for (_, end), (begin, _) in itertools.pairwise(places))
+
+
+def _nonzero(divisor: torch.Tensor) -> torch.Tensor:
+    """1 where a dtype cannot hold how small it is, nor any gradient as small."""
+    return torch.where(divisor == 0.0, torch.ones_like(divisor), divisor)
 
 
 def _divided(
@@ -129,6 +135,6 @@ def _divided(
     # Where the host decides a divisor may be out of the range of a float32.
     dtype = normalized.divisor.dtype if host_decides(gradients[0]) else own
     directions = scaled(converted(gradients, dtype), normalized.prescale.to(dtype))
-    divisor = normalized.divisor.to(dtype)
+    divisor = _nonzero(normalized.divisor.to(dtype))
     torch._foreach_div_(directions, list(divisor.unbind()) if divisor.ndim else divisor)
     return converted(directions, own)

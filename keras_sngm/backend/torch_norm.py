@@ -49,9 +49,17 @@ def host_decides(tensor: torch.Tensor) -> bool:
     return tensor.device.type != "cuda"
 
 
+def in_range(norm: torch.Tensor, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Whether the gradients can be divided by their norm where the host does not decide."""
+    if all(gradient.dtype == torch.float64 for gradient in gradients):
+        return torch.isfinite(norm)
+    return torch.isfinite(norm.float())
+
+
 def sum_of_squares(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     """Of all elements of some gradients, float32."""
-    return squares_and_prescale(converted(gradients, torch.float32), False)[0].sum().float()
+    squares, prescale = squares_and_prescale(converted(gradients, torch.float32), False)
+    return (squares.sum() / prescale / prescale).float()
 
 
 def _sums_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

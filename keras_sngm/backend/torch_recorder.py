@@ -42,6 +42,10 @@ class Recorder(RecorderBase):
         """As NumPy has it, for Keras' progress bar takes no tensors of PyTorch."""
         return keras.ops.convert_to_numpy(self._latest)
 
+    def hold(self, updates: int) -> None:
+        # Not `assign`, which has the host wait for the device.
+        self._held.value.fill_(updates)
+
     def may_step(self) -> torch.Tensor | None:
         """Whether a step may be taken, `None` if there is no doubt."""
         if not self.plan.stops:

@@ -115,9 +115,15 @@ def _some(normalized: Normalization, places: Sequence[int], count: int) -> Norma
         return normalized
     prescale = normalized.prescale
     return normalized._replace(
-        prescale=prescale[list(places)] if prescale.ndim else prescale,
-        divisor=normalized.divisor[list(places)],
+        prescale=_chosen(prescale, places) if prescale.ndim else prescale,
+        divisor=_chosen(normalized.divisor, places),
     )
+
+
+def _chosen(vector: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
+    """Not by indexing with a list, for which the host would wait for the device."""
+    values = vector.unbind()
+    return torch.stack([values[k] for k in places])
 
 
 def _update(

@@ -72,4 +72,6 @@ class _Watched(watch.Watched):
     def _may_step(self, recorders: Sequence[Recorder], measured: Measured) -> bool:
         """Waits for the device if the plan is to stop: what Keras does has no condition."""
         conditions = [c for recorder in recorders if (c := recorder.may_step()) is not None]
-        return all(bool(c) for c in [*conditions, torch.isfinite(measured.norm)]) or not conditions
+        if not conditions:
+            return True
+        return bool(torch.stack([*conditions, torch.isfinite(measured.norm)]).all())
