@@ -108,13 +108,16 @@ def test_a_logger_does_not_have_the_state_fetched_in_every_step(monkeypatch):
 
 @pytest.mark.parametrize("on_nonfinite", ["warn", "stop"])
 def test_a_logger_has_the_training_step_compiled_once(caplog, on_nonfinite):
+    """Keras 3.10 has it compiled twice, with a logger or without."""
     x, y = np.ones((64, 6), "float32"), np.ones((64, 1), "float32")
-    with jax.log_compiles():
-        averaging_model().fit(
-            x, y, batch_size=8, callbacks=[GradientNormLogger(on_nonfinite=on_nonfinite)]
-        )
-    lines = "\n".join(record.getMessage() for record in caplog.records)
-    assert len(re.findall(r"XLA compilation of jit\((?:train|_guarded)_step\)", lines)) == 1
+    counts = []
+    for callbacks in ([], [GradientNormLogger(on_nonfinite=on_nonfinite)]):
+        caplog.clear()
+        with jax.log_compiles():
+            averaging_model().fit(x, y, batch_size=8, callbacks=callbacks)
+        lines = "\n".join(record.getMessage() for record in caplog.records)
+        counts += [len(re.findall(r"XLA compilation of jit\((?:train|_guarded)_step\)", lines))]
+    assert counts[0] == counts[1] > 0
 
 
 ASSIGNED = [
