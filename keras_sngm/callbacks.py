@@ -80,8 +80,9 @@ class GradientNormLogger(keras.callbacks.Callback):
         on_nonfinite: `"warn"`, `"stop"` or `"ignore"`: what to do about the first
             gradient with NaN or infinity in it. `"warn"` says in which step it was and
             in which variables, and goes on. `"stop"` takes no step any more, with any
-            optimizer, ends training within about a second, and says so; trainable and
-            other weights are as they were after the last step before.
+            optimizer, ends training within about a second, with several processes on
+            JAX at the end of the epoch, and says so; trainable and other weights are as
+            they were after the last step before.
         append: Boolean. Whether to go on with `filename` if it exists, rather than
             overwrite it. A second `fit` with the same logger always does.
 

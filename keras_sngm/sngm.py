@@ -41,8 +41,7 @@ class SNGM(BackendOptimizer):
     momentum and moving averages stay as they are and `skipped_steps` goes up by
     one; `iterations`, and with it a learning rate schedule, goes on.
 
-    On PyTorch, where the weights are not on a CPU, a step overwrites the gradients that
-    it is given.
+    On PyTorch with CUDA a step may overwrite the gradients that it is given.
 
     Under a `tf.distribute` strategy the gradients of all replicas are added up
     before anything else is done with them, so that N replicas on shards of a
@@ -103,8 +102,8 @@ class SNGM(BackendOptimizer):
             kernels. Defaults to `"auto"`.
         noise_scale_batch_size: Int or `None`. If set, the gradient noise scale is
             estimated, see `gradient_noise_scale`, from how the gradients of the small
-            batches of an update differ: those of its replicas and micro-batches, of
-            which there must be two or more. The value is the number of samples in a
+            batches of an update differ: those of its micro-batches and, on TensorFlow,
+            of its replicas, of which there must be two or more. The value is the number of samples in a
             batch as `fit` gets it, all replicas together. Takes a pass over each of
             these gradients.
         noise_scale_momentum: Float in the range [0, 1), defaults to `0.99`. Only used if

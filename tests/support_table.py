@@ -16,7 +16,7 @@ from processes import TESTS, run_python
 from replica_options import FAULTS, OPTIONS, Option, Outcome
 
 TESTS_OF_COLUMNS = ("test_distribution", "test_jax_distribution", "test_backends")
-NOT_OFFERED = {"decoupled_weight_decay", "noise_scale_batch_size"}
+NOT_OFFERED = {"blockwise", "decoupled_weight_decay", "noise_scale_batch_size"}
 
 
 def main() -> None:

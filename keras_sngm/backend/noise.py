@@ -29,7 +29,8 @@ class NoiseMeter(NamedTuple):
         if self.replicas * self.times < 2:
             raise ValueError(
                 "`noise_scale_batch_size` needs several batches in each update, to compare them: "
-                "set `gradient_accumulation_steps`, train on several replicas, or leave it out. "
+                "set `gradient_accumulation_steps`, or on TensorFlow train on several replicas, "
+                "or leave it out. "
                 f"Received: noise_scale_batch_size={self.batch_size} without micro-batches, "
                 "on 1 replica"
             )

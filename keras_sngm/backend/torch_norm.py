@@ -43,7 +43,7 @@ def host_decides(tensor: torch.Tensor) -> bool:
     """Whether the host asks for the norm and all that a step depends on.
 
     On CPUs that costs nothing. CUDA, which is ROCm's name, too, has no need of it. Others
-    have: kernels for Apple's GPUs ignored `found_inf` and `grad_scale`
+    may have: kernels for Apple's GPUs ignored `found_inf` and `grad_scale`
     (https://github.com/pytorch/pytorch/pull/186360), and not all have float64.
     """
     return tensor.device.type != "cuda"
