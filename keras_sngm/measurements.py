@@ -20,6 +20,10 @@ HISTOGRAM = BUCKETS + 2
 """Length of a histogram: least value, greatest value, counts."""
 
 
+NO_NOISE_SCALE = -math.inf
+"""Stands in a row where none is kept."""
+
+
 class Plan(NamedTuple):
     """What a logger wants to be kept of the updates.
 
@@ -119,9 +123,10 @@ class Rows(NamedTuple):
 def rows_of(parts: Sequence[np.ndarray]) -> Rows:
     """From what each of the optimizers of a model has kept of the same updates."""
     wide = [part.astype("float64") for part in parts]
+    noise_scale = np.fmax.reduce([part[:, 1] for part in wide])
     return Rows(
         np.sqrt(np.sum([part[:, 0] ** 2 for part in wide], axis=0)),
-        np.fmax.reduce([part[:, 1] for part in wide]),
+        np.where(noise_scale == NO_NOISE_SCALE, np.nan, noise_scale),
         np.concatenate([part[:, 2:] for part in wide], axis=1),
     )
 

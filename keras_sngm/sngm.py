@@ -1,6 +1,7 @@
 """SNGM: stochastic normalized gradient descent with momentum."""
 
 import math
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -103,9 +104,9 @@ class SNGM(BackendOptimizer):
         noise_scale_batch_size: Int or `None`. If set, the gradient noise scale is
             estimated, see `gradient_noise_scale`, from how the gradients of the small
             batches of an update differ: those of its micro-batches and, on TensorFlow,
-            of its replicas, of which there must be two or more. The value is the number of samples in a
-            batch as `fit` gets it, all replicas together. Takes a pass over each of
-            these gradients.
+            of its replicas, of which there must be two or more. The value is the number
+            of samples in a batch as `fit` gets it, all replicas together. Takes a pass
+            over each of these gradients.
         noise_scale_momentum: Float in the range [0, 1), defaults to `0.99`. Only used if
             `noise_scale_batch_size` is set. Numerator and denominator of the noise scale
             are each averaged over updates: `average = noise_scale_momentum * average +
@@ -267,10 +268,16 @@ class SNGM(BackendOptimizer):
 
         Raises:
             ValueError: if a variable was created under another strategy than
-                the optimizer.
+                the optimizer, or is complex.
         """
         if self.built:
             return
+        for variable in variables:
+            if "complex" in keras.backend.standardize_dtype(variable.dtype):
+                raise ValueError(
+                    "`SNGM` trains real variables. "
+                    f"Received: variable '{variable.path}' of dtype={variable.dtype}"
+                )
         super().build(variables)
         self._weight_decay_exclusions = self._weight_decay_exclusions.located_in(variables)
         self.momentums = []
@@ -362,7 +369,7 @@ def _check_number(name: str, value: Any, zero_allowed: bool = False) -> None:
     """Refuse what is neither `None` nor a finite positive number."""
     if value is None:
         return
-    is_number = isinstance(value, (int, float)) and math.isfinite(value)
+    is_number = isinstance(value, numbers.Real) and math.isfinite(value)
     if not is_number or value < 0 or (value == 0 and not zero_allowed):
         wanted = "not negative" if zero_allowed else "positive"
         raise ValueError(f"`{name}` must be a finite number, {wanted}. Received: {name}={value}")

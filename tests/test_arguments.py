@@ -2,6 +2,7 @@
 
 import math
 
+import keras
 import numpy as np
 import pytest
 
@@ -62,6 +63,17 @@ def test_bad_averages_are_refused(ema):
 def test_two_clip_arguments_at_once_are_refused(clips):
     with pytest.raises(ValueError, match="Only one of `clipnorm`, `clipvalue` and"):
         SNGM(**clips)
+
+
+def test_numbers_of_numpy_are_numbers():
+    optimizer = SNGM(weight_decay=np.float32(0.25), clipnorm=np.int64(2))
+    assert (optimizer.weight_decay, optimizer.clipnorm) == (0.25, 2)
+
+
+def test_complex_variables_are_refused():
+    variable = keras.Variable(np.ones(2), dtype="complex64", name="wave")
+    with pytest.raises(ValueError, match="real variables.*'wave'.*complex64"):
+        SNGM().build([variable])
 
 
 def test_unknown_keywords_are_refused():

@@ -120,6 +120,20 @@ def test_a_logger_has_the_training_step_compiled_once(caplog, on_nonfinite):
     assert counts[0] == counts[1] > 0
 
 
+@pytest.mark.parametrize(
+    "mode",
+    [lambda: jax.debug_nans(True), lambda: jax.numpy_dtype_promotion("strict")],
+    ids=["debug_nans", "strict promotion"],
+)
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_strict_modes(mode, run_eagerly):
+    x, y = np.ones((8, 6), "float32"), np.ones((8, 1), "float32")
+    model = averaging_model(run_eagerly=run_eagerly)
+    with mode():
+        history = model.fit(x, y, verbose=0, callbacks=[GradientNormLogger(update_ratio=True)])
+    assert np.isfinite(history.history["grad_norm"]).all()
+
+
 ASSIGNED = [
     ({"use_ema": True, "ema_momentum": 0.5}, {"ema_overwrite_frequency": 2}),
     ({"gradient_accumulation_steps": 2}, {"gradient_accumulation_steps": 4}),

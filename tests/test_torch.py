@@ -209,6 +209,17 @@ def test_histograms_count_further_than_float32_does():
     assert histogram(torch.zeros(size), segment_sum)[2:].tolist() == [size] + [0] * 29
 
 
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.0}, {"use_ema": True}], ids=str)
+def test_a_backward_pass_through_weights_that_have_changed_is_noticed(options):
+    weight = keras.Variable(np.ones(3))
+    loss = torch.square(weight.value).sum()
+    optimizer = SNGM(**options)
+    optimizer.build([weight])
+    optimizer.apply(torch.autograd.grad(loss, [weight.value], retain_graph=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, [weight.value])
+
+
 def test_gradients_stay_as_they_are_on_cpus():
     variables = variables_of(random_arrays())
     gradients = tensors_of(random_gradients(steps=1)[0], variables)

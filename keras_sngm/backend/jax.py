@@ -229,7 +229,8 @@ class BackendOptimizer(WholeModelOptimizer):
         norms = update_rule.spread(normalized.norms, active, len(self._trainable_variables))
         self.gradient_norm.assign(normalized.norm.astype("float32"))
         self.gradient_norms.assign(norms.astype("float32"))
-        self.skipped_steps.assign_add(jnp.logical_not(normalized.finite))
+        skipped = jnp.logical_not(normalized.finite)
+        self.skipped_steps.assign_add(skipped.astype(self.skipped_steps.dtype))
 
 
 def dense(gradient: Any) -> jax.Array:

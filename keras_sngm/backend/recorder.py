@@ -13,7 +13,7 @@ import numpy as np
 
 from keras_sngm.backend.optimizer import WholeModelOptimizer
 from keras_sngm.backend.ring import Ring
-from keras_sngm.measurements import DETAILS, HISTOGRAM, Plan
+from keras_sngm.measurements import DETAILS, HISTOGRAM, NO_NOISE_SCALE, Plan
 from keras_sngm.update_rule import Tensor
 
 _attached: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
@@ -196,7 +196,8 @@ class RecorderBase:
         """What is kept of every update."""
         noise_scale = measured.noise_scale
         if noise_scale is None:
-            noise_scale = np.nan * keras.ops.ones_like(measured.norm)
+            # Not NaN, which `jax_debug_nans` takes for a fault.
+            noise_scale = NO_NOISE_SCALE * keras.ops.ones_like(measured.norm)
         row = keras.ops.stack([measured.norm, noise_scale])
         return keras.ops.concatenate([row, measured.norms]) if self.plan.per_variable else row
 

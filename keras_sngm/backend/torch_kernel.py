@@ -61,6 +61,9 @@ def update(
         is_first_step=False,
         **{"dampening": 0.0, **how},
     )
+    # The kernel does not: a backward pass through weights that have changed must be noticed.
+    for weight in weights:
+        torch.autograd.graph.increment_version(weight)
 
 
 def is_on_cpu(tensor: torch.Tensor) -> bool:
