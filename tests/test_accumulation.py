@@ -1,5 +1,7 @@
 """The number of micro-batches does not change what is learned."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -51,6 +53,31 @@ def trained(layers, micro_batches, rate=0.1, **options):
     x, y = data(layers)
     model.fit(x, y, batch_size=BATCH // micro_batches, shuffle=False, verbose=0)
     return model
+
+
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"nesterov": True}], ids=str)
+def test_a_variable_may_have_a_gradient_in_some_micro_batches_alone(options):
+    start, (g, h) = random_arrays([(3,), (2, 2)]), random_gradients([(3,), (2, 2)], steps=2)
+    windows = [
+        ([(g[0], None), (None, g[1])], (g[0] / 2, g[1] / 2)),
+        ([(None, g[1]), (None, h[1])], (None, (g[1] + h[1]) / 2)),
+        ([(h[0], h[1]), (g[0], None)], ((g[0] + h[0]) / 2, h[1] / 2)),
+        ([(None, h[1]), (h[0], None)], (h[0] / 2, h[1] / 2)),
+    ]
+    results = []
+    for times in (2, None):
+        variables = variables_of(start)
+        optimizer = SNGM(0.1, gradient_accumulation_steps=times, jit_compile=False, **options)
+        optimizer.build(variables)
+        for micro_batches, whole in windows:
+            for gradients in micro_batches if times else [whole]:
+                tensors = [None if g is None else keras.ops.convert_to_tensor(g) for g in gradients]
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "Gradients do not exist")
+                    optimizer.apply(tensors, variables)
+        results.append(values_of([*variables, *optimizer.momentums]))
+    for value, expected in zip(*results):
+        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
 
 
 def cosine(steps):

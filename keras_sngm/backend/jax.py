@@ -52,10 +52,14 @@ class BackendOptimizer(WholeModelOptimizer):
             meter.check()
         own = [unscaled(dense(gradient), self.loss_scale_factor) for gradient in gradients]
         rate = ops.convert_to_tensor(self._learning_rate_of_update())
-        if any(isinstance(array, jax.core.Tracer) for array in [*own, rate]):
-            self._take(active, own, rate)
-        else:
+        if self._state_is_known([*own, rate]):
             self._take_compiled(active, own, rate)
+        else:
+            self._take(active, own, rate)
+
+    def _state_is_known(self, gradients: Sequence[Any]) -> bool:
+        state = [*gradients, self._iterations.value]
+        return not any(isinstance(array, jax.core.Tracer) for array in state)
 
     def _take_compiled(
         self, active: tuple[int, ...], gradients: list[jax.Array], rate: jax.Array

@@ -95,7 +95,28 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
                 gradients, variables
             )
             _check_shapes(gradients, variables)
-            self._step(gradients, variables)
+            self._step(*self._with_idle(gradients, variables))
+
+    def _with_idle(self, gradients: list[Any], variables: list[Any]) -> tuple[list[Any], list[Any]]:
+        """Adds zeros for variables that had a gradient in an earlier micro-batch alone."""
+        if (
+            self.gradient_accumulation_steps is None
+            or len(variables) == len(self._trainable_variables)
+            or not self._state_is_known(gradients)
+        ):
+            return gradients, variables
+        active = {self._get_variable_index(variable) for variable in variables}
+        gradients, variables = list(gradients), list(variables)
+        for i, variable in enumerate(self._trainable_variables):
+            total = keras.ops.convert_to_tensor(self._accumulated_gradients[i])
+            if i not in active and bool(keras.ops.any(total != 0)):
+                gradients.append(keras.ops.zeros_like(total))
+                variables.append(variable)
+        return gradients, variables
+
+    def _state_is_known(self, gradients: Sequence[Any]) -> bool:
+        """Whether variables have values to look at: not while a function is traced."""
+        return True
 
     def _variables_of(
         self, gradients: list[Any], trainable_variables: Iterable[Any] | None

@@ -93,6 +93,9 @@ class BackendOptimizer(WholeModelOptimizer):
         else:
             self._step_on(OwnReplica(tf.distribute.get_replica_context()), active, gradients)
 
+    def _state_is_known(self, gradients: Sequence[Any]) -> bool:
+        return tf.executing_eagerly() and self._replicas() == 1
+
     def _unscaled(self, gradient: Any) -> Any:
         if self.loss_scale_factor is None:
             return gradient
