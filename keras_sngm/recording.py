@@ -5,7 +5,9 @@ its own waits for the copies and hands what came in to the sinks.
 """
 
 import contextlib
+import math
 import time
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -13,11 +15,14 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
+from keras_sngm.backend.ring import RowsLostError
 from keras_sngm.logged_values import LoggedValues
 from keras_sngm.measurements import rows_of
 from keras_sngm.sinks import Sink
 
 _SECONDS_BETWEEN_LOOKS = 1.0
+# Until the first look tells how many a training step makes.
+_MOST_UPDATES_PER_STEP = 64
 
 
 class Fault(NamedTuple):
@@ -59,8 +64,10 @@ class Recording:
         self._details: list[dict[str, float]] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="GradientNormLogger")
         self._reads: list[Future] = []
-        self._unseen = 0
-        self._looked = time.monotonic()
+        self._updates_per_step: int | None = None
+        self._unseen_steps = 0
+        self._steps = self._seen = 0
+        self._looked = -math.inf
 
     def begin(self) -> None:
         """To be called when no more will be done to the model but to train it."""
@@ -74,20 +81,24 @@ class Recording:
         """
         count = self._model.steps_per_execution
         while self._reads and self._reads[0].done():
-            self._reads.pop(0).result()
-        no_room = self._unseen + count > self._plan.updates
-        if no_room or time.monotonic() - self._looked > _SECONDS_BETWEEN_LOOKS:
+            self._take(self._reads.pop(0))
+        no_room = (self._unseen_steps + count) * (self._updates_per_step or 1) > self._plan.updates
+        too_long = time.monotonic() - self._looked > _SECONDS_BETWEEN_LOOKS
+        if self._unseen_steps and (no_room or too_long):
             self._look()
-        self._unseen += count
+        self._unseen_steps += count
+        self._steps += count
         for recorder in self._recorders:
-            recorder.hold(count)
+            # Processes come to know it at different times, and must agree.
+            known = None if recorder.one_of_several else self._updates_per_step
+            recorder.hold(count * (known or _MOST_UPDATES_PER_STEP))
 
     def wait(self) -> None:
         """Bring all there is to the host."""
         if self._progress:
             self._look()
         while self._reads:
-            self._reads.pop(0).result()
+            self._take(self._reads.pop(0))
 
     def end_epoch(self) -> dict[str, float]:
         """What belongs into the logs of the epoch. Waits for the device."""
@@ -95,6 +106,13 @@ class Recording:
         if self._plan.stops and self.fault is not None:
             # In every process, where there are several.
             self._model.stop_training = True
+        times = self._recorders[0].optimizer().gradient_accumulation_steps or 1
+        if not self._seen and self._steps >= times:
+            warnings.warn(
+                "`GradientNormLogger` has seen no update by `model.optimizer`. Those by other "
+                "optimizers are not logged.",
+                stacklevel=3,
+            )
         logs = self._values.of_epoch(self._updates, self._details)
         self._updates, self._details = [], []
         return logs
@@ -117,20 +135,35 @@ class Recording:
 
     def _look(self) -> None:
         snapshots = [recorder.snapshot() for recorder in self._recorders]
-        self._reads.append(self._thread.submit(self._read, snapshots))
-        self._unseen = 0
+        self._reads.append(self._thread.submit(self._read, snapshots, self._unseen_steps))
+        self._unseen_steps = 0
         self._looked = time.monotonic()
 
-    def _read(self, snapshots: Sequence[Any]) -> None:
+    def _take(self, read: Future) -> None:
+        """Of what has been done in the thread."""
+        try:
+            read.result()
+        except RowsLostError as error:
+            warnings.warn(str(error), stacklevel=2)
+
+    def _read(self, snapshots: Sequence[Any], training_steps: int) -> None:
         """In the thread: waits for the copies."""
-        reads = [
+        last, self._progress = (
+            self._progress,
+            [
+                recorder.progress(snapshot)
+                for recorder, snapshot in zip(self._recorders, snapshots, strict=True)
+            ],
+        )
+        updates = self._progress[0].updates - last[0].updates
+        self._seen += updates
+        if training_steps:
+            per_step = math.ceil(updates / training_steps)
+            self._updates_per_step = max(1, per_step, self._updates_per_step or 0)
+        parts = [
             recorder.since(progress, snapshot)
-            for recorder, progress, snapshot in zip(
-                self._recorders, self._progress, snapshots, strict=True
-            )
+            for recorder, progress, snapshot in zip(self._recorders, last, snapshots, strict=True)
         ]
-        self._progress = [progress for progress, _ in reads]
-        parts = [rows for _, rows in reads]
         rows = rows_of([part.values for part in parts])
         steps = parts[0].steps[: self._until_the_stop(rows.norm)].tolist()
         self._note_fault(parts)

@@ -90,6 +90,8 @@ class SNGM(BackendOptimizer):
             variables are updated once every that many steps, with the mean of
             the gradients since the last update: the weights are those of one
             batch of all their samples. Replicas communicate once per update.
+            In functions that are compiled a variable takes part in an update if it
+            has a gradient, zero if need be, in the last of these steps.
             `iterations` counts updates; a learning rate schedule counts steps,
             as in Keras, and is read at the first step of each update.
         jit_compile: `True`, `False` or `"auto"`. Whether the update is compiled

@@ -60,7 +60,12 @@ def _stateless(model, loss_of):
 
 
 class CustomModel(keras.Model):
-    """With a training step of its own."""
+    """With a training step of its own.
+
+    If it makes `several` updates there is one for each column of the targets.
+    """
+
+    several = False
 
     def train_step(self, *arguments):
         if keras.backend.backend() == "jax":
@@ -68,15 +73,20 @@ class CustomModel(keras.Model):
         return self._step(*arguments)
 
     def _step(self, data):
-        loss, gradients = loss_and_gradients(self, *data, self._loss)
-        self.optimizer.apply_gradients(zip(gradients, self.trainable_variables))
+        for part in self._parts(*data):
+            loss, gradients = loss_and_gradients(self, *part, self._loss)
+            self.optimizer.apply_gradients(zip(gradients, self.trainable_variables))
         return {"loss": loss}
 
     def _stateless_step(self, state, data):
         weights, others, own, metrics = state
-        (loss, others), gradients = _stateless(self, self._loss)(weights, others, *data)
-        weights, own = self.optimizer.stateless_apply(own, gradients, weights)
+        for part in self._parts(*data):
+            (loss, others), gradients = _stateless(self, self._loss)(weights, others, *part)
+            weights, own = self.optimizer.stateless_apply(own, gradients, weights)
         return {"loss": loss}, (weights, others, own, metrics)
+
+    def _parts(self, x, y):
+        return [(x, y[:, i : i + 1]) for i in range(y.shape[1])] if self.several else [(x, y)]
 
     def _loss(self, y, prediction):
         return self.compute_loss(y=y, y_pred=prediction)

@@ -17,7 +17,7 @@ from keras import ops
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
-from autodiff import gradients_of
+from autodiff import CustomModel, gradients_of
 from keras_sngm import SNGM, GradientNormLogger
 from keras_sngm.backend.recorder import attached
 from problems import BACKEND, values_of
@@ -280,6 +280,69 @@ def test_more_updates_than_are_kept_at_once(tmp_path, monkeypatch):
     assert [event.step for event in histograms] == list(range(3, 36, 3))
 
 
+class SeveralUpdates(CustomModel):
+    several = True
+
+
+def model_of_several_updates(optimizer):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((6,))
+    model = SeveralUpdates(inputs, keras.layers.Dense(1)(inputs))
+    model.compile(optimizer, "mse")
+    return model
+
+
+@every_optimizer
+def test_a_training_step_may_make_several_updates(tmp_path, make, monkeypatch):
+    monkeypatch.setattr("keras_sngm.callbacks._MOST_UPDATES", 24)
+    x, y = np.tile(X, (10, 1)), np.tile(Y, (10, 8))
+    logger = GradientNormLogger(filename=tmp_path / "log.jsonl")
+    model_of_several_updates(make()).fit(x, y, BATCH, verbose=0, callbacks=[logger])
+    assert list(lines_of(tmp_path / "log.jsonl")) == list(range(1, 8 * 50 + 1))
+
+
+@pytest.mark.parametrize("make", [SNGM, OPTIMIZERS["SGD"]], ids=["SNGM", "SGD"])
+@pytest.mark.parametrize("batches", [3, 6])
+def test_stopping_amid_a_training_step(make, batches):
+    """That of batch 3; the epoch may go on."""
+    x, y = np.tile(X, (2, 1)), np.tile(Y, (2, 4))
+    good = model_of_several_updates(make())
+    good.fit(x[: 2 * BATCH], y[: 2 * BATCH], BATCH, shuffle=False, verbose=0)
+    good.several = False
+    good.compile(good.optimizer, "mse")
+    good.fit(x[2 * BATCH : 3 * BATCH], y[2 * BATCH : 3 * BATCH, :1], BATCH, verbose=0)
+    y[2 * BATCH, 1] = np.nan
+    model, size = model_of_several_updates(make()), batches * BATCH
+    logger = GradientNormLogger(on_nonfinite="stop")
+    with pytest.warns(UserWarning, match="step 10 is not finite"):
+        model.fit(x[:size], y[:size], BATCH, shuffle=False, verbose=0, callbacks=[logger])
+    for value, expected in zip(values_of(model.weights), values_of(good.weights)):
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+def test_updates_that_cannot_be_kept_are_told_and_do_no_harm(monkeypatch):
+    monkeypatch.setattr("keras_sngm.callbacks._MOST_UPDATES", 4)
+    model = model_of_several_updates(SNGM())
+    with pytest.warns(UserWarning, match="8 updates were made .* not logged"):
+        model.fit(X, np.tile(Y, 8), len(X), verbose=0, callbacks=[GradientNormLogger()])
+    assert int(model.optimizer.iterations) == 8
+
+
+class NoUpdate(keras.Model):
+    """As where a training step has an optimizer of its own."""
+
+    def train_step(self, state, data=None):
+        return {"loss": 0.0} if data is None else ({"loss": 0.0}, state)
+
+
+def test_an_optimizer_that_makes_no_update_is_told():
+    inputs = keras.Input((6,))
+    model = NoUpdate(inputs, keras.layers.Dense(1)(inputs))
+    model.compile(SNGM(), "mse")
+    with pytest.warns(UserWarning, match="has seen no update by `model.optimizer`"):
+        fit(model, GradientNormLogger(on_nonfinite="stop"))
+
+
 def test_several_loggers_at_once(tmp_path):
     first = GradientNormLogger(filename=tmp_path / "a.jsonl", log_every=2, update_ratio=True)
     second = GradientNormLogger(filename=tmp_path / "b.jsonl", log_every=3, per_variable=1)
@@ -410,7 +473,7 @@ def test_a_logger_outlives_an_interruption_and_other_training(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         fit(model, logger, keras.callbacks.LambdaCallback(on_train_batch_end=interrupt))
     fit(model, epochs=2)
-    with pytest.warns(UserWarning, match="interrupted `fit` had not written yet is lost"):
+    with pytest.warns(UserWarning, match="updates were made .* not logged"):
         history = fit(model, logger).history
     assert np.isfinite(history["grad_norm"]).all()
 

@@ -162,10 +162,18 @@ class RecorderBase:
             self._copy(self._bad_norms),
         ]
 
-    def since(self, progress: Progress, snapshot: Sequence[Any]) -> tuple[Progress, NewRows]:
-        """What came in. Waits for the device, in whatever thread this is called."""
+    def progress(self, snapshot: Sequence[Any]) -> Progress:
+        """How far it is. Waits for the device, in whatever thread this is called."""
+        return Progress(*(ring.end() for ring in snapshot[: len(self._rings)]))
+
+    def since(self, progress: Progress, snapshot: Sequence[Any]) -> NewRows:
+        """What came in. Waits for the device, in whatever thread this is called.
+
+        Raises:
+            RowsLostError: if more did than can be kept.
+        """
         *of_rings, bad_step, bad_norms = snapshot
-        ends, steps, rows = zip(
+        steps, rows = zip(
             *(
                 ring.since(begin, copy)
                 for ring, begin, copy in zip(self._rings, progress, of_rings, strict=True)
@@ -173,7 +181,7 @@ class RecorderBase:
             strict=True,
         )
         count = len(self.variables)
-        new = NewRows(
+        return NewRows(
             steps[0],
             rows[0],
             _by_step(steps[1], rows[1], (count, len(DETAILS))),
@@ -181,7 +189,6 @@ class RecorderBase:
             int(keras.ops.convert_to_numpy(bad_step)),
             keras.ops.convert_to_numpy(bad_norms),
         )
-        return Progress(*ends), new
 
     def latest_norm(self) -> Any:
         """The norm of the last update, a scalar on the device."""

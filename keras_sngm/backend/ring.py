@@ -17,6 +17,14 @@ class Snapshot(NamedTuple):
     count: Any
     rows: Any
 
+    def end(self) -> int:
+        """The number that the next row will have. Waits for the device."""
+        return int(ops.convert_to_numpy(self.count))
+
+
+class RowsLostError(RuntimeError):
+    """Rows were overwritten before anybody fetched them."""
+
 
 class Ring:
     """The newest rows that were written, each with the number of its step.
@@ -40,25 +48,25 @@ class Ring:
         """Copies, made by `copy`."""
         return Snapshot(copy(self.count), copy(self.rows))
 
-    def since(self, begin: int, snapshot: Snapshot) -> tuple[int, np.ndarray, np.ndarray]:
+    def since(self, begin: int, snapshot: Snapshot) -> tuple[np.ndarray, np.ndarray]:
         """The rows from the one numbered `begin` on. Waits for the device.
 
         Returns:
-            The number that the next row will have, the steps, and the rows.
+            The steps, and the rows.
 
         Raises:
-            RuntimeError: if some of them were overwritten.
+            RowsLostError: if some of them were overwritten.
         """
-        end = int(ops.convert_to_numpy(snapshot.count))
+        end = snapshot.end()
         if end - begin > self.length:
-            raise RuntimeError(
+            raise RowsLostError(
                 f"{end - begin} updates were made between two looks at them, and only "
-                f"{self.length} can be kept."
+                f"{self.length} can be kept. They are not logged."
             )
         places = np.arange(begin, end) % self.length
         rows = ops.convert_to_numpy(snapshot.rows)[places]
         steps = rows[:, 0].astype("int64") * _HIGH + rows[:, 1].astype("int64")
-        return end, steps, rows[:, _COLUMNS_OF_STEP:]
+        return steps, rows[:, _COLUMNS_OF_STEP:]
 
 
 def row_of(step: Any, values: Any) -> Any:
