@@ -106,6 +106,10 @@ def _total(tensor: Tensor) -> Tensor:
     return ops.sum(ops.sum(square, axis=0)) + ops.sum(vector[side * side :])
 
 
+class RowsLostError(RuntimeError):
+    """Updates were recorded over others before anybody fetched these."""
+
+
 class Rows(NamedTuple):
     """Consecutive updates, one row each.
 

@@ -15,9 +15,8 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from keras_sngm.backend.ring import RowsLostError
 from keras_sngm.logged_values import LoggedValues
-from keras_sngm.measurements import rows_of
+from keras_sngm.measurements import RowsLostError, rows_of
 from keras_sngm.sinks import Sink
 
 _SECONDS_BETWEEN_LOOKS = 1.0

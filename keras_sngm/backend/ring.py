@@ -7,6 +7,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_sngm.measurements import RowsLostError
+
 _HIGH = 2**20
 _COLUMNS_OF_STEP = 2
 
@@ -20,10 +22,6 @@ class Snapshot(NamedTuple):
     def end(self) -> int:
         """The number that the next row will have. Waits for the device."""
         return int(ops.convert_to_numpy(self.count))
-
-
-class RowsLostError(RuntimeError):
-    """Rows were overwritten before anybody fetched them."""
 
 
 class Ring:
