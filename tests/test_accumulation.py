@@ -80,6 +80,29 @@ def test_a_variable_may_have_a_gradient_in_some_micro_batches_alone(options):
         np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_window_that_began_elsewhere_is_known():
+    """The gradient of one variable was accumulated before the state was saved."""
+    results = []
+    for resumed in (False, True):
+        variables = variables_of(random_arrays([(3,), (2, 2)]))
+        g, h = (keras.ops.convert_to_tensor(x, "float32") for x in random_arrays([(3,), (2, 2)], 1))
+        first = SNGM(0.1, gradient_accumulation_steps=2)
+        first.build(variables)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Gradients do not exist")
+            first.apply([g, None], variables)
+            second = first
+            if resumed:
+                second = SNGM(0.1, gradient_accumulation_steps=2)
+                second.build(variables)
+                for variable, value in zip(second.variables, values_of(first.variables)):
+                    variable.assign(value)
+            second.apply([None, h], variables)
+        results.append(values_of(variables))
+    for value, expected in zip(*results):
+        np.testing.assert_array_equal(value, expected)
+
+
 def cosine(steps):
     return keras.optimizers.schedules.CosineDecay(0.1, steps)
 

@@ -108,11 +108,16 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
         active = {self._get_variable_index(variable) for variable in variables}
         gradients, variables = list(gradients), list(variables)
         for i, variable in enumerate(self._trainable_variables):
-            total = keras.ops.convert_to_tensor(self._accumulated_gradients[i])
-            if i not in active and bool(keras.ops.any(total != 0)):
+            if i not in active and self._has_accumulated(i):
+                total = keras.ops.convert_to_tensor(self._accumulated_gradients[i])
                 gradients.append(keras.ops.zeros_like(total))
                 variables.append(variable)
         return gradients, variables
+
+    def _has_accumulated(self, position: int) -> bool:
+        """Whether a variable had a gradient in this window. Waits for the device."""
+        total = keras.ops.convert_to_tensor(self._accumulated_gradients[position])
+        return bool(keras.ops.any(total != 0))
 
     def _state_is_known(self, gradients: Sequence[Any]) -> bool:
         """Whether variables have values to look at: not while a function is traced."""

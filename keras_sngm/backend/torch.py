@@ -32,6 +32,8 @@ class BackendOptimizer(WholeModelOptimizer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._calls = HostCount()
+        # The number of the next call, and what has accumulated before it.
+        self._window: tuple[int, frozenset[int]] = (0, frozenset())
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -48,12 +50,27 @@ class BackendOptimizer(WholeModelOptimizer):
         elif self.gradient_accumulation_steps is None:
             self._update(active, own, [])
         else:
+            known = self._accumulated_so_far()
             self._accumulate(active, own)
-            if (self._calls.of(self._iterations) + 1) % self.gradient_accumulation_steps == 0:
+            calls = self._calls.of(self._iterations)
+            if (calls + 1) % self.gradient_accumulation_steps == 0:
                 self._update_with_accumulated(active)
+            elif known is not None:
+                self._window = (calls + 1, known.union(active))
         calls = self._calls.of(self._iterations)
         self._iterations.value.add_(1)
         self._calls.set(self._iterations, calls + 1)
+
+    def _accumulated_so_far(self) -> frozenset[int] | None:
+        """The positions that had a gradient in this window, `None` if it did not begin here."""
+        calls, (expected, positions) = self._calls.of(self._iterations), self._window
+        if self.gradient_accumulation_steps and calls % self.gradient_accumulation_steps == 0:
+            return frozenset()
+        return positions if calls == expected else None
+
+    def _has_accumulated(self, position: int) -> bool:
+        known = self._accumulated_so_far()
+        return super()._has_accumulated(position) if known is None else position in known
 
     def _accumulate(self, active: list[int], gradients: list[torch.Tensor]) -> None:
         accumulators = values([self._accumulated_gradients[i] for i in active])
