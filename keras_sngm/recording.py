@@ -20,7 +20,7 @@ from keras_sngm.measurements import RowsLostError, rows_of
 from keras_sngm.sinks import Sink
 
 _SECONDS_BETWEEN_LOOKS = 1.0
-# Until the first look tells how many a training step makes.
+# Where there are several processes.
 _MOST_UPDATES_PER_STEP = 64
 
 
@@ -76,7 +76,8 @@ class Recording:
     def before_updates(self) -> None:
         """To be called before each execution of training steps.
 
-        Does not wait for the device. Raises what went wrong in the thread.
+        Does not wait for the device, but after the first. Raises what went wrong in the
+        thread.
         """
         count = self._model.steps_per_execution
         while self._reads and self._reads[0].done():
@@ -85,12 +86,14 @@ class Recording:
         too_long = time.monotonic() - self._looked > _SECONDS_BETWEEN_LOOKS
         if self._unseen_steps and (no_room or too_long):
             self._look()
+            if self._updates_per_step is None:
+                self._take(self._reads.pop())
         self._unseen_steps += count
         self._steps += count
         for recorder in self._recorders:
             # Processes come to know it at different times, and must agree.
-            known = None if recorder.one_of_several else self._updates_per_step
-            recorder.hold(count * (known or _MOST_UPDATES_PER_STEP))
+            known = _MOST_UPDATES_PER_STEP if recorder.one_of_several else self._updates_per_step
+            recorder.hold(count * (known or 1))
 
     def wait(self) -> None:
         """Bring all there is to the host."""
