@@ -150,13 +150,11 @@ class Recording:
 
     def _read(self, snapshots: Sequence[Any], training_steps: int) -> None:
         """In the thread: waits for the copies."""
-        last, self._progress = (
-            self._progress,
-            [
-                recorder.progress(snapshot)
-                for recorder, snapshot in zip(self._recorders, snapshots, strict=True)
-            ],
-        )
+        last = self._progress
+        self._progress = [
+            recorder.progress(snapshot)
+            for recorder, snapshot in zip(self._recorders, snapshots, strict=True)
+        ]
         updates = self._progress[0].updates - last[0].updates
         self._seen += updates
         if training_steps:

@@ -139,18 +139,18 @@ def _common_normalization(rule: Rule, squares: Tensor, prescale: Tensor) -> Norm
     norms = ops.sqrt(squares)
     unclipped = norm = ops.sqrt(ops.sum(squares))
     if rule.clipnorm is None:
-        divisor = _nonzero(norm)
+        divisor = nonzero(norm)
     else:
         limit = rule.clipnorm * prescale
         clipped = _at_most(limit, norms)
         norm = _norm_of_norms(clipped)
-        divisor = _nonzero(norm) * ops.where(norms > limit, norms / limit, _filled(1.0, norms))
+        divisor = nonzero(norm) * ops.where(norms > limit, norms / limit, _filled(1.0, norms))
         norms = clipped
     if rule.global_clipnorm is not None:
         # A factor common to all variables vanishes in g / norm(g): only the
         # measured norms change.
         clipped = _at_most(rule.global_clipnorm * prescale, norm)
-        norms = ops.where(finite, norms / _nonzero(norm) * clipped, norms)
+        norms = ops.where(finite, norms / nonzero(norm) * clipped, norms)
         norm = clipped
     return Normalization(
         prescale, divisor, norms / prescale, norm / prescale, unclipped / prescale, finite
@@ -167,10 +167,10 @@ def _blockwise_normalization(rule: Rule, squares: Tensor, prescale: Tensor) -> N
         norm = _norm_of_norms(norms)
     if rule.global_clipnorm is not None:
         clipped = _at_most(rule.global_clipnorm, norm)
-        norms = norms / _nonzero(norm) * clipped
+        norms = norms / nonzero(norm) * clipped
         norm = clipped
     finite = ops.all(ops.isfinite(squares))
-    return Normalization(prescale, _nonzero(scaled), norms, norm, unclipped, finite)
+    return Normalization(prescale, nonzero(scaled), norms, norm, unclipped, finite)
 
 
 def directions(normalized: Normalization, gradients: Sequence[Tensor]) -> list[Tensor]:
@@ -193,7 +193,7 @@ def whole_direction(
     parts = directions(normalized, gradients)
     if not rule.blockwise:
         return parts
-    shares = ops.unstack(normalized.norms / _nonzero(normalized.norm))
+    shares = ops.unstack(normalized.norms / nonzero(normalized.norm))
     return [ops.cast(share, part.dtype) * part for share, part in zip(shares, parts, strict=True)]
 
 
@@ -312,7 +312,7 @@ def _filled(value: Tensor, like: Tensor) -> Tensor:
     return value * ops.ones_like(like)
 
 
-def _nonzero(norm: Tensor) -> Tensor:
+def nonzero(norm: Tensor) -> Tensor:
     """1 for a norm of 0, so that a zero gradient gives a zero direction."""
     return ops.where(norm == 0.0, ops.ones_like(norm), norm)
 
@@ -329,5 +329,5 @@ def _norm_of_norms(norms: Tensor) -> Tensor:
     largest = ops.max(norms)
     # Into a range where the reciprocal, which XLA multiplies by, does not underflow.
     scale = ops.where(largest > 1.0, _filled(2.0**-32, largest), _filled(2.0**32, largest))
-    shares = norms * scale / _nonzero(largest * scale)
+    shares = norms * scale / nonzero(largest * scale)
     return largest * ops.sqrt(ops.sum(ops.square(shares)))

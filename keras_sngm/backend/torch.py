@@ -45,6 +45,7 @@ class BackendOptimizer(WholeModelOptimizer):
         if active and (meter := self._noise_meter()) is not None:
             meter.check()
         own = unscaled([dense(gradient) for gradient in gradients], self.loss_scale_factor)
+        calls = self._calls.of(self._iterations)
         if not active:
             pass
         elif self.gradient_accumulation_steps is None:
@@ -52,12 +53,10 @@ class BackendOptimizer(WholeModelOptimizer):
         else:
             known = self._accumulated_so_far()
             self._accumulate(active, own)
-            calls = self._calls.of(self._iterations)
             if (calls + 1) % self.gradient_accumulation_steps == 0:
                 self._update_with_accumulated(active)
             elif known is not None:
                 self._window = (calls + 1, known.union(active))
-        calls = self._calls.of(self._iterations)
         self._iterations.value.add_(1)
         self._calls.set(self._iterations, calls + 1)
 

@@ -15,7 +15,7 @@ import torch
 
 from keras_sngm.backend.torch_lists import converted, scaled
 from keras_sngm.backend.torch_norm import host_decides
-from keras_sngm.update_rule import Coefficients, Normalization, Rule
+from keras_sngm.update_rule import Coefficients, Normalization, Rule, nonzero
 
 # Up to here 1 - (1 - 1 / norm) is 1 / norm to far below float32's rounding.
 _LARGEST_DIVISOR = 2.0**20
@@ -100,7 +100,8 @@ def _told_by_tensors(
     divided = normalized.divisor.ndim > 0 or gradients[0].dtype == torch.float64
     if divided or _share_memory(gradients):
         return _divided(gradients, normalized), how
-    how["grad_scale"] = _nonzero((normalized.divisor / normalized.prescale).float())
+    # Where float32 cannot hold how small the norm is, it holds no such gradient either.
+    how["grad_scale"] = nonzero((normalized.divisor / normalized.prescale).float())
     return gradients, how
 
 
@@ -126,11 +127,6 @@ def _share_memory(tensors: Sequence[torch.Tensor]) -> bool:
     return any(end > begin for (_, end), (begin, _) in itertools.pairwise(places))
 
 
-def _nonzero(divisor: torch.Tensor) -> torch.Tensor:
-    """1 where a dtype cannot hold how small it is, nor any gradient as small."""
-    return torch.where(divisor == 0.0, torch.ones_like(divisor), divisor)
-
-
 def _divided(
     gradients: Sequence[torch.Tensor], normalized: Normalization
 ) -> Sequence[torch.Tensor]:
@@ -138,6 +134,6 @@ def _divided(
     # Where the host decides a divisor may be out of the range of a float32.
     dtype = normalized.divisor.dtype if host_decides(gradients[0]) else own
     directions = scaled(converted(gradients, dtype), normalized.prescale.to(dtype))
-    divisor = _nonzero(normalized.divisor.to(dtype))
+    divisor = nonzero(normalized.divisor.to(dtype))
     torch._foreach_div_(directions, list(divisor.unbind()) if divisor.ndim else divisor)
     return converted(directions, own)
