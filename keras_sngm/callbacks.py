@@ -89,7 +89,8 @@ class GradientNormLogger(keras.callbacks.Callback):
     Raises:
         ImportError: if `log_dir` is set and `tensorboard` is not installed.
         ValueError: if an argument is out of its range; when training begins, if the
-            model has no optimizer or `filename` has other columns.
+            model has no optimizer, `filename` has other columns, or this logger is in
+            `callbacks` twice.
         OSError: when training begins, if `log_dir` or `filename` cannot be written.
 
     Example:
@@ -156,7 +157,12 @@ class GradientNormLogger(keras.callbacks.Callback):
         self._told = False
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        is_there_twice = self._has_begun()
         self._close_after_interruption()
+        if is_there_twice:
+            raise ValueError(
+                "A `GradientNormLogger` can be in `callbacks` once. Received: the same one twice"
+            )
         if not isinstance(self.model.optimizer, keras.optimizers.Optimizer):
             raise ValueError(
                 "`GradientNormLogger` needs a model compiled with a Keras optimizer. "
@@ -165,7 +171,6 @@ class GradientNormLogger(keras.callbacks.Callback):
         if not self.model.optimizer.built:
             self.model.optimizer.build(self.model.trainable_variables)
         self._told = False
-        # Keras gives all callbacks of a `fit` the same `params`.
         self._recorders = attach(self.model, self._plan(), self.params)
         try:
             self._recording = self._begin(self._recorders)
@@ -201,6 +206,11 @@ class GradientNormLogger(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         self._close()
+
+    def _has_begun(self) -> bool:
+        """In this `fit`, not in one that was interrupted."""
+        # Keras gives all callbacks of a `fit` the same `params`.
+        return bool(self.params) and any(one.fit is self.params for one in self._recorders)
 
     def _plan(self) -> Plan:
         count = len(self.model.trainable_variables)

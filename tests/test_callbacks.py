@@ -423,6 +423,14 @@ def test_resumed_training_goes_on_counting(tmp_path, make):
     assert scalars_in(tmp_path / "logs")[0] == list(range(1, 21))
 
 
+def test_one_logger_twice_is_refused_and_leaves_nothing_behind():
+    model, logger = build_model(), GradientNormLogger()
+    with pytest.raises(ValueError, match="once. Received: the same one twice"):
+        fit(model, logger, logger)
+    assert not attached(model.optimizer)
+    assert np.isfinite(fit(model, logger).history["grad_norm"]).all()
+
+
 def test_a_second_fit_goes_on_counting(tmp_path):
     model = build_model()
     logger = GradientNormLogger(tmp_path, tmp_path / "log.jsonl")
