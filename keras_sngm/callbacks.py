@@ -36,9 +36,9 @@ class GradientNormLogger(keras.callbacks.Callback):
       strategy one more all-reduce.
 
     What is measured stays on the device. Once a second a thread of its own fetches it,
-    so that training does not wait for it inside an epoch. Every update counts, also
-    those inside of `steps_per_execution`. A step that a `LossScaleOptimizer` leaves out
-    is no update.
+    so that after its first step training does not wait for it inside an epoch. Every
+    update counts, also those inside of `steps_per_execution`. A step that a
+    `LossScaleOptimizer` leaves out is no update.
 
     Keys, where `<path>` is a variable's or a group's, see `per_variable`:
 

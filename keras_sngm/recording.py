@@ -65,7 +65,7 @@ class Recording:
         self._reads: list[Future] = []
         self._updates_per_step: int | None = None
         self._unseen_steps = 0
-        self._steps = self._seen = 0
+        self._steps = 0
         self._looked = -math.inf
 
     def begin(self) -> None:
@@ -109,7 +109,7 @@ class Recording:
             # In every process, where there are several.
             self._model.stop_training = True
         times = self._recorders[0].optimizer().gradient_accumulation_steps or 1
-        if not self._seen and self._steps >= times:
+        if not self._updates_per_step and self._steps >= times:
             warnings.warn(
                 "`GradientNormLogger` has seen no update by `model.optimizer`. Those by other "
                 "optimizers are not logged.",
@@ -155,11 +155,10 @@ class Recording:
             recorder.progress(snapshot)
             for recorder, snapshot in zip(self._recorders, snapshots, strict=True)
         ]
-        updates = self._progress[0].updates - last[0].updates
-        self._seen += updates
         if training_steps:
+            updates = self._progress[0].updates - last[0].updates
             per_step = math.ceil(updates / training_steps)
-            self._updates_per_step = max(1, per_step, self._updates_per_step or 0)
+            self._updates_per_step = max(per_step, self._updates_per_step or 0)
         parts = [
             recorder.since(progress, snapshot)
             for recorder, progress, snapshot in zip(self._recorders, last, snapshots, strict=True)

@@ -18,7 +18,7 @@ from keras_sngm.backend.jax_norm import squares_and_prescale, sum_of_squares
 from keras_sngm.backend.jax_recorder import Change
 from keras_sngm.backend.jax_state import assign, do_if, pure, wide
 from keras_sngm.backend.optimizer import Cache, WholeModelOptimizer
-from keras_sngm.backend.recorder import attached, measured_by
+from keras_sngm.backend.recorder import attached, conditions_of_step, measured_by
 from keras_sngm.update_rule import Coefficients, Normalization
 
 
@@ -132,9 +132,8 @@ class BackendOptimizer(WholeModelOptimizer):
         final, times = self._final_gradients(active, gradients)
         squares, prescale = squares_and_prescale(final, rule.blockwise)
         normalized = update_rule.normalization(rule, squares, prescale, times)
-        may_step = [c for recorder in recorders if (c := recorder.may_step()) is not None]
-        if may_step:
-            finite = normalized.finite & jnp.all(jnp.stack(may_step))
+        if conditions := conditions_of_step(recorders):
+            finite = normalized.finite & jnp.all(jnp.stack(conditions))
             normalized = normalized._replace(finite=finite)
         self._descend(active, final, normalized, rate)
         self._read(active, normalized)

@@ -84,10 +84,8 @@ class Recorder(RecorderBase):
 
     # In a training step.
 
-    def may_step(self) -> jax.Array | None:
-        """Whether a step may be taken, `None` if there is no doubt."""
-        if not self.plan.stops:
-            return None
+    def may_step(self) -> jax.Array:
+        """Whether a step may be taken. Asked only if the plan is to stop."""
         return jnp.logical_not(self._halted.value & (self._held.value > 0))
 
     def record(

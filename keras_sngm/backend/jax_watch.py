@@ -19,7 +19,7 @@ from keras_sngm.backend import watch
 from keras_sngm.backend.jax import BackendOptimizer, dense, unscaled
 from keras_sngm.backend.jax_recorder import Change, Recorder
 from keras_sngm.backend.jax_state import do_if, wide
-from keras_sngm.backend.recorder import Measured, attached
+from keras_sngm.backend.recorder import Measured, attached, conditions_of_step
 from keras_sngm.measurements import Plan
 
 _SAVING = ("save_own_variables", "load_own_variables")
@@ -247,7 +247,7 @@ class _Watched(watch.Watched):
         gradients: list[Any],
         variables: list[keras.Variable],
     ) -> None:
-        conditions = [c for recorder in recorders if (c := recorder.may_step()) is not None]
+        conditions = conditions_of_step(recorders)
         if not conditions:
             self._apply(gradients, variables)
             return

@@ -5,7 +5,7 @@ Nothing here makes the host wait but what says so.
 """
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import keras
@@ -22,6 +22,16 @@ _attached: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary
 def attached(optimizer: Any) -> list[Any]:
     """The recorders of an optimizer. Not its attribute: that would be saved with it."""
     return _attached.setdefault(optimizer, [])
+
+
+def conditions_of_step(recorders: Iterable[Any], *local: Callable[[Any], Any]) -> list[Any]:
+    """Booleans on the device, all of which must be true for a step to be taken.
+
+    Args:
+        recorders: those attached to an optimizer.
+        local: what a variable is on the replica that asks, where there are replicas.
+    """
+    return [recorder.may_step(*local) for recorder in recorders if recorder.plan.stops]
 
 
 class Measured(NamedTuple):

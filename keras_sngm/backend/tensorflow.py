@@ -21,7 +21,7 @@ from tensorflow.python.framework.ops import get_default_graph
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from keras_sngm.backend.optimizer import Cache, WholeModelOptimizer
-from keras_sngm.backend.recorder import attached, measured_by
+from keras_sngm.backend.recorder import attached, conditions_of_step, measured_by
 from keras_sngm.backend.tensorflow_checks import (
     check_strategy,
     check_variables,
@@ -178,9 +178,7 @@ class BackendOptimizer(WholeModelOptimizer):
         sums = [replicas.parts(summed) for summed in replicas.sums([*gradients, *squares])]
         per_variable, of_squares = sums[: len(active)], sums[len(active) :]
         recorders = attached(self)
-        moment = self._moment(
-            [c for r in recorders if (c := r.may_step(_on(replicas, 0))) is not None]
-        )
+        moment = self._moment(conditions_of_step(recorders, _on(replicas, 0)))
         for replica, local_gradients in enumerate(zip(*per_variable, strict=True)):
             step = self._local_step(replicas, replica, active)
             with tf.device(step.device):

@@ -42,10 +42,8 @@ class Recorder(RecorderBase):
                 synchronization="on_read",
             )
 
-    def may_step(self, local: Local) -> tf.Tensor | None:
-        """Whether a step may be taken, `None` if there is no doubt."""
-        if not self.plan.stops:
-            return None
+    def may_step(self, local: Local) -> tf.Tensor:
+        """Whether a step may be taken. Asked only if the plan is to stop."""
         return tf.logical_not(tf.logical_and(local(self._halted), local(self._held) > 0))
 
     def before(self, local: Local, step: tf.Tensor) -> None:

@@ -16,7 +16,7 @@ from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from keras_sngm.backend import tensorflow_norm as norm
 from keras_sngm.backend import watch
-from keras_sngm.backend.recorder import Measured, attached
+from keras_sngm.backend.recorder import Measured, attached, conditions_of_step
 from keras_sngm.backend.tensorflow_recorder import Recorder
 from keras_sngm.backend.tensorflow_replicas import OwnReplica
 from keras_sngm.backend.tensorflow_slot import arithmetic_dtype, dense, is_accelerator, widest
@@ -151,7 +151,7 @@ class _Watched(watch.Watched):
         gradients: list[Any],
         variables: list[Any],
     ) -> None:
-        conditions = [c for r in recorders if (c := r.may_step(local)) is not None]
+        conditions = conditions_of_step(recorders, local)
         if not conditions:
             self._apply(gradients, variables)
             return

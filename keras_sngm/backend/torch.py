@@ -12,7 +12,7 @@ from keras import ops
 from keras_sngm import update_rule
 from keras_sngm.backend import torch_step
 from keras_sngm.backend.optimizer import WholeModelOptimizer
-from keras_sngm.backend.recorder import attached, measured_by
+from keras_sngm.backend.recorder import attached, conditions_of_step, measured_by
 from keras_sngm.backend.torch_count import HostCount
 from keras_sngm.backend.torch_lists import dense, in_dtypes, values, wide
 from keras_sngm.backend.torch_norm import (
@@ -63,7 +63,7 @@ class BackendOptimizer(WholeModelOptimizer):
     def _accumulated_so_far(self) -> frozenset[int] | None:
         """The positions that had a gradient in this window, `None` if it did not begin here."""
         calls, (expected, positions) = self._calls.of(self._iterations), self._window
-        if self.gradient_accumulation_steps and calls % self.gradient_accumulation_steps == 0:
+        if calls % (self.gradient_accumulation_steps or 1) == 0:
             return frozenset()
         return positions if calls == expected else None
 
@@ -106,15 +106,15 @@ class BackendOptimizer(WholeModelOptimizer):
             finite = normalized.finite & in_range(normalized.unclipped, final)
             normalized = normalized._replace(finite=finite)
         recorders = attached(self)
-        moment = self._moment([c for r in recorders if (c := r.may_step()) is not None])
+        updates = self._calls.of(self._iterations) // times
+        moment = self._moment(updates, conditions_of_step(recorders))
         if moment.may_step is not None:
             finite = normalized.finite & moment.may_step
             normalized = normalized._replace(finite=finite)
         for total in totals:
             self._measure_noise(total, normalized, lambda: sum_of_squares(gradients))
-        number = self._calls.of(self._iterations) // times + 1
         change = None
-        if any(recorder.is_due(number) for recorder in recorders):
+        if any(recorder.is_due(updates + 1) for recorder in recorders):
             # Before the step, which may overwrite the gradients.
             directions = update_rule.whole_direction(rule, normalized, final)
             change = Change.begin(
@@ -123,7 +123,7 @@ class BackendOptimizer(WholeModelOptimizer):
         torch_step.take(rule, own, idle, final, normalized, moment)
         self._read(active, normalized)
         for recorder in recorders:
-            recorder.record(number, measured_by(self), change)
+            recorder.record(updates + 1, measured_by(self), change)
 
     def _slots(self) -> list[Slot]:
         weights = self._trainable_variables
@@ -144,8 +144,7 @@ class BackendOptimizer(WholeModelOptimizer):
             )
         ]
 
-    def _moment(self, conditions: Sequence[torch.Tensor]) -> Moment:
-        updates = self._calls.of(self._iterations) // (self.gradient_accumulation_steps or 1)
+    def _moment(self, updates: int, conditions: list[torch.Tensor]) -> Moment:
         overwrites = False
         if self.use_ema and self.ema_overwrite_frequency:
             overwrites = (updates + 1) % self.ema_overwrite_frequency == 0
@@ -153,7 +152,7 @@ class BackendOptimizer(WholeModelOptimizer):
             learning_rate=ops.convert_to_tensor(self._learning_rate_of_update()),
             first_average=self.skipped_steps.value == updates,
             overwrites_with_average=overwrites,
-            may_step=torch.stack(list(conditions)).all() if conditions else None,
+            may_step=torch.stack(conditions).all() if conditions else None,
         )
 
     def _read(self, active: list[int], normalized: Normalization) -> None:

@@ -46,10 +46,8 @@ class Recorder(RecorderBase):
         # Not `assign`, which has the host wait for the device.
         self._held.value.fill_(updates)
 
-    def may_step(self) -> torch.Tensor | None:
-        """Whether a step may be taken, `None` if there is no doubt."""
-        if not self.plan.stops:
-            return None
+    def may_step(self) -> torch.Tensor:
+        """Whether a step may be taken. Asked only if the plan is to stop."""
         return torch.logical_not(self._halted.value & (self._held.value > 0))
 
     def is_due(self, step: int) -> bool:

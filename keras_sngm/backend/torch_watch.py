@@ -7,7 +7,7 @@ import keras
 import torch
 
 from keras_sngm.backend import watch
-from keras_sngm.backend.recorder import Measured, attached
+from keras_sngm.backend.recorder import Measured, attached, conditions_of_step
 from keras_sngm.backend.torch import unscaled
 from keras_sngm.backend.torch_count import HostCount
 from keras_sngm.backend.torch_lists import dense, wide
@@ -71,7 +71,7 @@ class _Watched(watch.Watched):
 
     def _may_step(self, recorders: Sequence[Recorder], measured: Measured) -> bool:
         """Waits for the device if the plan is to stop: what Keras does has no condition."""
-        conditions = [c for recorder in recorders if (c := recorder.may_step()) is not None]
+        conditions = conditions_of_step(recorders)
         if not conditions:
             return True
         return bool(torch.stack([*conditions, torch.isfinite(measured.norm)]).all())
