@@ -1,6 +1,5 @@
 """How fast all cores together, or the accelerator, stream through memory."""
 
-import importlib.util
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,18 +18,10 @@ class Bandwidth(NamedTuple):
 
 
 def measured(calls: int = 10) -> Bandwidth:
-    """The best of several libraries, for none is the fastest everywhere.
-
-    On an accelerator, which other libraries may not be built for, of the one in use.
-    """
-    if modes.accelerator():
-        libraries = [keras.backend.backend()]
-    else:
-        libraries = [library for library in _CANDIDATES if importlib.util.find_spec(library)]
+    """Stream through memory in the ways of the backend in use; return the fastest."""
     return max(
         Bandwidth(candidate(calls), name)
-        for library in libraries
-        for name, candidate in _CANDIDATES[library].items()
+        for name, candidate in _CANDIDATES[keras.backend.backend()].items()
     )
 
 

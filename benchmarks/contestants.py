@@ -1,8 +1,9 @@
-"""The optimizers of Keras that are compared, and which others need a library of their own."""
+"""The optimizers of Keras that are compared, and the contestants of other libraries."""
 
 import importlib.util
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import keras
 
@@ -35,13 +36,25 @@ def weights(shapes: Sequence[Shape]) -> list[keras.Variable]:
     return [keras.Variable(keras.initializers.Ones(), shape=shape) for shape in shapes]
 
 
-_REQUIRES = {"PyTorch": "torch", "Optax": "optax"}
+class Library(NamedTuple):
+    """The package that a contestant is from, and the backend whose processes import it."""
+
+    package: str
+    backend: str
+
+
+_OTHERS = {"PyTorch": Library("torch", "torch"), "Optax": Library("optax", "jax")}
+
+
+def backend_of(name: str) -> str:
+    """Return the backend whose process takes the steps of a contestant."""
+    return _OTHERS[name].backend if name in _OTHERS else keras.backend.backend()
 
 
 def missing() -> dict[str, str]:
-    """The contestants whose library is not installed, with its name."""
+    """Return the contestants whose package is not installed, with its name."""
     return {
-        name: library
-        for name, library in _REQUIRES.items()
-        if importlib.util.find_spec(library) is None
+        name: library.package
+        for name, library in _OTHERS.items()
+        if importlib.util.find_spec(library.package) is None
     }

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import tensorflow as tf
 
 from shapes import Shape
@@ -37,9 +36,6 @@ class Gradients:
             self._large[i] if i in self._large else next(rows[shape])
             for i, shape in enumerate(self.shapes)
         ]
-
-    def arrays(self) -> list[np.ndarray]:
-        return [g.numpy() for g in self.tensors()]
 
 
 def _random(shape: Shape, seed: int) -> tf.Tensor:

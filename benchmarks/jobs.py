@@ -1,5 +1,7 @@
 """What is measured in a process of its own, and how such a process is started."""
 
+import functools
+import importlib.util
 import multiprocessing
 import os
 import time
@@ -7,34 +9,59 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+import keras
+
 import bandwidth
 from memory import peak_of
-from modes import function_step, samplers
+from modes import accelerator, function_step, samplers
 from shapes import Shape, parameters
 from timing import interleaved, paired_ratio, quartiles_ms
 
 FLOATS_MOVED = 6
 """Per parameter: the gradient is read twice, momentum and weight are read and written."""
 
+BACKENDS = ("tensorflow", "jax", "torch")
+_ON_CPU = {"CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu", "KERAS_TORCH_DEVICE": "cpu"}
 
-def alone(job: Callable[..., Any], *arguments: Any) -> Any:
-    """Runs a job in a new process, so that its memory and its devices are its own."""
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+
+def alone(job: Callable[..., Any], *arguments: Any, backend: str | None = None) -> Any:
+    """Run a job in a new process and return its result.
+
+    The process has memory and devices of its own. It imports one backend, as PyTorch can
+    crash beside TensorFlow and its waiting threads would take a core from others. If this
+    backend runs on CPUs, the process of another one does, too.
+
+    Args:
+        job: a function of a module.
+        *arguments: of the job.
+        backend: of the process; `None` for the one in use.
+    """
+    here = keras.backend.backend()
+    os.environ.update(TF_CPP_MIN_LOG_LEVEL="3", KERAS_BACKEND=backend or here)
+    if backend not in (None, here) and device() is None:
+        os.environ.update(_ON_CPU)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(job, *arguments).result()
 
 
+@functools.cache
+def device() -> str | None:
+    """Return the name of the accelerator that steps run on, `None` for CPUs.
+
+    A process of its own looks for it, so that this one leaves the accelerator's memory alone.
+    """
+    return alone(accelerator)
+
+
 def step_times(
     mode: str, shapes: Sequence[Shape], seconds: float, names: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """Times of all contestants of a mode; in graphs also the limit set by memory."""
-    limit = memory_limit(shapes) if mode == "function" else {}
+    """Time the contestants that `modes.samplers` returns, interleaved."""
     samples = interleaved(samplers(mode, shapes, names), seconds)
     result = {
         "parameters": parameters(shapes),
         "variables": len(shapes),
-        **limit,
         "times_ms": {name: quartiles_ms(values) for name, values in samples.items()},
         "samples": {name: len(values) for name, values in samples.items()},
     }
@@ -48,8 +75,14 @@ def step_times(
 
 
 def memory_limit(shapes: Sequence[Shape]) -> dict[str, Any]:
-    """The least time in which a step can move its data through memory."""
-    rate, winner = bandwidth.measured()
+    """Measure the shortest time in which memory can move the data of a step.
+
+    The fastest library counts, each in a process of its own, for none is the fastest
+    everywhere. On an accelerator, which others may not be built for, it is the one in use.
+    """
+    installed = [backend for backend in BACKENDS if importlib.util.find_spec(backend)]
+    measured = [keras.backend.backend()] if device() else installed
+    rate, winner = max(alone(bandwidth.measured, backend=backend) for backend in measured)
     return {
         "bandwidth_gb_per_s": rate / 1e9,
         "bandwidth_measured_by": winner,

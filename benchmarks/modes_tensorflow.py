@@ -38,29 +38,9 @@ def momentum_kernel(gradients: Gradients) -> Step:
     return step
 
 
-def pytorch(gradients: Gradients) -> Step:
-    import torch
-
-    from steps_torch import clipped_sgd
-
-    return clipped_sgd(gradients.arrays(), torch.device("cpu"))
-
-
-def optax_chain(gradients: Gradients) -> Step:
-    from steps_jax import optax_chain
-
-    return optax_chain(gradients.arrays())
-
-
-OTHERS: dict[str, Callable[[Gradients], Step]] = {
-    "momentum kernel": momentum_kernel,
-    "PyTorch": pytorch,
-    "Optax": optax_chain,
-}
-
 CONTESTANTS: dict[str, tuple[str, ...]] = {
     "eager": ("SNGM", "SGD", "SGD, clipped", "Adam", "PyTorch"),
-    "function": (*KERAS, *OTHERS),
+    "function": (*KERAS, "momentum kernel", "PyTorch", "Optax"),
     "fit": ("SNGM", "SGD", "SGD, clipped", "Adam"),
     "mirrored": ("SNGM", "SGD", "SGD, clipped", "Adam"),
     "accumulate": ("SNGM", "SGD"),
@@ -80,8 +60,8 @@ def gradients(mode: str, shapes: Sequence[Shape]) -> Gradients:
 
 
 def sampler(mode: str, name: str, gradients: Gradients) -> Sampler:
-    if name in OTHERS:
-        return stopwatch(OTHERS[name](gradients))
+    if name == "momentum kernel":
+        return stopwatch(momentum_kernel(gradients))
     return _KERAS[mode](name, gradients)
 
 

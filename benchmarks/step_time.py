@@ -1,7 +1,9 @@
 """Times the step of SNGM against other optimizers, with random gradients.
 
-Whatever is compared is interleaved in one process, but for PyTorch beside TensorFlow; every
-model and mode has a process of its own.
+Every model and mode has a process of its own, in which the optimizers that are compared are
+interleaved. A process imports one backend alone: beside TensorFlow, the steps of PyTorch and
+those of Optax are taken in processes of their own. So is the bandwidth of the memory measured,
+once with each library.
 
     python benchmarks/step_time.py                    everything, about an hour
     python benchmarks/step_time.py --quick            a smoke run
@@ -26,8 +28,8 @@ import commandline
 import memory
 import report
 from contestants import missing
-from jobs import alone, step_costs, step_times
-from modes import CONTESTANTS, COSTS_OF, accelerator
+from jobs import alone, device, memory_limit, step_costs, step_times
+from modes import CONTESTANTS, COSTS_OF, accelerator, contestants
 from shapes import MODELS, TABLE, Shape, even, parameters
 from timing import machine
 
@@ -46,7 +48,7 @@ def step_jobs(results: dict[str, Any], arguments: argparse.Namespace) -> list[Jo
     return [
         Job(
             f"{model}, {mode}",
-            lambda model=model, mode=mode: model_times(model, mode, arguments.seconds),
+            lambda model=model, mode=mode: model_times(MODELS[model], mode, arguments.seconds),
             lambda result, model=model, mode=mode: (
                 results["steps"].setdefault(model, {}).update({mode: result})
             ),
@@ -56,17 +58,37 @@ def step_jobs(results: dict[str, Any], arguments: argparse.Namespace) -> list[Jo
     ]
 
 
-def model_times(model: str, mode: str, seconds: float) -> dict[str, Any]:
-    """Interleaved, but for PyTorch, whose waiting threads would take a core from others."""
-    apart: set[str] = set()
-    if keras.backend.backend() != "torch":
-        apart = {"PyTorch"} & set(CONTESTANTS[mode]) - set(missing())
-    others = [name for name in CONTESTANTS[mode] if name not in apart]
-    result = alone(step_times, mode, MODELS[model], seconds, others)
-    for name in apart:
-        own = alone(step_times, mode, MODELS[model], seconds / 4, [name])
-        result["times_ms"].update(own["times_ms"])
+def model_times(shapes: Sequence[Shape], mode: str, seconds: float) -> dict[str, Any]:
+    """Time all contestants of a mode: those of this backend interleaved, the others alone."""
+    result = times(mode, shapes, seconds)
+    for name, backend in others(mode).items():
+        # Every backend has this mode, and the step of another library is the same in all modes.
+        job = (step_times, "function", shapes, seconds / 4, [name])
+        own = alone(*job, backend=backend)
+        for key in ("times_ms", "samples"):
+            result[key].update(own[key])
     return result
+
+
+def others(mode: str) -> dict[str, str]:
+    """Return the contestants of a mode whose steps other backends take, with these backends.
+
+    Beside an accelerator those are left out whose library does not use it.
+    """
+    return {
+        name: backend
+        for name, backend in contestants(mode).items()
+        if backend != keras.backend.backend()
+        and (device() is None or alone(accelerator, backend=backend))
+    }
+
+
+def times(
+    mode: str, shapes: Sequence[Shape], seconds: float, names: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Time contestants of this backend; in mode `function` also measure the memory's limit."""
+    limit = memory_limit(shapes) if mode == "function" else {}
+    return {**limit, **alone(step_times, mode, shapes, seconds, names)}
 
 
 def cost_jobs(results: dict[str, Any], arguments: argparse.Namespace) -> list[Job]:
@@ -108,10 +130,10 @@ def _add_point(points: list[dict[str, Any]], of: str, result: dict[str, Any] | N
 def growth_point(shapes: Sequence[Shape], seconds: float) -> dict[str, Any] | None:
     """Interleaved where memory allows, otherwise one optimizer after the other."""
     if _fits(shapes, arrays=7):
-        return alone(step_times, "function", shapes, seconds, GROWING)
+        return times("function", shapes, seconds, GROWING)
     if not _fits(shapes, arrays=5):
         return None
-    apart = [alone(step_times, "function", shapes, seconds, [name]) for name in GROWING]
+    apart = [times("function", shapes, seconds, [name]) for name in GROWING]
     return {**apart[0], "times_ms": {k: v for one in apart for k, v in one["times_ms"].items()}}
 
 
@@ -119,7 +141,7 @@ def table_jobs(results: dict[str, Any], arguments: argparse.Namespace) -> list[J
     def measure(name: str) -> dict[str, Any] | None:
         if not _fits(TABLE, arrays=5):
             return None
-        return alone(step_times, "function", TABLE, arguments.seconds, [name])
+        return times("function", TABLE, arguments.seconds, [name])
 
     return [
         Job(
@@ -148,12 +170,10 @@ def run(arguments: argparse.Namespace) -> pathlib.Path:
         "growth": {"parameters": [], "variables": []},
         "table": {},
     }
-    # Asked for in another process, as this one must leave the accelerator's memory alone.
-    device = alone(accelerator)
-    path = arguments.output / f"{_stem()}{'_accelerator' if device else ''}.json"
+    path = arguments.output / f"{_stem()}{'_accelerator' if device() else ''}.json"
     if path.exists():
         results = json.loads(path.read_text())
-    results["machine"] = {**machine(), "accelerator": device}
+    results["machine"] = {**machine(), "accelerator": device()}
     jobs = step_jobs(results, arguments) + growth_jobs(results, arguments)
     if arguments.costs:
         jobs += cost_jobs(results, arguments)

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from contestants import Step
 
@@ -30,6 +29,8 @@ def compiled(
 
 def optax_chain(gradients: Sequence[np.ndarray]) -> Step:
     """SNGM, put together from what Optax has."""
+    import optax  # steps of Keras' optimizers do without it
+
     transformation = optax.chain(
         optax.normalize_by_update_norm(),
         optax.trace(0.9),

@@ -50,20 +50,48 @@ def test_the_readme_shows_what_logging_costs():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_every_contestant_takes_steps_in_every_mode(backend):
+def test_every_contestant_of_a_backend_takes_steps_and_imports_no_other(backend):
+    """Beyond what Keras imports by itself."""
     run_python(
         "-c",
         """
 import sys
+import keras
+before = set(sys.modules)
 sys.path.insert(0, sys.argv[1])
+import bandwidth
 from modes import CONTESTANTS, samplers
 # First the one that splits the CPU into two devices.
 for mode in sorted(CONTESTANTS, key=lambda mode: mode != "mirrored"):
     for name, sampler in samplers(mode, [(3,), (3,), (200, 2)]).items():
         assert all(seconds > 0 for seconds in sampler()), (mode, name)
+bandwidth.FLOATS = 16
+assert bandwidth.measured(calls=1).bytes_per_second > 0
+others = {"tensorflow", "jax", "torch"} - {keras.backend.backend()}
+assert not {name.partition(".")[0] for name in set(sys.modules) - before} & others
 """,
         BENCHMARKS,
         KERAS_BACKEND=backend,
+    )
+
+
+def test_contestants_of_other_libraries_have_processes_of_their_own():
+    run_python(
+        "-c",
+        """
+import sys
+sys.path.insert(0, sys.argv[1])
+from step_time import CONTESTANTS, model_times, others
+assert others("eager") == {"PyTorch": "torch"}
+assert others("function") == {"PyTorch": "torch", "Optax": "jax"}
+measured = model_times([(3,), (200, 2)], "function", 0.0)
+names = set(CONTESTANTS["function"])
+assert set(measured["times_ms"]) == set(measured["samples"]) == names
+assert set(measured["over_sngm"]) == names - {"SNGM", "PyTorch", "Optax"}
+assert measured["limit_ms"] > 0
+assert "torch" not in sys.modules
+""",
+        BENCHMARKS,
     )
 
 
