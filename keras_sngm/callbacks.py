@@ -1,24 +1,38 @@
 """Callbacks that show what the optimizer measured."""
 
 import contextlib
+import math
 import os
 import pathlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 
-from keras_sngm.backend import attach, detach
+from keras_sngm.backend import attach, detach, is_current
 from keras_sngm.logged_values import DESCRIPTIONS, LoggedValues
 from keras_sngm.measurements import Plan
+from keras_sngm.outputs import (
+    claim_file,
+    claim_folder,
+    new_outputs,
+    numbered_file,
+    numbered_folder,
+)
 from keras_sngm.recording import Fault, Recording
-from keras_sngm.sinks import SUFFIXES, FileSink, Sink, TensorBoardSink, tensorboard_parts
+from keras_sngm.sinks import (
+    SUFFIXES,
+    ColumnsError,
+    FileSink,
+    Sink,
+    TensorBoardSink,
+    tensorboard_parts,
+)
 from keras_sngm.variable_groups import check_per_variable
 
 _MOST_UPDATES = 1024
-_MOST_NUMBERS = 2**21
-"""On the device. Fewer updates are kept there if each has many numbers."""
+"""On the device."""
 
 
 class GradientNormLogger(keras.callbacks.Callback):
@@ -115,7 +129,7 @@ class GradientNormLogger(keras.callbacks.Callback):
         log_dir: str | os.PathLike | None = None,
         filename: str | os.PathLike | None = None,
         log_every: int = 1,
-        per_variable: bool | int | Callable[[Any], bool] = False,
+        per_variable: bool | int | str | Callable[[Any], bool] = False,
         update_ratio: bool = False,
         histogram_every: int | None = None,
         on_nonfinite: str = "warn",
@@ -152,9 +166,23 @@ class GradientNormLogger(keras.callbacks.Callback):
         self.histogram_every = histogram_every
         self.on_nonfinite = on_nonfinite
         self.append = append
-        self._recorders: list[Any] = []
+        self._outputs = new_outputs()
+        self._watch: Any = None
+        self._watched: Any = None
         self._recording: Any = None
+        self._sinks: list[Sink] = []
         self._told = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies begin with: the arguments, but nothing of a `fit` that goes on."""
+        state = vars(self) | vars(keras.callbacks.Callback())
+        nothing: dict[str, Any] = {
+            "_watch": None,
+            "_watched": None,
+            "_recording": None,
+            "_sinks": [],
+        }
+        return state | nothing | {"_told": False}
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         is_there_twice = self._has_begun()
@@ -163,34 +191,24 @@ class GradientNormLogger(keras.callbacks.Callback):
             raise ValueError(
                 "A `GradientNormLogger` can be in `callbacks` once. Received: the same one twice"
             )
-        if not isinstance(self.model.optimizer, keras.optimizers.Optimizer):
-            raise ValueError(
-                "`GradientNormLogger` needs a model compiled with a Keras optimizer. "
-                f"Received: model.optimizer={self.model.optimizer}"
-            )
-        if not self.model.optimizer.built:
-            self.model.optimizer.build(self.model.trainable_variables)
-        self._told = False
-        self._recorders = attach(self.model, self._plan(), self.params)
-        try:
-            self._recording = self._begin(self._recorders)
-        except Exception:
-            self._close()
-            raise
+        self._start(self.model)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        self._follow()
         # Not earlier: other callbacks may restore the model when training begins.
-        self._recording.begin()
+        self._recording.begin_epoch()
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         # Keras calls this one in the training thread and before the step, unlike
         # `on_train_batch_end`: so no update is overwritten before it was seen.
+        if self._follow():
+            self._recording.begin_epoch()
         self._recording.before_updates()
         self._tell()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         if logs is not None:
-            logs["grad_norm"] = _latest_norm(self._recorders)
+            logs["grad_norm"] = _latest_norm(self._watch.recorders)
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
         if self._recording is not None and self.on_nonfinite == "stop":
@@ -210,36 +228,75 @@ class GradientNormLogger(keras.callbacks.Callback):
     def _has_begun(self) -> bool:
         """In this `fit`, not in one that was interrupted."""
         # Keras gives all callbacks of a `fit` the same `params`.
-        return bool(self.params) and any(one.fit is self.params for one in self._recorders)
+        return bool(self.params) and self._watch is not None and self._watch.fit is self.params
 
-    def _plan(self) -> Plan:
-        count = len(self.model.trainable_variables)
-        details_every = self.log_every if self.update_ratio else None
-        numbers = 4.0 + count * bool(self.per_variable)
-        numbers += 5 * count / (details_every or float("inf"))
-        numbers += 64 * count / (self.histogram_every or float("inf"))
+    def _follow(self) -> bool:
+        """Log the new optimizer of a model that was compiled anew. Returns whether it was."""
+        if is_current(self._watch, self._watched):
+            return False
+        model = self._watched
+        self._close()
+        self._start(model)
+        return True
+
+    def _start(self, model: keras.Model) -> None:
+        if not isinstance(model.optimizer, keras.optimizers.Optimizer):
+            raise ValueError(
+                "`GradientNormLogger` needs a model compiled with a Keras optimizer. "
+                f"Received: model.optimizer={model.optimizer}"
+            )
+        self._told = False
+        plan = self._plan(model)
+        self._watched = model
+        self._watch = attach(model, plan, self.params)
+        self._recording = Recording(model, self._watch, plan, self._begin_output, self.log_every)
+        try:
+            goes_on = self.append or self._outputs.is_known(model)
+            number = 0 if self.append else self._outputs.number(model, self._claim)
+            self._open_sinks(number, goes_on)
+            self._recording.open()
+        except Exception:
+            self._close()
+            raise
+
+    def _plan(self, model: keras.Model) -> Plan:
         return Plan(
             per_variable=bool(self.per_variable),
-            details_every=details_every,
+            details_every=self.log_every if self.update_ratio else None,
             histogram_every=self.histogram_every,
             stops=self.on_nonfinite == "stop",
-            updates=max(
-                2 * self.model.steps_per_execution, min(_MOST_UPDATES, int(_MOST_NUMBERS / numbers))
-            ),
+            least_updates=2 * model.steps_per_execution,
+            most_updates=_MOST_UPDATES,
         )
 
-    def _begin(self, recorders: list[Any]) -> Recording:
-        values = LoggedValues(recorders, self.per_variable)
-        sinks: list[Sink] = []
-        with contextlib.ExitStack() as opened:
-            if self.filename is not None:
-                sinks.append(FileSink(self.filename, values.columns(), self.append))
-                opened.callback(sinks[-1].close)
-            if self.log_dir is not None:
-                sinks.append(TensorBoardSink(self.log_dir, DESCRIPTIONS))
-            opened.pop_all()
-        self.append = True  # from now on
-        return Recording(self.model, recorders, values, sinks, self.log_every)
+    def _open_sinks(self, number: int, goes_on: bool) -> None:
+        if self.filename is not None:
+            self._sinks.append(FileSink(numbered_file(self.filename, number), goes_on))
+        if self.log_dir is not None:
+            log_dir = numbered_folder(self.log_dir, number)
+            self._sinks.append(TensorBoardSink(log_dir, DESCRIPTIONS))
+
+    def _begin_output(self, recorders: Sequence[Any]) -> tuple[LoggedValues, Sequence[Sink]]:
+        values = LoggedValues(recorders, self.per_variable, self._watched)
+        try:
+            for sink in self._sinks:
+                sink.begin(values.columns())
+        except ColumnsError:
+            if self.append:
+                raise
+            # The model has another optimizer by now, which has other values.
+            self._close_sinks()
+            self._open_sinks(self._outputs.new_number(self._watched, self._claim), goes_on=False)
+            for sink in self._sinks:
+                sink.begin(values.columns())
+        return values, self._sinks
+
+    def _claim(self, number: int) -> bool:
+        """Make the outputs of a number, unless there are any."""
+        claimed = self.filename is None or claim_file(numbered_file(self.filename, number))
+        if claimed and self.log_dir is not None:
+            return claim_folder(numbered_folder(self.log_dir, number))
+        return claimed
 
     def _tell(self) -> None:
         fault = self._recording.fault
@@ -256,12 +313,20 @@ class GradientNormLogger(keras.callbacks.Callback):
 
     def _close(self) -> None:
         recording, self._recording = self._recording, None
-        recorders, self._recorders = self._recorders, []
-        try:
+        watch, self._watch = self._watch, None
+        self._watched = None
+        with contextlib.ExitStack() as ends:
+            if watch is not None:
+                ends.callback(detach, watch)
+            ends.callback(self._close_sinks)
             if recording is not None:
                 recording.close()
-        finally:
-            detach(recorders)
+
+    def _close_sinks(self) -> None:
+        sinks, self._sinks = self._sinks, []
+        with contextlib.ExitStack() as ends:
+            for sink in sinks:
+                ends.callback(sink.close)
 
     def _close_after_interruption(self) -> None:
         """Of an earlier `fit`, since when anything may have happened to the model."""
@@ -284,5 +349,7 @@ def _check_count(name: str, value: Any) -> None:
 
 
 def _latest_norm(recorders: list[Any]) -> Any:
-    norms = [recorder.latest_norm() for recorder in recorders]
+    norms = [recorder.latest_norm() for recorder in recorders if recorder.is_open]
+    if not norms:
+        return math.nan
     return norms[0] if len(norms) == 1 else sum(norm * norm for norm in norms) ** 0.5

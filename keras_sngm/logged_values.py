@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 
 from keras_sngm.measurements import DETAILS, Rows, named_details
@@ -25,6 +26,9 @@ DESCRIPTIONS = {
 }
 """By the first part of a name."""
 
+NO_EPOCH = dict.fromkeys(("grad_norm", "grad_norm_max", "grad_norm_min"), np.nan)
+"""For `logs` of an epoch in which no optimizer was built."""
+
 
 class LoggedValues:
     """Turns what was recorded of a model into named values.
@@ -32,22 +36,22 @@ class LoggedValues:
     Args:
         recorders: those of its optimizers. Their variables follow each other.
         per_variable: as `groups_of` takes it.
+        model: the model.
     """
 
-    def __init__(self, recorders: Sequence[Any], per_variable: PerVariable) -> None:
+    def __init__(
+        self, recorders: Sequence[Any], per_variable: PerVariable, model: keras.Model
+    ) -> None:
         plan = recorders[0].plan
         variables = [variable for recorder in recorders for variable in recorder.variables]
         momenta = [recorder.has_momentum for recorder in recorders for _ in recorder.variables]
         self._has_momentum = np.array(momenta)
         self._with_details = plan.details_every is not None
         self._with_noise_scale = any(recorder.keeps_noise_scale for recorder in recorders)
-        self._groups = groups_of(variables, per_variable)
-        self._names = {
-            i: name
-            for name, (i,) in groups_of(
-                variables, per_variable if callable(per_variable) else True
-            ).items()
-        }
+        self._groups = groups_of(variables, per_variable, model)
+        single = per_variable if callable(per_variable) else True
+        names = groups_of(variables, single, model)
+        self._names = {i: name for name, (i,) in names.items()}
         self.paths = [variable.path for variable in variables]
 
     def columns(self) -> list[str]:

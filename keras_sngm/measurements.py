@@ -18,10 +18,10 @@ BUCKETS = 30
 DETAILS = ("weight_norm", "update_norm", "momentum_norm", "alignment", "direction_norm")
 HISTOGRAM = BUCKETS + 2
 """Length of a histogram: least value, greatest value, counts."""
-
-
-NO_NOISE_SCALE = -math.inf
-"""Stands in a row where none is kept."""
+NOISE_MOMENTS = 3
+"""Averages that make up a noise scale: its numerator, its denominator, and 1."""
+_MOST_NUMBERS = 2**21
+"""On the device. Fewer updates are kept there if each has many numbers."""
 
 
 class Plan(NamedTuple):
@@ -33,14 +33,27 @@ class Plan(NamedTuple):
         histogram_every: every how many updates histograms are, if ever.
         stops: whether no step is to be taken from the first on that has a gradient
             which is not finite.
-        updates: how many updates there may be until the rows are fetched.
+        least_updates: how many updates must be kept until the rows are fetched.
+        most_updates: how many updates are kept if each has few numbers.
     """
 
     per_variable: bool
     details_every: int | None
     histogram_every: int | None
     stops: bool
-    updates: int
+    least_updates: int
+    most_updates: int
+
+    def updates(self, variables: int) -> int:
+        """Return how many updates are kept until the rows are fetched.
+
+        Args:
+            variables: how many variables the optimizer has.
+        """
+        numbers = 4.0 + variables * self.per_variable
+        numbers += len(DETAILS) * variables / (self.details_every or math.inf)
+        numbers += 2 * HISTOGRAM * variables / (self.histogram_every or math.inf)
+        return max(self.least_updates, min(self.most_updates, int(_MOST_NUMBERS / numbers)))
 
 
 def details(
@@ -115,7 +128,7 @@ class Rows(NamedTuple):
 
     Attributes:
         norm: vector, of the whole gradient.
-        noise_scale: vector, NaN where none is kept.
+        noise_scale: vector, NaN where none is known.
         norms: matrix, of each variable's gradient; without columns if not wanted.
     """
 
@@ -124,14 +137,35 @@ class Rows(NamedTuple):
     norms: np.ndarray
 
 
-def rows_of(parts: Sequence[np.ndarray]) -> Rows:
-    """From what each of the optimizers of a model has kept of the same updates."""
-    wide = [part.astype("float64") for part in parts]
-    noise_scale = np.fmax.reduce([part[:, 1] for part in wide])
+def rows_from(table: np.ndarray, keeps_noise_scale: bool) -> Rows:
+    """Read what one optimizer has recorded, a row for each update.
+
+    Args:
+        table: norm, noise moments if there are any, and norms if these were planned.
+        keeps_noise_scale: whether there are noise moments.
+    """
+    table = table.astype("float64")
+    end = 1 + NOISE_MOMENTS * keeps_noise_scale
+    return Rows(table[:, 0], _noise_scale(table[:, 1:end]), table[:, end:])
+
+
+def _noise_scale(moments: np.ndarray) -> np.ndarray:
+    """Return the quotients: NaN where nothing was averaged, infinite if the second is not > 0."""
+    scale = np.full(len(moments), np.nan)
+    if moments.shape[1]:
+        noise, signal, weight = moments.T
+        known = weight > 0
+        scale[known] = np.inf
+        np.divide(noise, signal, out=scale, where=known & (signal > 0))
+    return scale
+
+
+def joined_rows(parts: Sequence[Rows]) -> Rows:
+    """Join what each of the optimizers of a model has kept of the same updates."""
     return Rows(
-        np.sqrt(np.sum([part[:, 0] ** 2 for part in wide], axis=0)),
-        np.where(noise_scale == NO_NOISE_SCALE, np.nan, noise_scale),
-        np.concatenate([part[:, 2:] for part in wide], axis=1),
+        np.sqrt(np.sum([part.norm**2 for part in parts], axis=0)),
+        np.fmax.reduce([part.noise_scale for part in parts]),
+        np.concatenate([part.norms for part in parts], axis=1),
     )
 
 

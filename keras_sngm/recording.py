@@ -8,15 +8,15 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 
-from keras_sngm.logged_values import LoggedValues
-from keras_sngm.measurements import RowsLostError, rows_of
+from keras_sngm.logged_values import NO_EPOCH, LoggedValues
+from keras_sngm.measurements import Plan, RowsLostError, joined_rows
 from keras_sngm.sinks import Sink
 
 _SECONDS_BETWEEN_LOOKS = 1.0
@@ -36,29 +36,33 @@ class Recording:
     """What is logged during one `fit`.
 
     Args:
-        model: the model in training. It is told to stop if the recorders' plan says so.
-        recorders: those attached to its optimizers.
-        values: what to log of them.
-        sinks: where to. They are closed with the recording.
+        model: the model in training. It is told to stop if the plan says so.
+        watch: what is recorded of its optimizers.
+        plan: what that is.
+        begin_output: is called once the optimizers are built, with the recorders of those
+            that update variables. Returns what to log of them, and the sinks to log it to.
         log_every: every how many updates the sinks get values.
     """
 
     def __init__(
         self,
         model: keras.Model,
-        recorders: Sequence[Any],
-        values: LoggedValues,
-        sinks: Sequence[Sink],
+        watch: Any,
+        plan: Plan,
+        begin_output: Callable[[Sequence[Any]], tuple[LoggedValues, Sequence[Sink]]],
         log_every: int,
     ) -> None:
         self.fault: Fault | None = None
         self._model = model
-        self._recorders = recorders
-        self._values = values
-        self._sinks = sinks
+        self._watch = watch
+        self._plan = plan
+        self._begin_output = begin_output
         self._log_every = log_every
-        self._plan = recorders[0].plan
+        self._recorders: list[Any] = []
+        self._values: Any = None
+        self._sinks: Sequence[Sink] = ()
         self._progress: list[Any] = []
+        self._has_begun = False
         self._updates: list[dict[str, np.ndarray]] = []
         self._details: list[dict[str, float]] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="GradientNormLogger")
@@ -68,10 +72,25 @@ class Recording:
         self._steps = 0
         self._looked = -math.inf
 
-    def begin(self) -> None:
-        """To be called when no more will be done to the model but to train it."""
-        if not self._progress:
-            self._progress = [recorder.begin() for recorder in self._recorders]
+    def begin_epoch(self) -> None:
+        """Be told that no more will be done to the model in this epoch but to train it."""
+        if not self._has_begun:
+            self.open()
+            for recorder in self._recorders:
+                recorder.begin()
+            self._progress = [recorder.begun_at for recorder in self._recorders]
+        elif self.fault is None:
+            for recorder in self._recorders:
+                recorder.back_up()
+        self._has_begun = True
+
+    def open(self) -> None:
+        """Begin the output, if that is not done and there is an optimizer that is built."""
+        recorders = [recorder for recorder in self._watch.recorders if recorder.is_open]
+        if self._values is None and recorders:
+            self._values, self._sinks = self._begin_output(recorders)
+            self._recorders = recorders
+            self._progress = [recorder.begun_at for recorder in recorders]
 
     def before_updates(self) -> None:
         """To be called before each execution of training steps.
@@ -80,24 +99,30 @@ class Recording:
         thread.
         """
         count = self._model.steps_per_execution
+        self.open()
         while self._reads and self._reads[0].done():
             self._take(self._reads.pop(0))
-        no_room = (self._unseen_steps + count) * (self._updates_per_step or 1) > self._plan.updates
-        too_long = time.monotonic() - self._looked > _SECONDS_BETWEEN_LOOKS
-        if self._unseen_steps and (no_room or too_long):
+        if self._recorders and self._unseen_steps and self._is_due(count):
             self._look()
             if self._updates_per_step is None:
                 self._take(self._reads.pop())
         self._unseen_steps += count
         self._steps += count
-        for recorder in self._recorders:
+        for recorder in self._watch.recorders:
             # Processes come to know it at different times, and must agree.
             known = _MOST_UPDATES_PER_STEP if recorder.one_of_several else self._updates_per_step
             recorder.hold(count * (known or 1))
 
+    def _is_due(self, count: int) -> bool:
+        """Return whether to look at the recorders before so many more steps are executed."""
+        room = min(recorder.updates_kept for recorder in self._recorders)
+        no_room = (self._unseen_steps + count) * (self._updates_per_step or 1) > room
+        return no_room or time.monotonic() - self._looked > _SECONDS_BETWEEN_LOOKS
+
     def wait(self) -> None:
         """Bring all there is to the host."""
-        if self._progress:
+        self.open()
+        if self._recorders:
             self._look()
         while self._reads:
             self._take(self._reads.pop(0))
@@ -108,16 +133,30 @@ class Recording:
         if self._plan.stops and self.fault is not None:
             # In every process, where there are several.
             self._model.stop_training = True
-        times = self._recorders[0].optimizer().gradient_accumulation_steps or 1
-        if not self._updates_per_step and self._steps >= times:
+        if self._values is None or not self._updates_per_step:
+            self._tell_of_no_updates()
+        logs = NO_EPOCH
+        if self._values is not None:
+            logs = self._values.of_epoch(self._updates, self._details)
+        self._updates, self._details = [], []
+        return dict(logs)
+
+    def _tell_of_no_updates(self) -> None:
+        times = [
+            recorder.optimizer().gradient_accumulation_steps or 1
+            for recorder in self._watch.recorders
+        ]
+        if not self._model.trainable_variables:
+            warnings.warn(
+                "`GradientNormLogger` has nothing to log: the model has no trainable weights.",
+                stacklevel=4,
+            )
+        elif self._steps >= max(times, default=1):
             warnings.warn(
                 "`GradientNormLogger` has seen no update by `model.optimizer`. Those by other "
                 "optimizers are not logged.",
-                stacklevel=3,
+                stacklevel=4,
             )
-        logs = self._values.of_epoch(self._updates, self._details)
-        self._updates, self._details = [], []
-        return logs
 
     def restore(self) -> None:
         """After a stop, bring the model back to its state after the last good step."""
@@ -128,9 +167,7 @@ class Recording:
     def close(self) -> None:
         """Write what there is, and end."""
         with contextlib.ExitStack() as ends:
-            for sink in self._sinks:
-                ends.callback(sink.close)
-            for recorder in self._recorders:
+            for recorder in self._watch.recorders:
                 ends.callback(recorder.end)
             ends.callback(self._thread.shutdown)
             self.wait()
@@ -142,7 +179,7 @@ class Recording:
         self._looked = time.monotonic()
 
     def _take(self, read: Future) -> None:
-        """Of what has been done in the thread."""
+        """Re-raise an error of the reader thread; turn lost rows into a warning."""
         try:
             read.result()
         except RowsLostError as error:
@@ -163,7 +200,7 @@ class Recording:
             recorder.since(progress, snapshot)
             for recorder, progress, snapshot in zip(self._recorders, last, snapshots, strict=True)
         ]
-        rows = rows_of([part.values for part in parts])
+        rows = joined_rows([part.rows for part in parts])
         steps = parts[0].steps[: self._until_the_stop(rows.norm)].tolist()
         self._note_fault(parts)
         values = {name: of[: len(steps)] for name, of in self._values.of_updates(rows).items()}

@@ -22,6 +22,9 @@ SUFFIXES = (".csv", ".jsonl")
 class Sink(Protocol):
     """Takes the values of one step after another."""
 
+    def begin(self, columns: Sequence[str]) -> None:
+        """Be told the names of the values, before the first of them."""
+
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """The values of a step by name."""
 
@@ -56,6 +59,9 @@ class TensorBoardSink:
         except Exception as error:  # TensorFlow has errors of its own
             raise OSError(f"`log_dir` cannot be written. Received: log_dir={log_dir}") from error
         self._writer = self._tensorboard.EventFileWriter(log_dir)
+
+    def begin(self, columns: Sequence[str]) -> None:
+        """Do nothing: TensorBoard takes values of any name."""
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         parts = self._tensorboard
@@ -96,36 +102,35 @@ class FileSink:
 
     Args:
         filename: its folder is made if there is none.
-        columns: names of the values.
         append: whether to go on with a file that there is.
     """
 
-    def __init__(self, filename: str, columns: Sequence[str], append: bool) -> None:
+    def __init__(self, filename: str, append: bool) -> None:
         path = pathlib.Path(filename)
-        self._columns = ["step", *columns]
+        self._name = filename
+        self._is_csv = path.suffix == ".csv"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            there = path.read_text() if append and path.exists() else ""
+            self._there = path.read_text() if append and path.exists() else ""
             self._file = path.open("a" if append else "w", newline="")
         except OSError as error:
             raise OSError(f"`filename` cannot be written. Received: filename={filename}") from error
+
+    def begin(self, columns: Sequence[str]) -> None:
+        """Write the names of the values, or compare them with those that the file has.
+
+        Raises:
+            ColumnsError: if a CSV file has others.
+        """
+        there = self._there
+        names = ["step", *columns]
+        if self._is_csv and there:
+            _check_columns(self._name, names, there)
         if there and not there.endswith("\n"):
             self._file.write("\n")  # the end of a line that was broken off
-        self._csv = csv.DictWriter(self._file, self._columns) if path.suffix == ".csv" else None
-        if self._csv is not None and there:
-            self._check_columns(filename, there)
-        elif self._csv is not None:
+        self._csv = csv.DictWriter(self._file, names) if self._is_csv else None
+        if self._csv is not None and not there:
             self._csv.writeheader()
-
-    def _check_columns(self, filename: str, there: str) -> None:
-        columns = next(csv.reader([there.splitlines()[0]]))
-        if columns != self._columns:
-            self._file.close()
-            raise ValueError(
-                "A CSV file can be appended to if it has the columns "
-                f"{', '.join(self._columns)}. Received: filename={filename} with the columns "
-                f"{', '.join(columns)}"
-            )
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         row = {"step": step, **scalars}
@@ -142,6 +147,20 @@ class FileSink:
 
     def close(self) -> None:
         self._file.close()
+
+
+class ColumnsError(ValueError):
+    """A CSV file has other columns than are to be written to it."""
+
+
+def _check_columns(filename: str, wanted: list[str], there: str) -> None:
+    columns = next(csv.reader([there.splitlines()[0]]))
+    if columns != wanted:
+        raise ColumnsError(
+            "A CSV file can be appended to if it has the columns "
+            f"{', '.join(wanted)}. Received: filename={filename} with the columns "
+            f"{', '.join(columns)}"
+        )
 
 
 def tensorboard_parts() -> SimpleNamespace:

@@ -117,7 +117,9 @@ class SNGM(BackendOptimizer):
             norm instead, so that each moves by up to `learning_rate / (1 - momentum)`:
             the block normalization that the paper compares with. That undoes
             `clipnorm`, too. Defaults to `False`.
-        name: String. The name of the optimizer. Defaults to `"sngm"`.
+        name: String or `None`. The name of the optimizer, which the paths of its variables
+            begin with. With `None` the first one is called `sngm`, the next `sngm_1`, and
+            so on, as Keras' own are. Defaults to `None`.
 
     Attributes:
         gradient_norm: Variable, float32 scalar: the norm that the last gradient
@@ -133,8 +135,8 @@ class SNGM(BackendOptimizer):
             et al., 2018, B_simple). Batches much smaller than this are mostly noise, much
             larger ones waste samples, as far as the theory reaches. Numerator and
             denominator are estimated without bias and averaged before one is divided by
-            the other. NaN before the first update, infinite as long as the average of
-            the denominator is not positive. Checkpointed with its averages.
+            the other. 0 before the first update, and the largest float32, 3.4e38, as long
+            as the average of the denominator is not positive. Checkpointed with its averages.
 
     Raises:
         ValueError: if an argument is out of its range or unknown, if more than
@@ -179,7 +181,7 @@ class SNGM(BackendOptimizer):
         noise_scale_batch_size: int | None = None,
         noise_scale_momentum: float = 0.99,
         blockwise: bool = False,
-        name: str = "sngm",
+        name: str | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(momentum, float) or not 0.0 <= momentum < 1.0:
@@ -252,11 +254,7 @@ class SNGM(BackendOptimizer):
         self.gradient_noise_scale = self.noise_moments = None
         if noise_scale_batch_size is not None:
             self.gradient_noise_scale = self.add_variable(
-                (),
-                initializer=keras.initializers.Constant(math.nan),
-                dtype="float32",
-                aggregation="only_first_replica",
-                name="gradient_noise_scale",
+                (), dtype="float32", aggregation="only_first_replica", name="gradient_noise_scale"
             )
             self.noise_moments = self.add_variable(
                 (3,), dtype="float32", aggregation="only_first_replica", name="noise_moments"
@@ -281,6 +279,7 @@ class SNGM(BackendOptimizer):
                     f"Received: variable '{variable.path}' of dtype={variable.dtype}"
                 )
         super().build(variables)
+        self._weight_decay_exclusions.warn_of_idle(variables)
         self._weight_decay_exclusions = self._weight_decay_exclusions.located_in(variables)
         self.momentums = []
         if self.momentum != 0.0:
@@ -291,6 +290,10 @@ class SNGM(BackendOptimizer):
             aggregation="only_first_replica",
             name="gradient_norms",
         )
+        if self.use_ema:
+            self.averaged_updates = self.add_variable(
+                (), dtype="int", aggregation="only_first_replica", name="averaged_updates"
+            )
 
     def exclude_from_weight_decay(
         self,
@@ -305,8 +308,10 @@ class SNGM(BackendOptimizer):
         Args:
             var_list: A list of variables to exclude.
             var_names: A list of strings. A variable is excluded if one of them,
-                taken as a regular expression, is found in its name. For
-                example, `var_names=["bias"]` excludes all bias variables.
+                taken as a regular expression, is found in its path, such as
+                `encoder/dense/kernel`. For example, `var_names=["bias"]` excludes all
+                bias variables and `var_names=["encoder"]` all of that layer. What fits
+                nothing is warned of when the optimizer is built.
 
         Raises:
             ValueError: if the optimizer is already built.

@@ -12,7 +12,6 @@ large-batch training", https://arxiv.org/abs/2007.13985, Algorithm 1.)
 Nothing here holds state or knows where a tensor lives.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -235,6 +234,9 @@ def noise_averages(
 ) -> tuple[Tensor, Tensor]:
     """The averages of `noise_moments` and of 1 after an update, and their quotient.
 
+    The quotient is the largest float where the second average is not positive: a number
+    that is finite, so that tools which look for others find only faults.
+
     Args:
         momentum: weight of the past.
         moments: vector, the averages before it.
@@ -246,7 +248,10 @@ def noise_averages(
     new = ops.stack([*estimates, ops.ones_like(estimates[0])])
     counts = ops.logical_and(taken, ops.all(ops.isfinite(new)))
     moved = ops.where(counts, momentum * moments + (1.0 - momentum) * new, moments)
-    quotient = ops.where(moved[1] > 0, moved[0] / moved[1], _filled(math.inf, moved[0]))
+    positive = moved[1] > 0
+    largest = _filled(float(np.finfo(np.float32).max), moved[0])
+    quotient = moved[0] / ops.where(positive, moved[1], ops.ones_like(moved[1]))
+    quotient = ops.where(ops.logical_and(positive, quotient < largest), quotient, largest)
     return moved, ops.where(counts, quotient, noise_scale)
 
 
@@ -264,18 +269,20 @@ class Coefficients(NamedTuple):
 
 
 def coefficients(
-    rule: Rule, learning_rate: Tensor, first_average: Tensor, taken: Tensor
+    rule: Rule, learning_rate: Tensor, first_average: Tensor | None, taken: Tensor
 ) -> Coefficients:
     """In the dtype of `learning_rate`.
 
     Args:
         learning_rate: scalar.
         first_average: whether no moving average has been taken yet; then it
-            becomes the weight itself.
+            becomes the weight itself. `None` if none are kept.
         taken: whether the step is taken or skipped.
     """
     one, zero = ops.ones_like(learning_rate), ops.zeros_like(learning_rate)
-    ema_momentum = ops.where(first_average, zero, rule.ema_momentum * one)
+    ema_momentum = rule.ema_momentum * one
+    if first_average is not None:
+        ema_momentum = ops.where(first_average, zero, ema_momentum)
     return Coefficients(
         taken=taken,
         learning_rate=ops.where(taken, learning_rate, zero),

@@ -1,6 +1,7 @@
 """Which variables weight decay leaves alone."""
 
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ class Exclusions:
         variables: the excluded variables themselves, or what `get_config` has
             made of them.
         names: regular expressions; a variable is excluded if one of them is
-            found in its name.
+            found in its path, such as `encoder/dense/kernel`, or in its name, `kernel`.
     """
 
     def __init__(self, variables: Iterable[Any] = (), names: Iterable[str] = ()) -> None:
@@ -30,9 +31,9 @@ class Exclusions:
         """
         if not self:
             return (True,) * len(variables)
-        excluded = set(self.located_in(variables)._entries)
+        excluded = set(self._positions_in(variables))
         return tuple(
-            i not in excluded and not any(re.search(name, v.name) for name in self._names)
+            i not in excluded and not any(_is_named(v, name) for name in self._names)
             for i, v in enumerate(variables)
         )
 
@@ -42,6 +43,32 @@ class Exclusions:
         Raises:
             ValueError: if a saved exclusion does not fit exactly one variable.
         """
+        return Exclusions(self._positions_in(variables), self._names)
+
+    def warn_of_idle(self, variables: Sequence[Any]) -> None:
+        """Warn of exclusions that fit none of the variables."""
+        idle = [name for name in self._names if not any(_is_named(v, name) for v in variables)]
+        if idle:
+            warnings.warn(
+                f"`exclude_from_weight_decay(var_names={idle})` excludes nothing: found in the "
+                "path of no variable that the optimizer was built with. "
+                f"Received: variables={[_path(v) for v in variables]}",
+                stacklevel=4,
+            )
+        saved = (int, str)
+        others = [
+            _path(entry)
+            for entry in self._entries
+            if not isinstance(entry, saved) and not any(v is entry for v in variables)
+        ]
+        if others:
+            warnings.warn(
+                f"`exclude_from_weight_decay(var_list=...)` has variables that the optimizer was "
+                f"not built with, which has no effect. Received: {others}",
+                stacklevel=4,
+            )
+
+    def _positions_in(self, variables: Sequence[Any]) -> list[int]:
         positions: list[int] = []
         for entry in self._entries:
             if isinstance(entry, int):
@@ -50,7 +77,7 @@ class Exclusions:
                 positions.append(_position_of_path(entry, variables))
             else:
                 positions += [i for i, v in enumerate(variables) if v is entry]
-        return Exclusions(positions, self._names)
+        return positions
 
     def get_config(self) -> dict[str, list[Any]]:
         """The exclusions as plain data.
@@ -78,6 +105,10 @@ def _position_of_path(path: str, variables: Sequence[Any]) -> int:
             f"Received: variables={paths}"
         )
     return fitting[0]
+
+
+def _is_named(variable: Any, name: str) -> bool:
+    return bool(re.search(name, _path(variable)) or re.search(name, variable.name))
 
 
 def _path(variable: Any) -> str:

@@ -2,11 +2,12 @@
 
 This package is the only place that names private hooks of Keras and its backends.
 
-`attach(model, plan, fit)` has the optimizer of a compiled model, which must be built, recorded
-from the next training step on. It returns a recorder for each optimizer that updates
-variables, several under a `MultiOptimizer`, and raises a ValueError if these do not accumulate
-over the same number of steps. `detach(recorders)` ends that, and so does an `attach` with
-another object for `fit`: the one before has been interrupted.
+`attach(model, plan, fit)` has the optimizer of a compiled model, built or not, recorded from the
+next training step on. It returns a `Watch`, whose `recorders` are one for each optimizer that
+updates variables, several under a `MultiOptimizer`; a ValueError is raised if these do not
+accumulate over the same number of steps. `detach(watch)` ends that, and so does an `attach` with
+another object for `fit`: the one before has been interrupted. `is_current(watch, model)` is false
+once the model has been compiled anew.
 """
 
 import keras
@@ -14,14 +15,14 @@ import keras
 _backend = keras.backend.backend()
 if _backend == "tensorflow":
     from keras_sngm.backend.tensorflow import BackendOptimizer
-    from keras_sngm.backend.tensorflow_watch import attach, detach
+    from keras_sngm.backend.tensorflow_watch import attach, detach, is_current
 elif _backend == "jax":
     from keras_sngm.backend.jax import BackendOptimizer
-    from keras_sngm.backend.jax_watch import attach, detach
+    from keras_sngm.backend.jax_watch import attach, detach, is_current
 elif _backend == "torch":
     from keras_sngm.backend.torch import BackendOptimizer
-    from keras_sngm.backend.torch_watch import attach, detach
+    from keras_sngm.backend.torch_watch import attach, detach, is_current
 else:
-    from keras_sngm.backend.unsupported import BackendOptimizer, attach, detach
+    from keras_sngm.backend.unsupported import BackendOptimizer, attach, detach, is_current
 
-__all__ = ["BackendOptimizer", "attach", "detach"]
+__all__ = ["BackendOptimizer", "attach", "detach", "is_current"]

@@ -5,7 +5,8 @@ compiled function compiles its own. Where arrays are sharded XLA sees to it that
 over all shards.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from keras_sngm.backend.jax_norm import squares_and_prescale, sum_of_squares
 from keras_sngm.backend.jax_recorder import Change
 from keras_sngm.backend.jax_state import assign, do_if, pure, wide
 from keras_sngm.backend.optimizer import Cache, WholeModelOptimizer
-from keras_sngm.backend.recorder import attached, conditions_of_step, measured_by
+from keras_sngm.backend.recorder import conditions_of_step, measured_by, ready
 from keras_sngm.update_rule import Coefficients, Normalization
 
 
@@ -28,6 +29,16 @@ class BackendOptimizer(WholeModelOptimizer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._steps = Cache()
+
+    @contextlib.contextmanager
+    def _iterations_being(self, value: Any) -> Iterator[None]:
+        # Another scope would hide the values of all other variables.
+        before = self._iterations.value
+        self._iterations.assign(value)
+        try:
+            yield
+        finally:
+            self._iterations.assign(before)
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """As on other backends, but weights and averages share no arrays.
@@ -65,7 +76,7 @@ class BackendOptimizer(WholeModelOptimizer):
         self, active: tuple[int, ...], gradients: list[jax.Array], rate: jax.Array
     ) -> None:
         variables = [*self._trainable_variables, *self.variables]
-        recorders = attached(self)
+        recorders = ready(self)
         # Hyper-parameters are part of the key, so that assigning to one of them takes
         # effect; and so is what the state consists of.
         how = (
@@ -127,7 +138,7 @@ class BackendOptimizer(WholeModelOptimizer):
             rate: learning rate.
             totals: the sum of the squares of all small batches, if it is measured.
         """
-        recorders = attached(self)
+        recorders = ready(self)
         rule, weights = self._rule(), [v.value for v in self._trainable_variables]
         final, times = self._final_gradients(active, gradients)
         squares, prescale = squares_and_prescale(final, rule.blockwise)
@@ -202,7 +213,8 @@ class BackendOptimizer(WholeModelOptimizer):
                 variable.assign(weight)
 
     def _coefficients(self, rate: jax.Array, taken: jax.Array) -> dict[Any, Coefficients]:
-        first_average = jnp.equal(ops.convert_to_tensor(self.iterations), self.skipped_steps.value)
+        count = self.averaged_updates
+        first_average = None if count is None else jnp.equal(count.value, 0)
         dtypes = {wide(v.value).dtype for v in self._trainable_variables}
         return {
             dtype: update_rule.coefficients(self._rule(), rate.astype(dtype), first_average, taken)
@@ -234,6 +246,9 @@ class BackendOptimizer(WholeModelOptimizer):
         self.gradient_norms.assign(norms.astype("float32"))
         skipped = jnp.logical_not(normalized.finite)
         self.skipped_steps.assign_add(skipped.astype(self.skipped_steps.dtype))
+        if self.averaged_updates is not None:
+            taken = normalized.finite.astype(self.averaged_updates.dtype)
+            self.averaged_updates.assign_add(taken)
 
 
 def dense(gradient: Any) -> jax.Array:

@@ -34,7 +34,9 @@ def squares_and_prescale(
 
     def rescued() -> jax.Array:
         factors = jnp.broadcast_to(prescale, (len(wide),))
-        return sums_of_squares([g * factor for g, factor in zip(wide, factors, strict=True)])
+        # XLA makes g^2 * factor^2 of (g * factor)^2 if it knows g, and factor^2 is infinite.
+        unknown = jax.lax.optimization_barrier(wide)
+        return sums_of_squares([g * factor for g, factor in zip(unknown, factors, strict=True)])
 
     return jax.lax.cond(trusted, lambda: squares, rescued), prescale
 

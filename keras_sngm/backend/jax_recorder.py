@@ -1,11 +1,13 @@
 """Keeps what is measured on each update of one optimizer, as a part of JAX's step.
 
-Its variables go in and out of the step as those of the optimizer do, which they are
-while it is recorded.
+Its variables go in and out of the step as those of the optimizer do, which they are while
+the step is traced, and never where others can see it.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,16 +36,26 @@ class Change(NamedTuple):
 
 
 class Recorder(RecorderBase):
-    """With variables that only the training function has while it runs."""
+    """Holds its variables itself between calls of the training function.
 
-    def __init__(self, optimizer: Any, *what: Any) -> None:
+    Attributes:
+        own: its variables.
+    """
+
+    def __init__(self, *what: Any) -> None:
+        super().__init__(*what)
         self.own: list[keras.Variable] = []
-        super().__init__(optimizer, *what)
-        self._newest: dict[int, jax.Array] = {}
-        self._newest_norm: jax.Array | None = None
-        self._to_hold = 0
-        self.root = optimizer
-        """The optimizer of the model, which may be around the one that is recorded."""
+        self._is_tracked = False
+        self._newest_norm: Any = math.nan
+
+    def open(self) -> None:
+        # While a function is traced no variables can be made.
+        if not isinstance(self.optimizer()._iterations.value, jax.core.Tracer):
+            super().open()
+
+    @property
+    def is_ready(self) -> bool:
+        return self._is_tracked
 
     def _variable(self, shape: Sequence[int], dtype: str) -> keras.Variable:
         variable = super()._variable(shape, dtype)
@@ -52,35 +64,47 @@ class Recorder(RecorderBase):
 
     def _copy(self, variable: keras.Variable) -> jax.Array:
         """To be called in the thread that trains: its next step takes the original away."""
-        return jnp.copy(self._newest.get(id(variable), variable._value))
+        return jnp.copy(variable._value)
 
     @property
     def one_of_several(self) -> bool:
         return jax.process_count() > 1
-
-    def latest_norm(self) -> jax.Array | None:
-        return self._newest_norm
 
     def hold(self, updates: int) -> None:
         self._to_hold = updates
 
     # Around a call of the training function.
 
-    def before_call(self, values: dict[int, jax.Array]) -> None:
-        """What the function is to get.
-
-        Args:
-            values: of the variables, by their id.
-        """
+    def take(self) -> list[jax.Array]:
+        """Return the values of its variables, for the function to take away."""
         if self.plan.stops:
-            held = self._held
-            values[id(held)] = _like(values[id(held)], self._to_hold)
+            self._held._value = _like(self._held._value, self._to_hold)
             self._to_hold = 0
+        return [variable._value for variable in self.own]
 
-    def after_call(self, values: dict[int, jax.Array]) -> None:
-        """What it has returned."""
-        self._newest = {id(variable): values[id(variable)] for variable in self.own}
-        self._newest_norm = jnp.copy(values[id(self._latest)])
+    def put(self, values: Sequence[jax.Array]) -> None:
+        """Set the variables to what the function has returned."""
+        for variable, value in zip(self.own, values, strict=True):
+            variable._value = value
+        # Keras may ask in another thread, when the next step has taken the original away.
+        self._newest_norm = jnp.copy(self._latest._value)
+
+    def latest_norm(self) -> Any:
+        return self._newest_norm
+
+    @contextlib.contextmanager
+    def tracked(self) -> Iterator[None]:
+        """Have its variables among those of the optimizer, at their end."""
+        optimizer = self.optimizer()
+        for variable in self.own:
+            optimizer._track_variable(variable)
+        self._is_tracked = True
+        try:
+            yield
+        finally:
+            self._is_tracked = False
+            for variable in self.own:
+                optimizer._untrack_variable(variable)
 
     # In a training step.
 

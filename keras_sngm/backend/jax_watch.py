@@ -1,7 +1,8 @@
 """Has the optimizer of a model recorded while it is trained, Keras' own as well as SNGM.
 
-While a recorder is attached to an optimizer, its variables are among those of the
-optimizer, for nothing else goes in and out of a training step, but not in its files.
+Nothing goes in and out of a training step but the state of the model. So the training
+function gets the variables of the recorders behind those of the optimizer, and within it
+they are the optimizer's. Outside of it nobody sees them.
 """
 
 import contextlib
@@ -19,143 +20,112 @@ from keras_sngm.backend import watch
 from keras_sngm.backend.jax import BackendOptimizer, dense, unscaled
 from keras_sngm.backend.jax_recorder import Change, Recorder
 from keras_sngm.backend.jax_state import do_if, wide
-from keras_sngm.backend.recorder import Measured, attached, conditions_of_step
+from keras_sngm.backend.recorder import Measured, conditions_of_step, ready
 from keras_sngm.measurements import Plan
 
-_SAVING = ("save_own_variables", "load_own_variables")
 
-
-def attach(model: keras.Model, plan: Plan, fit: Any) -> list[Any]:
+def attach(model: keras.Model, plan: Plan, fit: Any) -> watch.Watch:
     """Record from the next training step on."""
-    detach(watch.left_over(model, fit))
-    recorders = watch.recorders(model, plan, Recorder)
+    for recorder in watch.left_over(model, fit):
+        _detach(recorder)
+    own = watch.Watch(model, fit)
+    own.begin(watch.maker(model, plan, Recorder), _Watched)
+    for recorder in own.recorders:
+        recorder.open()
     model.make_train_function()
     if not isinstance(model.train_function, _TrainFunction):
         model.train_function = _TrainFunction(model)
-    optimizers = [model.optimizer]
-    for recorder in recorders:
-        recorder.root = model.optimizer
-        watch.begin(recorder, _Watched, fit)
-        _track(recorder)
-        optimizers.append(recorder.optimizer())
-    for optimizer in optimizers:
-        _keep_recorders_out_of_files(optimizer)
-    if hasattr(model, "_record_training_state_sharding_spec"):
-        # Older Keras has noted before training begins how each part of the state is sharded.
-        model._record_training_state_sharding_spec()
-    return recorders
+    return own
 
 
-def detach(recorders: Sequence[Any]) -> None:
+def detach(own: watch.Watch) -> None:
     """Record no longer."""
-    for recorder in recorders:
-        optimizer = watch.end(recorder)
-        if optimizer is None:
-            continue
-        _untrack(recorder)
-        if isinstance(optimizer, BackendOptimizer):
-            optimizer.forget(recorder)
-        if not attached(optimizer):
-            for one in (optimizer, recorder.root):
-                for name in _SAVING:
-                    vars(one).pop(name, None)
+    for recorder in own.recorders:
+        _detach(recorder)
+    own.end()
 
 
-def _track(recorder: Recorder) -> None:
-    for variable in recorder.own:
-        recorder.optimizer()._track_variable(variable)
+def _detach(recorder: Recorder) -> None:
+    optimizer = recorder.optimizer()
+    if watch.detach(recorder) and isinstance(optimizer, BackendOptimizer):
+        optimizer.forget(recorder)
 
 
-def _untrack(recorder: Recorder) -> None:
-    for variable in recorder.own:
-        recorder.optimizer()._untrack_variable(variable)
+def is_current(own: watch.Watch, model: keras.Model) -> bool:
+    """Return whether the next training step of the model is still recorded."""
+    return own.root is model.optimizer and isinstance(model.train_function, _TrainFunction)
 
 
-def _recorders_of(optimizer: Any) -> list[Recorder]:
-    return [recorder for one in watch.updating(optimizer) for recorder in attached(one)]
-
-
-def _keep_recorders_out_of_files(optimizer: Any) -> None:
-    for name in _SAVING:
-        if name not in vars(optimizer):
-            setattr(optimizer, name, functools.partial(_without_recorders, optimizer, name))
-
-
-def _without_recorders(optimizer: Any, name: str, store: Any) -> None:
-    with _hidden(_recorders_of(optimizer)):
-        getattr(type(optimizer), name)(optimizer, store)
-
-
-@contextlib.contextmanager
-def _hidden(recorders: Sequence[Recorder]) -> Iterator[None]:
-    for recorder in recorders:
-        _untrack(recorder)
-    try:
-        yield
-    finally:
-        for recorder in recorders:
-            _track(recorder)
+def _recorders_of(model: keras.Model) -> list[Recorder]:
+    return [recorder for recorder in watch.recorders_of(model.optimizer) if recorder.is_open]
 
 
 class _TrainFunction:
     """Takes the place of a model's training function, for good.
 
-    A function that was traced with recorders may be called with others of the same
-    plans, and without any: JAX traces it once more for another state.
+    Without recorders it calls the function that Keras has made. With them it calls another,
+    which may be traced with some recorders and called with others of the same plans.
     """
 
     def __init__(self, model: keras.Model) -> None:
         self._model: Callable[[], Any] = weakref.ref(model)
-        self._function = model.train_function
-        self._plans: tuple[Plan, ...] = ()
-        self._guards = False
-        self._length = len(model.optimizer.variables)
+        self._plain = model.train_function
+        self._recording: Any = None
+        self._made_for: Any = None
+        self._order: list[int] = []
 
     def __call__(self, state: Any, iterator: Any) -> tuple[Any, Any]:
         model = self._model()
-        recorders = _recorders_of(model.optimizer)
-        plans = tuple(recorder.plan for recorder in recorders)
-        if not self._fits(model, plans):
-            with _in_place(model, state):
-                self._make_anew(model)
-        self._length = len(model.optimizer.variables)
-        self._plans = plans or self._plans
+        recorders = _recorders_of(model)
         if not recorders:
-            return self._function(state, iterator)
-        ids = [id(variable) for variable in model.optimizer.variables]
-        values = dict(zip(ids, state[2], strict=True))
+            return self._plain(state, iterator)
+        function = self._recording_function(model, recorders, state)
+        added = [value for recorder in recorders for value in recorder.take()]
+        given = [*state[2], *added]
+        values = [given[i] for i in self._order]
+        logs, state = function((*state[:2], values, *state[3:]), iterator)
+        result = dict(zip(self._order, state[2], strict=True))
+        first = len(given) - len(added)
         for recorder in recorders:
-            recorder.before_call(values)
-        state = (*state[:2], [values[i] for i in ids], *state[3:])
-        logs, state = self._function(state, iterator)
-        values = dict(zip(ids, state[2], strict=True))
-        for recorder in recorders:
-            recorder.after_call(values)
-        return logs, state
+            last = first + len(recorder.own)
+            recorder.put([result[i] for i in range(first, last)])
+            first = last
+        own = [result[i] for i in range(len(given) - len(added))]
+        return logs, (*state[:2], own, *state[3:])
 
-    def _fits(self, model: keras.Model, plans: tuple[Plan, ...]) -> bool:
-        """Whether the function may be called with recorders of these plans."""
-        guards = any(plan.stops for plan in plans)
-        # Under a distribution it is made for a state of one length.
-        is_of_any_length = keras.distribution.distribution() is None
-        has_length = len(model.optimizer.variables) == self._length
-        # It was traced with the recorders of that time. Others of the same plans have the
-        # same places in the state, so that it writes to theirs.
-        known = not plans or not self._plans or plans == self._plans
-        return (is_of_any_length or has_length) and known and self._guards >= guards
+    def _recording_function(
+        self, model: keras.Model, recorders: Sequence[Recorder], state: Any
+    ) -> Callable[..., Any]:
+        made_for = (len(state[2]), [recorder.plan for recorder in recorders])
+        if self._recording is None or self._made_for != made_for:
+            with _in_place(model, state):
+                self._make(model, recorders)
+            self._made_for = made_for
+        return self._recording
 
-    def _make_anew(self, model: keras.Model) -> None:
+    def _make(self, model: keras.Model, recorders: Sequence[Recorder]) -> None:
+        own = [variable for recorder in recorders for variable in recorder.own]
+        places = {id(v): i for i, v in enumerate([*model.optimizer.variables, *own])}
         step, is_own = model.train_step, "train_step" in vars(model)
-        model.train_step = functools.partial(_guarded_step, model, step)
+        model.train_step = functools.partial(_recorded_step, model, step)
         try:
-            model.make_train_function(force=True)
+            with _tracked(recorders):
+                self._order = [places[id(v)] for v in model.optimizer.variables]
+                model.make_train_function(force=True)
         finally:
             if is_own:
                 model.train_step = step
             else:
                 del model.train_step
-        self._function, model.train_function = model.train_function, self
-        self._guards = True
+        self._recording, model.train_function = model.train_function, self
+
+
+@contextlib.contextmanager
+def _tracked(recorders: Sequence[Recorder]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for recorder in recorders:
+            stack.enter_context(recorder.tracked())
+        yield
 
 
 @contextlib.contextmanager
@@ -182,16 +152,18 @@ def _in_place(model: keras.Model, state: Any) -> Iterator[None]:
             variable._value = None
 
 
-def _guarded_step(
+def _recorded_step(
     model: keras.Model, step: Callable[..., Any], state: Any, data: Any
 ) -> tuple[Any, Any]:
-    """A training step that backs up what is to be restored after a stop."""
-    logs, new = step(state, data)
-    optimizer_variables = model.optimizer.variables
+    """A training step that records, and backs up what is to be restored after a stop."""
+    recorders = _recorders_of(model)
+    with _tracked(recorders):
+        logs, new = step(state, data)
+        optimizer_variables = model.optimizer.variables
     variables = [*model.non_trainable_variables, *optimizer_variables]
     before = _by_id(variables, [*state[1], *state[2]])
     after = _by_id(variables, [*new[1], *new[2]])
-    for recorder in _recorders_of(model.optimizer):
+    for recorder in recorders:
         after |= recorder.backed_up(before, after)
     return logs, (*new[:2], [after[id(v)] for v in optimizer_variables], *new[3:])
 
@@ -201,7 +173,9 @@ def _by_id(variables: Sequence[keras.Variable], values: Sequence[jax.Array]) -> 
 
 
 class _Watched(watch.Watched):
-    def _update(self, given: watch.Given, gradients: list[Any], variables: list[Any]) -> None:
+    def _update(
+        self, given: watch.Given, gradients: list[Any], variables: list[Any] | None
+    ) -> None:
         optimizer = self._optimizer
         weights = optimizer._trainable_variables
         known, positions = given.gradients, given.positions
@@ -209,7 +183,7 @@ class _Watched(watch.Watched):
         squares, prescale = norm.squares_and_prescale(final, blockwise=False)
         measured, directions = watch.measured(squares, prescale, final, positions, len(weights))
         step = ops.convert_to_tensor(optimizer.iterations) + 1
-        recorders = attached(optimizer)
+        recorders = ready(optimizer)
         times = [self._when(recorder, measured) for recorder in recorders]
         before = [variable.value for variable in weights]
         self._apply_unless_stopped(recorders, measured, gradients, variables)
@@ -245,7 +219,7 @@ class _Watched(watch.Watched):
         recorders: Sequence[Recorder],
         measured: Measured,
         gradients: list[Any],
-        variables: list[keras.Variable],
+        variables: list[Any] | None,
     ) -> None:
         conditions = conditions_of_step(recorders)
         if not conditions:

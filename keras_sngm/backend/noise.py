@@ -55,8 +55,8 @@ class NoiseMeter(NamedTuple):
         Args:
             moments: variable, averages of tr(Sigma), of norm(G)^2 and of 1, all beginning
                 at 0.
-            noise_scale: variable, the quotient of the first two; infinite while the second
-                is not positive.
+            noise_scale: variable, the quotient of the first two; the largest float32 while
+                the second is not positive.
             estimates: of tr(Sigma) and norm(G)^2 in this update.
             taken: whether the update was; else it does not count. Nor does it if a
                 square overflowed.

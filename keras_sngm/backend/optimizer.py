@@ -1,5 +1,7 @@
 """What an optimizer of the whole model does on every backend around its step."""
 
+import contextlib
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
@@ -16,14 +18,19 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
 
     A backend supplies `_step`. An optimizer supplies `_rule`, `_decays`, the
     hyper-parameters below and the variables read here: `momentums`, `gradient_norm`,
-    `gradient_norms` and `skipped_steps`, and `gradient_noise_scale` and `noise_moments`,
-    which may be `None`.
+    `gradient_norms` and `skipped_steps`, and `averaged_updates`, `gradient_noise_scale`
+    and `noise_moments`, which may be `None`. Of all of them `averaged_updates` is made last.
     """
 
     jit_compile: bool | str
     noise_scale_batch_size: int | None
     noise_scale_momentum: float
     gradient_accumulation_steps: int | None
+    averaged_updates: keras.Variable | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._names = Cache()
 
     def build(self, variables: Sequence[Any]) -> None:
         # Keras' accumulators would have the dtype of the variables, and under a
@@ -37,11 +44,34 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
         if steps is not None and self.noise_scale_batch_size is not None:
             self._accumulated_squares = self._add_total((), "float32", "squares_accumulator")
 
+    def add_variable(self, shape: Any, *args: Any, name: str | None = None, **kwargs: Any) -> Any:
+        """As Keras', but no two variables get the same name, and so the same path.
+
+        Those of variables of the model that share a path would.
+        """
+        return super().add_variable(shape, *args, name=self._unused_name(name), **kwargs)
+
+    def _unused_name(self, name: str | None) -> str | None:
+        candidates = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1)))
+        unused = next(candidate for candidate in candidates if candidate not in self._names)
+        if unused is not None:
+            self._names.get_or_make(unused, lambda: True)
+        return unused
+
+    def load_own_variables(self, store: Any) -> None:
+        """Set the state, also to one that was saved when averages were not counted."""
+        if self.averaged_updates is None or len(store.keys()) != len(self.variables) - 1:
+            super().load_own_variables(store)
+            return
+        for i, variable in enumerate(self.variables[:-1]):
+            variable.assign(store[str(i)])
+        self.averaged_updates.assign(ops.maximum(self.iterations - self.skipped_steps, 0))
+
     def _add_accumulator(self, variable: Any) -> keras.Variable:
         return self._add_total(
             variable.shape,
             arithmetic_dtype(variable.dtype),
-            f"{variable.name}_gradient_accumulator",
+            name_for(variable, "gradient_accumulator"),
             getattr(variable, "_layout", None),
         )
 
@@ -62,10 +92,7 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """Replace the weights by their averages, unless no step has been taken yet."""
-        if not self.use_ema:
-            return
-        updates, skipped = map(keras.ops.convert_to_numpy, (self.iterations, self.skipped_steps))
-        if updates > skipped:
+        if self.averaged_updates is not None and self.averaged_updates.numpy() > 0:
             super().finalize_variable_values(var_list)
 
     def apply(self, grads: Iterable[Any], trainable_variables: Iterable[Any] | None = None) -> None:
@@ -153,8 +180,14 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
             # Schedules count micro-batches. At the first one of those that make
             # up this update, a schedule k times as long as that for whole
             # batches gives the same rates.
-            return schedule(self._iterations - (self.gradient_accumulation_steps - 1))
+            first = self._iterations - (self.gradient_accumulation_steps - 1)
+            with self._iterations_being(first):
+                return schedule(self._iterations)
         return self.learning_rate
+
+    def _iterations_being(self, value: Any) -> contextlib.AbstractContextManager:
+        """Have the counter of calls read as another value, by a schedule that gets it."""
+        return keras.StatelessScope([(self._iterations, value)])
 
     def _replicas(self) -> int:
         """How many call the optimizer at a time, each with a gradient of its own."""
@@ -200,6 +233,12 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
         )
 
 
+def name_for(variable: Any, name: str) -> str:
+    """Return the name of an optimizer's variable that belongs to one of the model."""
+    path = getattr(variable, "path", variable.name)
+    return f"{path.replace('/', '_').replace(':', '_')}_{name}"
+
+
 def _check_shapes(gradients: Sequence[Any], variables: Sequence[Any]) -> None:
     for gradient, variable in zip(gradients, variables, strict=True):
         # Not every `tf.IndexedSlices` knows its shape.
@@ -230,6 +269,9 @@ class Cache:
         if key not in self._entries:
             self._entries[key] = make()
         return self._entries[key]
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._entries
 
     def drop(self, is_old: Callable[[Any], bool]) -> None:
         self._entries = {k: entry for k, entry in self._entries.items() if not is_old(k)}

@@ -13,7 +13,7 @@ import numpy as np
 
 from keras_sngm.backend.optimizer import WholeModelOptimizer
 from keras_sngm.backend.ring import Ring
-from keras_sngm.measurements import DETAILS, HISTOGRAM, NO_NOISE_SCALE, Plan
+from keras_sngm.measurements import DETAILS, HISTOGRAM, NOISE_MOMENTS, Plan, Rows, rows_from
 from keras_sngm.update_rule import Tensor
 
 _attached: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
@@ -22,6 +22,14 @@ _attached: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary
 def attached(optimizer: Any) -> list[Any]:
     """The recorders of an optimizer. Not its attribute: that would be saved with it."""
     return _attached.setdefault(optimizer, [])
+
+
+def ready(optimizer: Any) -> list[Any]:
+    """Return the recorders that record the step which this optimizer is about to take."""
+    recorders = attached(optimizer)
+    for recorder in recorders:
+        recorder.open()
+    return [recorder for recorder in recorders if recorder.is_ready]
 
 
 def conditions_of_step(recorders: Iterable[Any], *local: Callable[[Any], Any]) -> list[Any]:
@@ -40,7 +48,8 @@ class Measured(NamedTuple):
     norm: Tensor
     norms: Tensor
     """One per variable, 0 where there was no gradient."""
-    noise_scale: Tensor | None
+    noise_moments: Tensor | None
+    """The averages that the noise scale is the quotient of."""
 
 
 def measured_by(
@@ -52,7 +61,7 @@ def measured_by(
         optimizer: an SNGM.
         local: what a variable is on the replica that asks, `None` of `None`.
     """
-    kept = (optimizer.gradient_norm, optimizer.gradient_norms, optimizer.gradient_noise_scale)
+    kept = (optimizer.gradient_norm, optimizer.gradient_norms, optimizer.noise_moments)
     values = [None if v is None else keras.ops.convert_to_tensor(local(v)) for v in kept]
     return Measured(*values)
 
@@ -70,7 +79,7 @@ class NewRows(NamedTuple):
 
     Attributes:
         steps: the number of each update.
-        values: a row for each: norm, noise scale, and norms if these were planned.
+        rows: what was measured on each.
         details: by step, a row of `DETAILS` for each variable.
         histograms: by step, histograms of each variable's gradient and momentum.
         bad_step: the first update whose gradient was not finite, or 0.
@@ -78,7 +87,7 @@ class NewRows(NamedTuple):
     """
 
     steps: np.ndarray
-    values: np.ndarray
+    rows: Rows
     details: Mapping[int, np.ndarray]
     histograms: Mapping[int, np.ndarray]
     bad_step: int
@@ -89,22 +98,54 @@ class RecorderBase:
     """What one logger wants to know of one optimizer.
 
     Args:
-        optimizer: a built Keras optimizer, not one that wraps others.
+        optimizer: a Keras optimizer, not one that wraps others. It need not be built.
         plan: what to keep.
-        guarded: variables that are to be as they were after the last step, once none
-            is taken any more. Only if the plan `stops`.
+        guarded: returns the variables that are to be as they were after the last step,
+            once none is taken any more. Called if the plan `stops`.
     """
 
-    def __init__(self, optimizer: Any, plan: Plan, guarded: Sequence[keras.Variable]) -> None:
-        # Keras' optimizers keep other things by the name of momentum.
-        momentums = optimizer.momentums if isinstance(optimizer, WholeModelOptimizer) else ()
+    def __init__(
+        self, optimizer: Any, plan: Plan, guarded: Callable[[], Sequence[keras.Variable]]
+    ) -> None:
         self.plan = plan
         self.optimizer: Callable[[], Any] = weakref.ref(optimizer)
-        self.variables: list[keras.Variable] = list(optimizer._trainable_variables)
         self.fit: Any = None
         """By what the `fit` is known that this was attached in last."""
+        self.is_open = False
+        """Whether the variables are made."""
+        self.begun_at: Progress | None = None
+        """How far the rings were when recording began; `None` while it has not."""
+        self._find_guarded = guarded
+        self._to_hold = 0
+
+    def open(self) -> None:
+        """Make the variables and begin to record, unless that is done.
+
+        Does nothing as long as the optimizer is not built.
+        """
+        optimizer = self.optimizer()
+        if not self.is_open and optimizer.built:
+            self._make_variables(optimizer)
+            self.is_open = True
+        if self.is_open and self.begun_at is None and self._can_begin():
+            self.begin()
+
+    def _can_begin(self) -> bool:
+        """Return whether the guarded variables have values."""
+        return True
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether an update can be recorded where this is asked."""
+        return self.is_open
+
+    def _make_variables(self, optimizer: Any) -> None:
+        # Keras' optimizers keep other things by the name of momentum.
+        momentums = optimizer.momentums if isinstance(optimizer, WholeModelOptimizer) else ()
+        plan = self.plan
+        self.variables: list[keras.Variable] = list(optimizer._trainable_variables)
         self.has_momentum = bool(momentums)
-        self.keeps_noise_scale = getattr(optimizer, "gradient_noise_scale", None) is not None
+        self.keeps_noise_scale = getattr(optimizer, "noise_moments", None) is not None
         self._momentums = list(momentums) or [None] * len(self.variables)
         count = len(self.variables)
         self._active = self._variable((), "bool")
@@ -113,13 +154,15 @@ class RecorderBase:
         self._bad_step = self._variable((), "int")
         self._bad_norms = self._variable((count,), "float32")
         self._latest = self._variable((), "float32")
-        self._updates = Ring(self._variable, plan.updates, 2 + count * plan.per_variable)
+        self.updates_kept = plan.updates(count)
+        columns = 1 + NOISE_MOMENTS * self.keeps_noise_scale + count * plan.per_variable
+        self._updates = Ring(self._variable, self.updates_kept, columns)
         self._details = self._rarer_ring(plan.details_every, count * len(DETAILS))
         kinds = 2 if self.has_momentum else 1
         self._histograms = self._rarer_ring(plan.histogram_every, count * kinds * HISTOGRAM)
         self._rings = (self._updates, self._details, self._histograms)
-        self._guarded = list(guarded)
-        self._backups = [self._variable(v.shape, v.dtype) for v in guarded]
+        self._guarded = list(self._find_guarded()) if plan.stops else []
+        self._backups = [self._variable(v.shape, v.dtype) for v in self._guarded]
 
     def _variable(self, shape: Sequence[int], dtype: str) -> keras.Variable:
         return keras.Variable(
@@ -129,26 +172,34 @@ class RecorderBase:
     def _rarer_ring(self, every: int | None, columns: int) -> Ring:
         if every is None:
             return Ring(self._variable, 1, 0)
-        return Ring(self._variable, self.plan.updates // every + 1, columns)
+        return Ring(self._variable, self.updates_kept // every + 1, columns)
 
     def _copy(self, variable: keras.Variable) -> Any:
         """What the last step left in one of this recorder's variables."""
         return keras.ops.copy(variable)
 
-    def begin(self) -> Progress:
+    def begin(self) -> None:
         """Record from now on. Waits for the device."""
         self._active.assign(True)
         self._halted.assign(False)
         self._bad_step.assign(0)
+        self.hold(self._to_hold)
+        self.back_up()
+        counts = (int(keras.ops.convert_to_numpy(ring.count)) for ring in self._rings)
+        self.begun_at = Progress(*counts)
+
+    def back_up(self) -> None:
+        """Take the guarded variables as they are for those to bring back after a stop."""
         for variable, backup in zip(self._guarded, self._backups, strict=True):
             # A copy: JAX could not take away the same array twice.
             backup.assign(keras.ops.copy(variable))
-        return Progress(*(int(keras.ops.convert_to_numpy(ring.count)) for ring in self._rings))
 
     def end(self) -> None:
         """Do no more than a graph that is traced already has to."""
-        self._active.assign(False)
-        self._halted.assign(False)
+        self.begun_at = None
+        if self.is_open:
+            self._active.assign(False)
+            self._halted.assign(False)
 
     @property
     def one_of_several(self) -> bool:
@@ -161,7 +212,8 @@ class RecorderBase:
         It must not outlive a `fit` that was interrupted: whatever is trained next with
         the same graph would silently stay as it is.
         """
-        if self.plan.stops:
+        self._to_hold = updates
+        if self.is_open and self.plan.stops:
             self._held.assign(updates)
 
     def snapshot(self) -> list[Any]:
@@ -193,7 +245,7 @@ class RecorderBase:
         count = len(self.variables)
         return NewRows(
             steps[0],
-            rows[0],
+            rows_from(rows[0], self.keeps_noise_scale),
             _by_step(steps[1], rows[1], (count, len(DETAILS))),
             _by_step(steps[2], rows[2], (count, -1, HISTOGRAM)),
             int(keras.ops.convert_to_numpy(bad_step)),
@@ -210,13 +262,13 @@ class RecorderBase:
             variable.assign(keras.ops.copy(backup))
 
     def _row(self, measured: Measured) -> Tensor:
-        """What is kept of every update."""
-        noise_scale = measured.noise_scale
-        if noise_scale is None:
-            # Not NaN, which `jax_debug_nans` takes for a fault.
-            noise_scale = NO_NOISE_SCALE * keras.ops.ones_like(measured.norm)
-        row = keras.ops.stack([measured.norm, noise_scale])
-        return keras.ops.concatenate([row, measured.norms]) if self.plan.per_variable else row
+        """Return what is kept of every update, a vector that `rows_from` can read."""
+        parts = [keras.ops.reshape(measured.norm, (1,))]
+        if self.keeps_noise_scale:
+            parts.append(measured.noise_moments)
+        if self.plan.per_variable:
+            parts.append(measured.norms)
+        return keras.ops.concatenate(parts)
 
 
 def _by_step(steps: np.ndarray, rows: np.ndarray, shape: tuple[int, ...]) -> dict[int, np.ndarray]:

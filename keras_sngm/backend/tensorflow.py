@@ -11,17 +11,18 @@ Keras calls the optimizer once per replica. A step there is to
 import functools
 import itertools
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
+from tensorflow.python.eager.context import context
 from tensorflow.python.framework.config import is_op_determinism_enabled
 from tensorflow.python.framework.ops import get_default_graph
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
-from keras_sngm.backend.optimizer import Cache, WholeModelOptimizer
-from keras_sngm.backend.recorder import attached, conditions_of_step, measured_by
+from keras_sngm.backend.optimizer import Cache, WholeModelOptimizer, name_for
+from keras_sngm.backend.recorder import conditions_of_step, measured_by, ready
 from keras_sngm.backend.tensorflow_checks import (
     check_strategy,
     check_variables,
@@ -35,7 +36,7 @@ from keras_sngm.backend.tensorflow_replicas import (
     Replicas,
     native_variable,
 )
-from keras_sngm.backend.tensorflow_slot import Slot, arithmetic_dtype
+from keras_sngm.backend.tensorflow_slot import Slot, arithmetic_dtype, of_known_shape
 from keras_sngm.backend.tensorflow_step import LocalStep, Moment, Readings
 from keras_sngm.update_rule import Normalization, Rule
 
@@ -52,13 +53,17 @@ class BackendOptimizer(WholeModelOptimizer):
         check_variables(type(self).__name__, self._distribution_strategy, variables)
         super().build(variables)
 
+    @tf.autograph.experimental.do_not_convert
+    def apply(self, grads: Iterable[Any], trainable_variables: Iterable[Any] | None = None) -> None:
+        super().apply(grads, trainable_variables)
+
     def _add_accumulator(self, variable: Any) -> keras.Variable:
         native = native_variable(variable)
         with self._distribution_strategy.extended.colocate_vars_with(native):
             return self._add_total(
                 tuple(variable.shape),
                 arithmetic_dtype(native.dtype).name,
-                f"{variable.name.replace(':', '_')}_gradient_accumulator",
+                name_for(variable, "gradient_accumulator"),
             )
 
     def _add_total(
@@ -73,14 +78,17 @@ class BackendOptimizer(WholeModelOptimizer):
                 trainable=False,
                 aggregation="sum",
                 synchronization="on_read",
-                name=name,
+                name=self._unused_name(name),
             )
         self._track_variable(variable)
         return variable
 
     def _step(self, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
         active = tuple(self._get_variable_index(v) for v in variables)
-        gradients = [self._unscaled(gradient) for gradient in gradients]
+        gradients = [
+            self._unscaled(of_known_shape(gradient, variable.shape))
+            for gradient, variable in zip(gradients, variables, strict=True)
+        ]
         if must_leave_the_replica(type(self).__name__, self._distribution_strategy):
             tf.distribute.get_replica_context().merge_call(
                 tf.autograph.experimental.do_not_convert(
@@ -177,7 +185,7 @@ class BackendOptimizer(WholeModelOptimizer):
     ) -> None:
         sums = [replicas.parts(summed) for summed in replicas.sums([*gradients, *squares])]
         per_variable, of_squares = sums[: len(active)], sums[len(active) :]
-        recorders = attached(self)
+        recorders = ready(self)
         moment = self._moment(conditions_of_step(recorders, _on(replicas, 0)))
         for replica, local_gradients in enumerate(zip(*per_variable, strict=True)):
             step = self._local_step(replicas, replica, active)
@@ -219,7 +227,9 @@ class BackendOptimizer(WholeModelOptimizer):
             overwrite = (updates + 1) % self.ema_overwrite_frequency == 0
         return Moment(
             learning_rate=tf.convert_to_tensor(self._learning_rate_of_update()),
-            first_average=tf.equal(updates, tf.convert_to_tensor(self.skipped_steps)),
+            first_average=None
+            if self.averaged_updates is None
+            else tf.equal(tf.convert_to_tensor(self.averaged_updates), 0),
             overwrite_with_average=overwrite,
             may_step=tf.reduce_all(conditions) if conditions else None,
         )
@@ -228,18 +238,21 @@ class BackendOptimizer(WholeModelOptimizer):
         local = _on(replicas, replica)
         # Hyper-parameters are part of the key, so that assigning to one of
         # them takes effect as it does in Keras: when Python runs again.
-        rule = self._rule()
+        rule, jit_compile = self._rule(), self.jit_compile
+        if jit_compile == "auto" and not _xla_is_supported():
+            jit_compile = False
         device = local(self._trainable_variables[active[0]]).device
         in_xla = GraphOrParentsInXlaContext(get_default_graph())
         times = self.gradient_accumulation_steps or 1
         return self._local_steps.get_or_make(
-            (rule, self.jit_compile, active, device, in_xla, times),
-            lambda: self._make_local_step(rule, active, local, in_xla, times),
+            (rule, jit_compile, active, device, in_xla, times),
+            lambda: self._make_local_step(rule, jit_compile, active, local, in_xla, times),
         )
 
     def _make_local_step(
         self,
         rule: Rule,
+        jit_compile: bool | str,
         active: tuple[int, ...],
         local: Local,
         in_xla: bool,
@@ -263,11 +276,13 @@ class BackendOptimizer(WholeModelOptimizer):
             )
         ]
         readings = Readings(
-            local(self.gradient_norm), local(self.gradient_norms), local(self.skipped_steps)
+            local(self.gradient_norm),
+            local(self.gradient_norms),
+            local(self.skipped_steps),
+            local(self.averaged_updates),
         )
-        jit_compile = self.jit_compile
         one_device = len({slot.weight.device for slot in slots}) == 1
-        if jit_compile == "auto" and not (_xla_is_supported() and one_device):
+        if jit_compile == "auto" and not one_device:
             jit_compile = False
         return LocalStep(rule, slots, active, readings, jit_compile, in_xla, times)
 
@@ -292,6 +307,8 @@ def _add(accumulator: tf.Variable, gradient: Any) -> None:
 
 
 def _xla_is_supported() -> bool:
-    if is_op_determinism_enabled():
+    # A callback for every operation, as `tf.debugging.enable_check_numerics()` has one, adds
+    # operations that XLA cannot compile.
+    if is_op_determinism_enabled() or context().op_callbacks:
         return False
     return not (platform.system() == "Darwin" and tf.config.list_physical_devices("GPU"))

@@ -5,24 +5,33 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.compiler.tf2xla.python.xla import optimization_barrier
 
 from keras_sngm import update_rule
 
 Sums = Callable[[Sequence[tf.Tensor]], tf.Tensor]
+RescaledSums = Callable[[Sequence[tf.Tensor], tf.Tensor], tf.Tensor]
 
 _LEAST_SIZE_IF_RARE = 1_000_000
 _LANES = 16
 _LEAST_SIZE = 4096
 
 
-def sums_on(on_accelerator: bool, in_xla: bool, stacks: int = 0) -> tuple[Sums, Sums]:
-    """How to take sums of squares there: usually, and of gradients that had to be rescaled."""
+def sums_on(on_accelerator: bool, in_xla: bool, stacks: int = 0) -> tuple[Sums, RescaledSums]:
+    """How to take sums of squares there: of gradients as they are, and times a factor."""
+    usual: Sums = functools.partial(sums_of_squares, stacks=stacks)
+    rare = usual
     if in_xla and not on_accelerator:
-        return sums_of_squares_in_lanes, functools.partial(
-            sums_of_squares_in_lanes, least_size=_LEAST_SIZE_IF_RARE
-        )
-    sums = functools.partial(sums_of_squares, stacks=stacks)
-    return sums, sums
+        usual = sums_of_squares_in_lanes
+        rare = functools.partial(sums_of_squares_in_lanes, least_size=_LEAST_SIZE_IF_RARE)
+
+    def rescaled(gradients: Sequence[tf.Tensor], factor: tf.Tensor) -> tf.Tensor:
+        if in_xla:
+            # XLA makes g^2 * factor^2 of (g * factor)^2 if it knows g, and factor^2 is infinite.
+            gradients = optimization_barrier(*gradients)
+        return rare(_rescaled(gradients, factor, stacks=0))
+
+    return usual, rescaled
 
 
 def sums_of_squares(tensors: Sequence[tf.Tensor], stacks: int) -> tf.Tensor:
@@ -74,7 +83,7 @@ def _sum_of_squares_in_lanes(vector: tf.Tensor) -> tf.Tensor:
 
 def squares_and_prescale(
     sums: Sums,
-    sums_if_rescaled: Sums,
+    rescaled_sums: RescaledSums,
     gradients: Sequence[tf.Tensor],
     size: int,
     blockwise: bool = False,
@@ -83,8 +92,8 @@ def squares_and_prescale(
 
     Args:
         sums: maps the gradients to a vector of sums of squares, one per variable.
-        sums_if_rescaled: the same, for gradients that have to be multiplied. That hardly
-            ever happens, so it may be slow, but should be quick to compile.
+        rescaled_sums: the same, of gradients times a factor. That is hardly ever needed, so
+            it may be slow, but should be quick to compile.
         gradients: of one dtype.
         size: the number of their elements.
         blockwise: whether each sum is used by itself, so that each has to be trusted.
@@ -98,7 +107,7 @@ def squares_and_prescale(
     squares = tf.cond(
         trusted,
         lambda: squares,
-        lambda: sums_if_rescaled(_rescaled(gradients, prescale, stacks=0)),
+        lambda: rescaled_sums(gradients, prescale),
     )
     return squares, prescale
 

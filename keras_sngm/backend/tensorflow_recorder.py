@@ -19,11 +19,22 @@ Local = Callable[[Any], tf.Variable]
 class Recorder(RecorderBase):
     """With its variables on the first replica of each device."""
 
-    def __init__(self, optimizer: Any, *what: Any) -> None:
+    def open(self) -> None:
+        """As for every backend; also while the function is traced that the optimizer is built in.
+
+        TensorFlow traces that function twice, and gives variables their initial values in
+        between. Those that are guarded are backed up then, before the first step.
+        """
+        if self.begun_at is None:
+            with tf.init_scope():
+                super().open()
+
+    def _can_begin(self) -> bool:
+        return all(native_variable(v).is_initialized() for v in self._guarded)
+
+    def _make_variables(self, optimizer: Any) -> None:
         self._strategy = optimizer._distribution_strategy
-        super().__init__(optimizer, *what)
-        self.left_at: int | None = None
-        """How often the optimizer had been called when this was detached from it."""
+        super()._make_variables(optimizer)
         needs_weights = self.plan.details_every or self.plan.histogram_every
         self._before = [
             self._variable(v.shape, arithmetic_dtype(native_variable(v).dtype).name)

@@ -46,6 +46,16 @@ def dense(gradient: Any, shape: tf.TensorShape) -> tf.Tensor:
     return tf.ensure_shape(tensor, shape) if isinstance(gradient, tf.IndexedSlices) else tensor
 
 
+def of_known_shape(gradient: Any, shape: tf.TensorShape) -> Any:
+    """Return a gradient that is known to have the shape of its variable.
+
+    TensorFlow does not know all of it where a layer's input has axes of unknown length.
+    """
+    if isinstance(gradient, tf.IndexedSlices) or gradient.shape.is_fully_defined():
+        return gradient
+    return tf.ensure_shape(gradient, shape)
+
+
 def is_accelerator(device: str) -> bool:
     """Whether the device of this name is not a CPU."""
     return tf.DeviceSpec.from_string(device).device_type not in (None, "CPU")

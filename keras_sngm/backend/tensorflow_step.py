@@ -28,13 +28,15 @@ class Readings(NamedTuple):
     gradient_norm: tf.Variable
     gradient_norms: tf.Variable
     skipped_steps: tf.Variable
+    averaged_updates: tf.Variable | None
 
 
 class Moment(NamedTuple):
     """What changes from step to step besides the gradient."""
 
     learning_rate: tf.Tensor
-    first_average: tf.Tensor
+    first_average: tf.Tensor | None
+    """Whether the next moving average is the first. `None` if there are none."""
     overwrite_with_average: tf.Tensor | None
     """`None` if that never happens."""
     may_step: tf.Tensor | None
@@ -174,6 +176,9 @@ class LocalStep:
         self._readings.gradient_norms.assign(tf.scatter_nd(self._positions, norms, [self._count]))
         skipped = self._readings.skipped_steps
         skipped.assign_add(tf.cast(tf.logical_not(normalized.finite), skipped.dtype))
+        averaged = self._readings.averaged_updates
+        if averaged is not None:
+            averaged.assign_add(tf.cast(normalized.finite, averaged.dtype))
         return normalized
 
     def _normalize_then_update(self, gradients: list[tf.Tensor], moment: Moment) -> Normalization:

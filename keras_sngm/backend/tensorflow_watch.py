@@ -16,68 +16,85 @@ from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from keras_sngm.backend import tensorflow_norm as norm
 from keras_sngm.backend import watch
-from keras_sngm.backend.recorder import Measured, attached, conditions_of_step
+from keras_sngm.backend.recorder import Measured, attached, conditions_of_step, ready
 from keras_sngm.backend.tensorflow_recorder import Recorder
 from keras_sngm.backend.tensorflow_replicas import OwnReplica
-from keras_sngm.backend.tensorflow_slot import arithmetic_dtype, dense, is_accelerator, widest
+from keras_sngm.backend.tensorflow_slot import (
+    arithmetic_dtype,
+    dense,
+    is_accelerator,
+    of_known_shape,
+    widest,
+)
 from keras_sngm.measurements import Plan
 
-# The recorders that a training function was made with. It goes on calling them.
-_traced: weakref.WeakKeyDictionary[Any, list[Recorder]] = weakref.WeakKeyDictionary()
 
-
-def attach(model: keras.Model, plan: Plan, fit: Any) -> list[Any]:
+def attach(model: keras.Model, plan: Plan, fit: Any) -> watch.Watch:
     """Record from the next training step on.
 
-    The training function is made anew, and traced again by its next call, unless it
-    already holds such recorders from an earlier `fit`.
+    The training function is made anew, and traced by its next call, unless it already
+    calls such recorders from an earlier `fit`.
     """
-    detach(watch.left_over(model, fit))
+    for recorder in watch.left_over(model, fit):
+        watch.detach(recorder)
     model.make_train_function()
-    optimizers = watch.updating(model.optimizer)
-    recorders = _left_by_an_earlier_fit(model, optimizers, plan)
-    if not recorders:
-        recorders = watch.recorders(model, plan, Recorder)
+    own = watch.Watch(model, fit)
+    known = _recorders_known_to(model.train_function)
+    spare = [recorder for recorder in known if recorder.plan == plan and not _is_attached(recorder)]
+    make = watch.maker(model, plan, Recorder)
+    used = {recorder.optimizer(): recorder for recorder in spare}
+    own.begin(lambda optimizer: used.get(optimizer) or make(optimizer), _Watched)
+    for recorder in own.recorders:
+        recorder.open()
+    is_known = own.recorders and all(recorder in spare for recorder in own.recorders)
+    if not is_known and not _is_new(model.train_function):
         model.make_train_function(force=True)
-    for recorder in recorders:
-        watch.begin(recorder, _Watched, fit)
-        recorder.left_at = None
-    _traced.setdefault(
-        model.train_function,
-        [recorder for optimizer in optimizers for recorder in attached(optimizer)],
-    )
-    return recorders
+        model.train_function = _TrainFunction(model)
+    return own
 
 
-def detach(recorders: Sequence[Any]) -> None:
+def detach(own: watch.Watch) -> None:
     """Record no longer."""
-    for recorder in recorders:
-        optimizer = watch.end(recorder)
-        if optimizer is not None:
-            recorder.left_at = _calls(optimizer)
+    own.end()
 
 
-def _left_by_an_earlier_fit(
-    model: keras.Model, optimizers: Sequence[Any], plan: Plan
-) -> list[Recorder]:
-    known = _traced.get(model.train_function, [])
-    found = [
-        [
-            recorder
-            for recorder in known
-            if recorder.optimizer() is optimizer
-            and recorder.plan == plan
-            # What was trained without it may have been traced without it.
-            and recorder.left_at == _calls(optimizer)
-        ]
-        for optimizer in optimizers
-    ]
-    return [fitting[0] for fitting in found] if all(found) else []
+def is_current(own: watch.Watch, model: keras.Model) -> bool:
+    """Return whether the next training step of the model is still recorded."""
+    return own.root is model.optimizer
 
 
-def _calls(optimizer: Any) -> int:
-    """How often the optimizer was called. Waits for the device."""
-    return int(keras.ops.convert_to_numpy(optimizer._iterations))
+class _TrainFunction:
+    """Takes the place of a model's training function, for good.
+
+    Attributes:
+        recorders: those that each call so far was made with: every graph that was traced
+            calls them. `None` before the first call.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        self._model: Callable[[], Any] = weakref.ref(model)
+        self._function = model.train_function
+        self.recorders: list[Recorder] | None = None
+
+    def __call__(self, iterator: Any) -> Any:
+        try:
+            return self._function(iterator)
+        finally:
+            now = watch.recorders_of(self._model().optimizer)
+            self.recorders = [r for r in now if self.recorders is None or r in self.recorders]
+
+
+def _is_new(train_function: Any) -> bool:
+    """Return whether a training function calls whatever is attached before its first call."""
+    return isinstance(train_function, _TrainFunction) and train_function.recorders is None
+
+
+def _recorders_known_to(train_function: Any) -> list[Recorder]:
+    return getattr(train_function, "recorders", None) or []
+
+
+def _is_attached(recorder: Recorder) -> bool:
+    return recorder in attached(recorder.optimizer())
 
 
 class _Watched(watch.Watched):
@@ -86,7 +103,9 @@ class _Watched(watch.Watched):
     Where Keras does it, nobody else can see the result.
     """
 
-    def _update(self, given: watch.Given, gradients: list[Any], variables: list[Any]) -> None:
+    def _update(
+        self, given: watch.Given, gradients: list[Any], variables: list[Any] | None
+    ) -> None:
         optimizer = self._optimizer
         known, on, positions = given
         replicas = OwnReplica(tf.distribute.get_replica_context())
@@ -104,7 +123,7 @@ class _Watched(watch.Watched):
             squares, prescale, summed, positions, len(optimizer._trainable_variables)
         )
         step = tf.cast(optimizer.iterations, tf.int64) + 1
-        recorders = attached(optimizer)
+        recorders = ready(optimizer)
         times = [self._when(recorder, measured) for recorder in recorders]
         for recorder, when in zip(recorders, times, strict=True):
             _if(when, functools.partial(recorder.before, local, step))
@@ -118,6 +137,7 @@ class _Watched(watch.Watched):
     def _final(self, gradient: Any, variable: Any, local: Callable[[Any], Any]) -> Any:
         """This replica's part of the gradient that the next update is made with."""
         optimizer = self._optimizer
+        gradient = of_known_shape(gradient, variable.shape)
         dtype = arithmetic_dtype(gradient.dtype)
         if optimizer.gradient_accumulation_steps:
             gradient = dense(gradient, variable.shape)
@@ -149,7 +169,7 @@ class _Watched(watch.Watched):
         local: Callable[[Any], Any],
         measured: Measured,
         gradients: list[Any],
-        variables: list[Any],
+        variables: list[Any] | None,
     ) -> None:
         conditions = conditions_of_step(recorders, local)
         if not conditions:

@@ -12,7 +12,7 @@ from keras import ops
 from keras_sngm import update_rule
 from keras_sngm.backend import torch_step
 from keras_sngm.backend.optimizer import WholeModelOptimizer
-from keras_sngm.backend.recorder import attached, conditions_of_step, measured_by
+from keras_sngm.backend.recorder import conditions_of_step, measured_by, ready
 from keras_sngm.backend.torch_count import HostCount
 from keras_sngm.backend.torch_lists import dense, in_dtypes, values, wide
 from keras_sngm.backend.torch_norm import (
@@ -105,7 +105,7 @@ class BackendOptimizer(WholeModelOptimizer):
         if not host_decides(final[0]):
             finite = normalized.finite & in_range(normalized.unclipped, final)
             normalized = normalized._replace(finite=finite)
-        recorders = attached(self)
+        recorders = ready(self)
         updates = self._calls.of(self._iterations) // times
         moment = self._moment(updates, conditions_of_step(recorders))
         if moment.may_step is not None:
@@ -150,7 +150,9 @@ class BackendOptimizer(WholeModelOptimizer):
             overwrites = (updates + 1) % self.ema_overwrite_frequency == 0
         return Moment(
             learning_rate=ops.convert_to_tensor(self._learning_rate_of_update()),
-            first_average=self.skipped_steps.value == updates,
+            first_average=None
+            if self.averaged_updates is None
+            else self.averaged_updates.value == 0,
             overwrites_with_average=overwrites,
             may_step=torch.stack(conditions).all() if conditions else None,
         )
@@ -161,6 +163,8 @@ class BackendOptimizer(WholeModelOptimizer):
         norms = self.gradient_norms.value
         norms.copy_(update_rule.spread(normalized.norms, active, len(norms)))
         self.skipped_steps.value.add_(torch.logical_not(normalized.finite))
+        if self.averaged_updates is not None:
+            self.averaged_updates.value.add_(normalized.finite)
 
 
 def unscaled(gradients: list[torch.Tensor], loss_scale_factor: float | None) -> list[torch.Tensor]:

@@ -34,8 +34,8 @@ class Change(NamedTuple):
 class Recorder(RecorderBase):
     """Knows on the host which update is made, so that there are no conditions."""
 
-    def __init__(self, optimizer: Any, *what: Any) -> None:
-        super().__init__(optimizer, *what)
+    def _make_variables(self, optimizer: Any) -> None:
+        super()._make_variables(optimizer)
         self._written = dict.fromkeys(self._rings, 0)
 
     def latest_norm(self) -> Any:
@@ -43,8 +43,10 @@ class Recorder(RecorderBase):
         return keras.ops.convert_to_numpy(self._latest)
 
     def hold(self, updates: int) -> None:
-        # Not `assign`, which has the host wait for the device.
-        self._held.value.fill_(updates)
+        self._to_hold = updates
+        if self.is_open:
+            # Not `assign`, which has the host wait for the device.
+            self._held.value.fill_(updates)
 
     def may_step(self) -> torch.Tensor:
         """Whether a step may be taken. Asked only if the plan is to stop."""

@@ -26,7 +26,8 @@ class Moment(NamedTuple):
     """What changes from step to step besides the gradient."""
 
     learning_rate: torch.Tensor
-    first_average: torch.Tensor
+    first_average: torch.Tensor | None
+    """Whether the next moving average is the first. `None` if there are none."""
     overwrites_with_average: bool
     may_step: torch.Tensor | None
     """Whether a step may be taken at all. `None` if it may."""

@@ -7,7 +7,7 @@ import keras
 import torch
 
 from keras_sngm.backend import watch
-from keras_sngm.backend.recorder import Measured, attached, conditions_of_step
+from keras_sngm.backend.recorder import Measured, conditions_of_step, ready
 from keras_sngm.backend.torch import unscaled
 from keras_sngm.backend.torch_count import HostCount
 from keras_sngm.backend.torch_lists import dense, wide
@@ -16,19 +16,25 @@ from keras_sngm.backend.torch_recorder import Change, Recorder
 from keras_sngm.measurements import Plan
 
 
-def attach(model: keras.Model, plan: Plan, fit: Any) -> list[Any]:
+def attach(model: keras.Model, plan: Plan, fit: Any) -> watch.Watch:
     """Record from the next training step on."""
-    detach(watch.left_over(model, fit))
-    recorders = watch.recorders(model, plan, Recorder)
-    for recorder in recorders:
-        watch.begin(recorder, _Watched, fit)
-    return recorders
+    for recorder in watch.left_over(model, fit):
+        watch.detach(recorder)
+    own = watch.Watch(model, fit)
+    own.begin(watch.maker(model, plan, Recorder), _Watched)
+    for recorder in own.recorders:
+        recorder.open()
+    return own
 
 
-def detach(recorders: Sequence[Any]) -> None:
+def detach(own: watch.Watch) -> None:
     """Record no longer."""
-    for recorder in recorders:
-        watch.end(recorder)
+    own.end()
+
+
+def is_current(own: watch.Watch, model: keras.Model) -> bool:
+    """Return whether the next training step of the model is still recorded."""
+    return own.root is model.optimizer
 
 
 class _Watched(watch.Watched):
@@ -38,7 +44,9 @@ class _Watched(watch.Watched):
 
     @torch.compiler.disable
     @torch.no_grad()
-    def _update(self, given: watch.Given, gradients: list[Any], variables: list[Any]) -> None:
+    def _update(
+        self, given: watch.Given, gradients: list[Any], variables: list[Any] | None
+    ) -> None:
         optimizer = self._optimizer
         weights = optimizer._trainable_variables
         final = self._final(given.gradients, given.positions)
@@ -48,7 +56,7 @@ class _Watched(watch.Watched):
         times = optimizer.gradient_accumulation_steps or 1
         calls = self._calls.of(optimizer._iterations)
         number, is_update = calls // times + 1, (calls + 1) % times == 0
-        recorders = attached(optimizer)
+        recorders = ready(optimizer)
         change = None
         if is_update and any(recorder.is_due(number) for recorder in recorders):
             change = Change.begin([weight.value for weight in weights], directions())

@@ -1,6 +1,5 @@
 """Stands in on Keras backends that have no step, so that importing works."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -15,13 +14,18 @@ class BackendOptimizer(keras.optimizers.Optimizer):
         raise _not_yet(type(self).__name__)
 
 
-def attach(model: keras.Model, plan: Plan, fit: Any) -> list[Any]:
+def attach(model: keras.Model, plan: Plan, fit: Any) -> Any:
     """Refuses to record."""
     raise _not_yet("GradientNormLogger")
 
 
-def detach(recorders: Sequence[Any]) -> None:
-    """Nothing was attached."""
+def detach(own: Any) -> None:
+    """Do nothing: on this backend `attach` always raises."""
+
+
+def is_current(own: Any, model: keras.Model) -> bool:
+    """Return whether the model is recorded: on this backend it never is."""
+    return False
 
 
 def _not_yet(name: str) -> NotImplementedError:

@@ -1,0 +1,107 @@
+"""Which files the values of each model go to that one logger watches."""
+
+import os
+import pathlib
+import uuid
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+
+class Outputs:
+    """The numbers that a logger gives to the models it is used for, and so to their files.
+
+    Copies of a logger share this object, so that none writes to a file of another. A copy that
+    was sent to another process cannot know what others do: there numbers are claimed.
+
+    Args:
+        key: identifies the logger among all processes.
+    """
+
+    def __init__(self, key: str, process: int | None = None) -> None:
+        self._key = key
+        self._process = process
+        self._models: list[tuple[Callable[[], Any], int]] = []
+        self._next = 0
+
+    def number(self, model: Any, claim: Callable[[int], bool]) -> int:
+        """Return the number of a model, a new one unless it has one.
+
+        Args:
+            model: what is to be logged.
+            claim: tries to make the files of a number, returns false if there are any.
+        """
+        known = [number for of, number in self._models if of() is model]
+        return known[-1] if known else self.new_number(model, claim)
+
+    def new_number(self, model: Any, claim: Callable[[int], bool]) -> int:
+        """Return another number for a model, as if it had none."""
+        if self._process != os.getpid():
+            while not claim(self._next):
+                self._next += 1
+        number, self._next = self._next, self._next + 1
+        self._models.append((weakref.ref(model), number))
+        return number
+
+    def is_known(self, model: Any) -> bool:
+        """Return whether a model has a number."""
+        return any(of() is model for of, _ in self._models)
+
+    def __reduce__(self) -> tuple[Callable[[str], "Outputs"], tuple[str]]:
+        return _of_key, (self._key,)
+
+
+_known: weakref.WeakValueDictionary[str, Outputs] = weakref.WeakValueDictionary()
+
+
+def new_outputs() -> Outputs:
+    """Return the numbers of a logger that is made in this process."""
+    outputs = Outputs(uuid.uuid4().hex, os.getpid())
+    _known[outputs._key] = outputs
+    return outputs
+
+
+def _of_key(key: str) -> Outputs:
+    """Return the object that copies of one logger share in this process."""
+    return _known.setdefault(key, Outputs(key))
+
+
+def numbered_file(name: str, number: int) -> str:
+    """Return the name of a file for the model of this number.
+
+    >>> numbered_file("logs/log.csv", 0), numbered_file("logs/log.csv", 1)
+    ('logs/log.csv', 'logs/log_1.csv')
+    """
+    root, suffix = os.path.splitext(name)
+    return f"{root}_{number}{suffix}" if number else name
+
+
+def numbered_folder(name: str, number: int) -> str:
+    """Return the name of a folder for the model of this number.
+
+    >>> numbered_folder("logs/run.2/", 0), numbered_folder("logs/run.2/", 1)
+    ('logs/run.2/', 'logs/run.2_1')
+    """
+    return f"{name.rstrip('/')}_{number}" if number else name
+
+
+def claim_file(filename: str) -> bool:
+    """Make an empty file. Returns false if there is one, whoever made it."""
+    path = pathlib.Path(filename)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.open("x").close()
+    except FileExistsError:
+        return False
+    return True
+
+
+def claim_folder(folder: str) -> bool:
+    """Make a folder. Returns false if there is one, whoever made it, as far as that is known."""
+    if "://" in folder:
+        return True
+    try:
+        os.makedirs(folder)
+    except FileExistsError:
+        return False
+    return True
