@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import data
 import models
-from arguments import with_defaults
+from arguments import parsed_on, with_defaults
 from keras_sngm import GradientNormLogger
 from progress import Advance
 from trials import methods
@@ -173,8 +173,9 @@ def print_comparison(runs: Sequence[Run]) -> None:
 
 
 def _spread(values: Sequence[float]) -> str:
-    deviation = np.std(values, ddof=1) if len(values) > 1 else 0.0
-    return f"{np.mean(values):.1f} ± {deviation:.1f}"
+    """Format mean and standard deviation, or the mean alone of a single value."""
+    mean = f"{np.mean(values):.1f}"
+    return f"{mean} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else mean
 
 
 def draw(runs: Sequence[Run], path: pathlib.Path) -> None:
@@ -230,7 +231,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, help="default 3 (quick: 1)")
     parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("results/large_batch"))
     return with_defaults(
-        parser.parse_args(argv),
+        parsed_on("tensorflow", parser, argv),
         usual={"batch_size": 1000, "small_batch_size": 128, "epochs": 60, "seeds": 3},
         quick={"batch_size": 100, "small_batch_size": 32, "epochs": 2, "seeds": 1},
     )
