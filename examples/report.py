@@ -9,6 +9,7 @@ table for each task.
 """
 
 import argparse
+import os
 import pathlib
 from collections.abc import Sequence
 
@@ -43,10 +44,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = Report(arguments.results)
     arguments.output.mkdir(parents=True, exist_ok=True)
     template = arguments.results / TEMPLATE
-    folder = arguments.results.resolve()
+    folder = os.path.relpath(arguments.results.resolve(), arguments.output.resolve())
     text = report.fill(
-        template.read_text() if template.exists() else USUAL,
-        str(pathlib.Path(*folder.relative_to(arguments.output.resolve()).parts)),
+        template.read_text() if template.exists() else USUAL, pathlib.Path(folder).as_posix()
     )
     page = arguments.output / "study.md"
     page.write_text(text)

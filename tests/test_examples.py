@@ -39,6 +39,7 @@ def test_the_main_job_from_the_command_line(tmp_path):
         "| momentum SGD | 32 |",
     ):
         assert row in printed
+    assert "±" not in printed  # one seed
     assert str(tmp_path / "compare.json") in printed
     assert str(tmp_path / "compare.png") in printed
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
@@ -60,6 +61,18 @@ def test_quick_runs_of_methods_differ_only_in_the_optimizer(tmp_path):
     large_batch.main([*arguments, "--output", str(tmp_path)])
     norms = [run["grad_norm"][0] for run in saved_runs(tmp_path / "compare.json")]
     np.testing.assert_allclose(norms, norms[0], rtol=1e-4)
+
+
+def test_the_spread_of_several_seeds_is_shown(capsys):
+    runs = [
+        large_batch.Run("SNGM", 100, 0.5, seed, 8, 1.0, accuracy, 1.0, [], [])
+        for seed, accuracy in enumerate([0.5, 0.6, 0.7])
+    ]
+    large_batch.print_comparison(runs)
+    large_batch.print_comparison(runs[:1])
+    printed = capsys.readouterr().out
+    assert "| 60.0 ± 10.0 |" in printed
+    assert "| 50.0 |" in printed
 
 
 @pytest.mark.parametrize("name, shape", [("cifar10", (32, 32, 3)), ("mnist", (32, 32, 1))])

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -435,6 +436,19 @@ def test_failed_runs_keep_their_last_score():
     tuning = [run_of(seed=100, final=False)]
     (one,) = summary.summaries(runs + tuning)
     np.testing.assert_allclose(one.curve, [[25, 50, 50], [20, 20, 20]])
+
+
+def test_a_report_may_be_written_anywhere(tmp_path):
+    """Its pictures stay beside the results; its links lead there."""
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    for run in [run_of(exponent=0, seed=100, final=False), *(run_of(seed=i) for i in range(3))]:
+        results.append(folder / "mnist1d.jsonl", run)
+    page = tmp_path / "pages" / "of" / "study.md"
+    run_python(REPORT, "--results", folder, "--output", page.parent, MPLBACKEND="agg")
+    links = re.findall(r"\]\(([^)]+)\)", page.read_text())
+    assert len(links) == len(pictures.PICTURES)
+    assert all((page.parent / link).is_file() for link in links)
 
 
 def test_a_report_needs_a_folder(tmp_path):
