@@ -32,6 +32,7 @@ from timing import Sampler, interleaved, machine, quartiles, quartiles_ms
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 import models
+from arguments import parsed_on
 
 BATCH = 128
 STEPS = {"batch": 3, "tiny": 100}
@@ -167,7 +168,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = commandline.parser(__doc__, quick="a few seconds per variant")
     parser.add_argument("--seconds", type=float, help="of measuring, default 1000 (quick: 1)")
-    arguments = parser.parse_args(argv)
+    arguments = parsed_on("tensorflow", parser, argv)
     if arguments.seconds is None:
         arguments.seconds = 1.0 if arguments.quick else 1000.0
     if arguments.report:

@@ -29,6 +29,7 @@ from timing import interleaved, machine, paired_ratio, quartiles_ms
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 import models
+from arguments import parsed_on
 
 OPTIMIZERS = ("SNGM", "SGD", "Adam")
 MODES = {"graph": False, "xla": True}
@@ -154,7 +155,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, help="for every task and mode, default 40 (quick: 1)"
     )
-    arguments = parser.parse_args(argv)
+    arguments = parsed_on("tensorflow", parser, argv)
     if arguments.seconds is None:
         arguments.seconds = 1.0 if arguments.quick else 40.0
     return arguments

@@ -1,7 +1,26 @@
-"""Command-line arguments whose defaults depend on `--quick`."""
+"""Command-line arguments, for one backend alone or with defaults that depend on `--quick`."""
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
+
+import keras
+
+
+def parsed_on(
+    backend: str, parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> argparse.Namespace:
+    """Parse the command line of a program that needs a backend; exit if Keras runs on another.
+
+    `--help` works on all of them.
+    """
+    arguments = parser.parse_args(argv)
+    if keras.backend.backend() != backend:
+        parser.error(
+            f"Keras must run on {backend}: set KERAS_BACKEND={backend} in the environment. "
+            f"Received: {keras.backend.backend()}"
+        )
+    return arguments
 
 
 def with_defaults(

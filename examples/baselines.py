@@ -6,7 +6,6 @@ Keras' own weight decay is decoupled, and Keras has no LARS.
 from typing import Any
 
 import keras
-import tensorflow as tf
 from keras import ops
 
 
@@ -26,6 +25,8 @@ class CoupledDecay:
     def apply(self, grads, trainable_variables=None):
         # Without decay, so that sparse gradients stay sparse.
         if self.coupled_weight_decay:
+            import tensorflow as tf  # the study's report, which only imports this, does without
+
             # Replicas' gradients are summed, so each adds its share of the decay.
             replicas = tf.distribute.get_replica_context().num_replicas_in_sync
             share = self.coupled_weight_decay / replicas

@@ -24,6 +24,7 @@ import tensorflow as tf
 
 import data
 import models
+from arguments import parsed_on
 from keras_sngm import SNGM, GradientNormLogger
 
 WEIGHT_DECAY = 1e-4
@@ -130,7 +131,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=pathlib.Path, default=pathlib.Path("results/cifar10_resnet")
     )
-    arguments = parser.parse_args(argv)
+    arguments = parsed_on("tensorflow", parser, argv)
     if arguments.accumulate < 1 or arguments.batch_size % arguments.accumulate:
         parser.error(
             "`--batch-size` must be a multiple of `--accumulate`. Received: "

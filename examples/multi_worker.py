@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import data
 import models
-from arguments import with_defaults
+from arguments import parsed_on, with_defaults
 from keras_sngm import SNGM
 
 LEARNING_RATE = 0.5
@@ -155,7 +155,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="a folder that all workers can read",
     )
     return with_defaults(
-        parser.parse_args(argv),
+        parsed_on("tensorflow", parser, argv),
         usual={"batch_size": 1000, "epochs": 60},
         quick={"batch_size": 100, "epochs": 2},
     )

@@ -38,7 +38,7 @@ import tensorflow as tf
 from tqdm import tqdm
 
 import data
-from arguments import with_defaults
+from arguments import parsed_on, with_defaults
 from keras_sngm import GradientNormLogger
 from multi_worker import SEED, compiled_model
 from progress import Advance
@@ -154,10 +154,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=pathlib.Path("results/multi_worker_jax"),
         help="a folder that all processes can read",
     )
-    if keras.backend.backend() != "jax":
-        parser.error("set KERAS_BACKEND=jax in the environment")
     return with_defaults(
-        parser.parse_args(argv),
+        parsed_on("jax", parser, argv),
         usual={"batch_size": 1000, "epochs": 60},
         quick={"batch_size": 100, "epochs": 2},
     )

@@ -18,9 +18,9 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-import tensorflow as tf
 from tqdm import tqdm
 
+from arguments import parsed_on
 from trials import config, results, search, workers
 from trials.config import Search, Study
 from trials.results import Run, Wanted
@@ -79,7 +79,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=pathlib.Path, help="default results/study, results/study_quick"
     )
-    arguments = parser.parse_args(argv)
+    arguments = parsed_on("tensorflow", parser, argv)
     if arguments.output is None:
         name = "study_quick" if arguments.quick else "study"
         arguments.output = pathlib.Path("results") / name
@@ -107,6 +107,9 @@ def carry_out(study: Study, path: pathlib.Path, jobs: int) -> None:
 
 
 def default_jobs() -> int:
+    # PyTorch, which Keras may run on, must not be imported after TensorFlow.
+    import tensorflow as tf
+
     return 1 if tf.config.list_physical_devices("GPU") else os.cpu_count() or 1
 
 

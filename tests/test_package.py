@@ -1,7 +1,8 @@
-"""The rooms of the house, and what the README promises of the package."""
+"""The rooms of the house, its programs, and what the README promises of the package."""
 
 import ast
 import importlib.metadata
+import json
 import pathlib
 import re
 
@@ -9,6 +10,7 @@ import keras
 import pytest
 
 from keras_sngm import __version__
+from processes import run_python
 from replica_options import FAULTS, OPTIONS
 from support_table import TESTS_OF_COLUMNS
 
@@ -203,6 +205,20 @@ ALLOWED = {
     },
 }
 
+# The backend that each program needs, and the arguments that it must have.
+PROGRAMS = {
+    "benchmarks/logging_cost.py": ("tensorflow",),
+    "benchmarks/step_time.py": (None,),
+    "benchmarks/train_step.py": ("tensorflow",),
+    "examples/cifar10_resnet.py": ("tensorflow",),
+    "examples/gradient_norms.py": (None,),
+    "examples/large_batch.py": ("tensorflow",),
+    "examples/multi_worker.py": ("tensorflow",),
+    "examples/multi_worker_jax.py": ("jax",),
+    "examples/report.py": (None,),
+    "examples/study.py": ("tensorflow", "--task", "mnist1d"),
+}
+
 
 def imports_of(path):
     for node in ast.walk(ast.parse(path.read_text())):
@@ -248,3 +264,44 @@ def test_links_in_the_readme_lead_somewhere():
     targets = re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / "README.md").read_text())
     assert targets
     assert all((ROOT / target).exists() for target in targets)
+
+
+def test_every_program_is_in_the_table():
+    files = [path for folder in ("benchmarks", "examples") for path in (ROOT / folder).glob("*.py")]
+    programs = [path for path in files if 'if __name__ == "__main__":' in path.read_text()]
+    assert {str(path.relative_to(ROOT)) for path in programs} == set(PROGRAMS)
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
+def test_programs_have_help_on_every_backend_and_say_which_one_they_need(backend):
+    run_python(
+        "-c",
+        """
+import contextlib, io, json, pathlib, runpy, sys
+
+
+def end_of(program, *arguments):
+    sys.argv = [program, *arguments]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        try:
+            runpy.run_path(program, run_name="__main__")
+        except SystemExit as end:
+            return end.code, printed.getvalue()
+
+
+root, backend, programs = sys.argv[1:]
+for program, (needed, *arguments) in json.loads(programs).items():
+    path = pathlib.Path(root, program)
+    sys.path.insert(0, str(path.parent))
+    code, printed = end_of(str(path), "--help")
+    assert code == 0 and printed.startswith(f"usage: {path.name}"), (program, printed)
+    if needed not in (None, backend):
+        code, printed = end_of(str(path), *arguments)
+        assert code == 2 and f"set KERAS_BACKEND={needed}" in printed, (program, printed)
+""",
+        ROOT,
+        backend,
+        json.dumps(PROGRAMS),
+        KERAS_BACKEND=backend,
+    )
