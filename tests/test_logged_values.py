@@ -165,8 +165,11 @@ def test_histograms_count_the_elements(logged, updates, name, strategy):
             for path, tensor in zip(result.paths, tensors)
         }
         assert set(result.histograms[step]) == set(expected)
+        # An element is a sum over the batch. Another compiled program rounds its terms in another
+        # way, and where they cancel that shows, however small the sum is.
+        rounding = BATCH * np.finfo("float32").eps * norm(gradient)
         for key, tensor in expected.items():
-            assert_counts(result.histograms[step][key], tensor)
+            assert_counts(result.histograms[step][key], tensor, rounding)
 
 
 @pytest.mark.parametrize("name, strategy", [job for job in JOBS if CASES[job[0]].noise])
@@ -192,14 +195,17 @@ def test_the_noise_scale_equals_a_recomputation(logged, name, strategy):
     assert result.history["gradient_noise_scale"][-1] == pytest.approx(expected, rel=1e-4)
 
 
-def assert_counts(buckets, tensor):
-    """Rounding may bring an element at an edge to the next bucket."""
+def assert_counts(buckets, tensor, rounding):
+    """Assert that a histogram has the range of a tensor and counts its elements.
+
+    Rounding may bring an element at an edge to the next bucket.
+    """
     left, right, counts = buckets.T
     tensor = tensor.astype("float64")
     assert counts.sum() == tensor.size
-    scale = np.abs(tensor).max()
-    assert left[0] == pytest.approx(tensor.min(), rel=1e-5, abs=1e-5 * scale)
-    assert right[-1] == pytest.approx(tensor.max(), rel=1e-5, abs=1e-5 * scale)
+    tolerance = max(1e-5 * np.abs(tensor).max(), rounding)
+    assert left[0] == pytest.approx(tensor.min(), abs=tolerance)
+    assert right[-1] == pytest.approx(tensor.max(), abs=tolerance)
     np.testing.assert_allclose(left[1:], right[:-1])
     if tensor.size > 1:
         inside = np.clip(tensor, left[0], right[-1])
