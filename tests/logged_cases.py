@@ -8,10 +8,10 @@ import numpy as np
 
 from keras_sngm import SNGM
 from problems import BACKEND
+from replica_options import FEATURES, TOKENS, sequence
 
 BATCH, STEPS_PER_EPOCH, EPOCHS = 8, 6, 2
 LOG_EVERY, HISTOGRAM_EVERY = 2, 3
-FEATURES, TOKENS = 6, 7
 RATE = 0.05
 
 
@@ -23,6 +23,7 @@ class Case(NamedTuple):
         options: of SNGM, as the reference takes them; `None` for other optimizers.
         times: how many micro-batches make up an update.
         sparse: whether the model has an embedding.
+        sequence: whether it is one over sequences of unknown length.
         compile: arguments of `model.compile`.
         strategies: names of those it is to run under, see `logged_training.py`.
         noise: whether the noise scale is measured, averaged with momentum 0.9.
@@ -32,12 +33,15 @@ class Case(NamedTuple):
     options: dict[str, Any] | None = None
     times: int = 1
     sparse: bool = False
+    sequence: bool = False
     compile: dict[str, Any] = {}  # noqa: RUF012
     strategies: tuple[str, ...] = ("0", "2")
     noise: bool = False
 
     def model(self) -> keras.Model:
         keras.utils.set_random_seed(0)
+        if self.sequence:
+            return keras.Sequential(sequence())
         first = [keras.layers.Dense(5, activation="tanh", name="hidden")]
         inputs = keras.Input((FEATURES,))
         if self.sparse:
@@ -49,7 +53,9 @@ class Case(NamedTuple):
         generator = np.random.default_rng(0)
         x = generator.standard_normal((BATCH * STEPS_PER_EPOCH, FEATURES)).astype("float32")
         y = 2.0 + np.sin(x.sum(axis=1, keepdims=True))
-        return (generator.integers(0, TOKENS, x.shape).astype("int32") if self.sparse else x), y
+        if self.sparse or self.sequence:
+            x = generator.integers(0, TOKENS, x.shape).astype("int32")
+        return x, y
 
 
 def sngm(**options: Any) -> Callable[[], keras.optimizers.Optimizer]:
@@ -90,6 +96,10 @@ CASES = {
         sngm(gradient_accumulation_steps=2, **CHANGED), CHANGED, times=2
     ),
     "SNGM, embedding": Case(sngm(), {}, sparse=True),
+    "SNGM, sequence": Case(sngm(), {}, sequence=True, strategies=ALL),
+    "SNGM, sequence, XLA": Case(
+        sngm(), {}, sequence=True, compile={"jit_compile": True}, strategies=WITHOUT_STRATEGY
+    ),
     "SNGM, loss scaled": Case(sngm(loss_scale_factor=64.0), {}),
     "SNGM, LossScaleOptimizer": Case(
         lambda: keras.optimizers.LossScaleOptimizer(SNGM(RATE), initial_scale=64.0), {}
@@ -147,6 +157,10 @@ CASES = {
         sgd(gradient_accumulation_steps=2), times=2, sparse=True, strategies=WITHOUT_STRATEGY
     ),
     "SGD, embedding": Case(sgd(), sparse=True),
+    "SGD, sequence": Case(sgd(), sequence=True),
+    "SGD, sequence, accumulated": Case(
+        sgd(gradient_accumulation_steps=2), times=2, sequence=True, strategies=WITHOUT_STRATEGY
+    ),
     "SGD, loss scaled": Case(sgd(loss_scale_factor=64.0)),
     "SGD, LossScaleOptimizer": Case(
         lambda: keras.optimizers.LossScaleOptimizer(sgd()(), initial_scale=64.0)

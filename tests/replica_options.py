@@ -41,6 +41,33 @@ def embedding() -> list[keras.layers.Layer]:
     ]
 
 
+@keras.saving.register_keras_serializable(package="tests")
+class HiddenLength(keras.layers.Layer):
+    """Has TensorFlow forget how many steps a sequence has while it traces.
+
+    As where `padded_batch` makes sequences, whose lengths differ from batch to batch.
+    """
+
+    def call(self, inputs):
+        if keras.backend.backend() != "tensorflow":
+            return inputs
+        import tensorflow as tf
+
+        return tf.gather(inputs, tf.range(tf.shape(inputs)[1]), axis=1)
+
+
+def sequence() -> list[keras.layers.Layer]:
+    """Layers whose gradients have shapes that TensorFlow knows in part."""
+    return [
+        keras.Input((FEATURES,), dtype="int32"),
+        HiddenLength(),
+        keras.layers.Embedding(TOKENS, 3, name="table"),
+        keras.layers.Dense(4, activation="tanh", name="hidden"),
+        keras.layers.GlobalAveragePooling1D(),
+        keras.layers.Dense(1, name="head", dtype="float32"),
+    ]
+
+
 def frozen() -> list[keras.layers.Layer]:
     return dense(trainable=False)
 
@@ -100,7 +127,7 @@ class Option(NamedTuple):
         generator = np.random.default_rng(0)
         x = generator.standard_normal((SAMPLES, FEATURES)).astype("float32")
         y = 2.0 + np.sin(x.sum(axis=1, keepdims=True))
-        if self.layers in (embedding, everything):
+        if self.layers in (embedding, everything, sequence):
             x = generator.integers(0, TOKENS, x.shape).astype("int32")
         if self.bad:
             y[BAD_SAMPLE] = self.bad
@@ -187,6 +214,20 @@ OPTIONS = {
     ),
     "embeddings with `loss_scale_factor`": Option({"loss_scale_factor": 4.0}, layers=embedding),
     "embeddings with `clipnorm`": Option({"clipnorm": 0.02}, layers=embedding),
+    "sequences of unknown length": Option(layers=sequence),
+    "sequences of unknown length, all at once": Option(
+        {
+            **AVERAGED,
+            "blockwise": True,
+            "weight_decay": 0.1,
+            "decoupled_weight_decay": False,
+            "clipnorm": 0.02,
+            "loss_scale_factor": 8.0,
+            "gradient_accumulation_steps": 2,
+            "noise_scale_batch_size": BATCH,
+        },
+        layers=sequence,
+    ),
     "frozen layers": Option(layers=frozen),
     "`run_eagerly`": Option(compile={"run_eagerly": True}),
     "all at once, coupled decay": Option(

@@ -106,13 +106,13 @@ def test_noise_scale_is_the_quotient_of_averages():
 def test_before_the_first_update_and_without_signal():
     sngm = optimizer()
     sngm.build([keras.Variable(np.zeros(2)), keras.Variable(np.zeros(3))])
-    assert np.isnan(sngm.gradient_noise_scale.numpy())
+    assert sngm.gradient_noise_scale.numpy() == 0.0
     sngm = optimizer()
     # Small batches that cancel each other: the estimate of norm(G)^2 is negative.
     signs = np.array([1.0, -1.0, 1.0, -1.0])[:, np.newaxis]
     moments = moments_of(sngm, [signs * np.ones(5)])
     assert moments[0, 1] < 0
-    assert np.isposinf(sngm.gradient_noise_scale.numpy())
+    assert sngm.gradient_noise_scale.numpy() == np.finfo("float32").max
 
 
 def test_skipped_steps_do_not_count():

@@ -38,18 +38,17 @@ def test_lanes_add_up_to_the_whole(jit_compile):
 
 
 @pytest.mark.parametrize("dtype, scale", RANGES)
-def test_squares_of_any_magnitude(dtype, scale):
+def test_squares_of_any_magnitude(monkeypatch, dtype, scale):
     """By TensorFlow's kernel and in XLA: the same sums and the same power of two."""
     arrays = [scale * array for array in random_arrays(SIZES)]
     tensors = [tf.constant(array, dtype) for array in arrays]
     size = sum(array.size for array in arrays)
-    by_kernel = functools.partial(tensorflow_norm.sums_of_squares, stacks=0)
-    in_lanes = tensorflow_norm.sums_of_squares_in_lanes
-    rarely = functools.partial(in_lanes, least_size=4100)
+    monkeypatch.setattr(tensorflow_norm, "_LEAST_SIZE_IF_RARE", 4100)
     prescales = []
-    for usual, rare, in_xla in ((by_kernel, by_kernel, False), (in_lanes, rarely, True)):
+    for in_xla in (False, True):
+        sums = tensorflow_norm.sums_on(on_accelerator=False, in_xla=in_xla)
         measure = tf.function(
-            functools.partial(tensorflow_norm.squares_and_prescale, usual, rare, size=size),
+            functools.partial(tensorflow_norm.squares_and_prescale, *sums, size=size),
             jit_compile=in_xla,
         )
         squares, prescale = measure(tensors)
@@ -65,9 +64,9 @@ def test_squares_of_any_magnitude(dtype, scale):
 def test_no_magnitude_hides_what_is_not_finite(size, scale, bad):
     vector = np.full(size, scale, "float32")
     vector[size - 7] = bad
-    in_lanes = tensorflow_norm.sums_of_squares_in_lanes
+    sums = tensorflow_norm.sums_on(on_accelerator=False, in_xla=True)
     squares, _ = tf.function(
-        lambda vector: tensorflow_norm.squares_and_prescale(in_lanes, in_lanes, [vector], size),
+        lambda vector: tensorflow_norm.squares_and_prescale(*sums, [vector], size),
         jit_compile=True,
     )(vector)
     assert not np.isfinite(squares)

@@ -41,9 +41,10 @@ def test_config_holds_every_argument(clip):
 
 def test_schedules_survive():
     schedule = keras.optimizers.schedules.PolynomialDecay(0.5, 100, power=1.1)
-    restored = SNGM.from_config(SNGM(schedule).get_config())
+    optimizer = SNGM(schedule)
+    restored = SNGM.from_config(optimizer.get_config())
     assert float(restored.learning_rate) == 0.5
-    assert restored.get_config() == SNGM(schedule).get_config()
+    assert restored.get_config() == optimizer.get_config()
 
 
 def test_keras_can_deserialize_it_by_name():

@@ -52,9 +52,9 @@ class Watch:
         if container is None:
             self._attach(updating(self.root), make, wrap)
         else:
-            if "apply" not in vars(container):
-                container.apply = _BuildFirst(container)
-            container.apply.wait(self.fit, lambda: self._attach_inside(make, wrap))
+            if "build" not in vars(container):
+                container.build = _Build(container)
+            container.build.wait(self.fit, lambda: self._attach_inside(make, wrap))
 
     def _attach_inside(self, make: Callable[[Any], Any], wrap: Wrap) -> None:
         if not self.recorders:
@@ -73,7 +73,7 @@ class Watch:
         """Have nothing recorded any longer. Returns the recorders that were attached."""
         container = _container(self.root)
         if container is not None:
-            vars(container).pop("apply", None)
+            vars(container).pop("build", None)
         return [recorder for recorder in self.recorders if detach(recorder)]
 
 
@@ -145,23 +145,11 @@ def _unwrapped(optimizer: Any) -> Any:
     return optimizer
 
 
-def build_as_keras(optimizer: Any, variables: Sequence[Any]) -> None:
-    """Build an optimizer as its `apply`, called with these variables, would do first of all."""
-    if not optimizer.built:
-        with keras.name_scope(optimizer.name, caller=optimizer):
-            optimizer.build(variables)
-        optimizer.built = True
-
-
-class _BuildFirst:
-    """Takes the place of the `apply` of a `MultiOptimizer` that is not built yet.
-
-    Only building it shows which optimizers there are.
-    """
+class _Build:
+    """Takes the place of the `build` of a `MultiOptimizer`, which shows what it consists of."""
 
     def __init__(self, optimizer: Any) -> None:
-        self._optimizer = optimizer
-        self._apply = optimizer.apply
+        self._build = optimizer.build
         self._waiting: list[tuple[Any, Callable[[], None]]] = []
 
     def wait(self, fit: Any, attach: Callable[[], None]) -> None:
@@ -169,15 +157,10 @@ class _BuildFirst:
         self._waiting = [one for one in self._waiting if one[0] is fit]
         self._waiting.append((fit, attach))
 
-    def __call__(self, grads: Any, trainable_variables: Any = None) -> None:
-        gradients = list(grads)
-        if gradients and trainable_variables is not None:
-            trainable_variables = list(trainable_variables)
-            build_as_keras(self._optimizer, trainable_variables)
-        if self._optimizer.built:
-            for _, attach in self._waiting:
-                attach()
-        self._apply(gradients, trainable_variables)
+    def __call__(self, variables: Sequence[Any]) -> None:
+        self._build(variables)
+        for _, attach in self._waiting:
+            attach()
 
 
 class Given(NamedTuple):
@@ -226,7 +209,7 @@ class Watched:
         """Return what an update would be made with, `None` where Keras refuses to make it."""
         optimizer = self._optimizer
         if gradients and variables is not None:
-            build_as_keras(optimizer, variables)
+            _build_as_keras(optimizer, variables)
         if variables is None and optimizer.built:
             variables = optimizer._trainable_variables
         if variables is None or len(gradients) != len(variables):
@@ -249,6 +232,14 @@ class Watched:
     def _update(self, given: Given, gradients: list[Any], variables: list[Any] | None) -> None:
         """Record, and apply the gradients to the variables."""
         raise NotImplementedError
+
+
+def _build_as_keras(optimizer: Any, variables: Sequence[Any]) -> None:
+    """Build an optimizer as its `apply`, called with these variables, would do first of all."""
+    if not optimizer.built:
+        with keras.name_scope(optimizer.name, caller=optimizer):
+            optimizer.build(variables)
+        optimizer.built = True
 
 
 def measured(
