@@ -51,7 +51,7 @@ def test_the_readme_shows_what_logging_costs():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_contestant_of_a_backend_takes_steps_and_imports_no_other(backend):
-    """Beyond what Keras imports by itself."""
+    """What Keras imports by itself does not count."""
     run_python(
         "-c",
         """
