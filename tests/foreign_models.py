@@ -115,9 +115,7 @@ def gan(optimizer: Optimizer) -> keras.Model:
 
 
 def compiled(model: keras.Model, optimizer: Optimizer) -> keras.Model:
-    # XLA may round otherwise where it compiles more than a step, by the last bit of one element.
-    in_xla = BACKEND != "tensorflow" or not hasattr(optimizer, "optimizers")
-    model.compile(optimizer, loss="mse", jit_compile="auto" if in_xla else False)
+    model.compile(optimizer, loss="mse")
     return model
 
 
