@@ -241,6 +241,96 @@ def test_excluded_variables_do_not_decay():
         optimizer.exclude_from_weight_decay(var_names=["kernel"])
 
 
+def build_and_decay(optimizer):
+    """Which variables of a model with the layers `hidden` and `head` decay."""
+    model = keras.Sequential(
+        [
+            keras.Input((2,)),
+            keras.layers.Dense(2, name="hidden"),
+            keras.layers.Dense(1, name="head"),
+        ]
+    )
+    variables = model.trainable_variables
+    for variable in variables:
+        variable.assign(keras.ops.ones(variable.shape))
+    optimizer.build(variables)
+    optimizer.apply([keras.ops.zeros(v.shape) for v in variables], variables)
+    return [v.path.partition("/")[2] for v in variables if v.numpy().max() < 1]
+
+
+@pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize(
+    "names, decaying",
+    [
+        (["head"], ["hidden/kernel", "hidden/bias"]),
+        (["hidden/kernel"], ["hidden/bias", "head/kernel", "head/bias"]),
+        (["^bias$"], ["hidden/kernel", "head/kernel"]),
+        (["d.*/k", "head"], ["hidden/bias"]),
+    ],
+)
+def test_exclusions_are_found_in_the_path(names, decaying, saved):
+    optimizer = SNGM(0.5, weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(var_names=names)
+    if saved:
+        optimizer = SNGM.from_config(optimizer.get_config())
+    assert build_and_decay(optimizer) == decaying
+
+
+def test_exclusions_that_fit_nothing_are_told():
+    optimizer = SNGM(weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(var_names=["bias", "haed"])
+    with pytest.warns(UserWarning, match=r"var_names=\['haed'\]\)` excludes nothing"):
+        build_and_decay(optimizer)
+    optimizer = SNGM(weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(var_list=[keras.Variable(1.0, name="other")])
+    with pytest.warns(UserWarning, match=r"var_list=.*not built with.*Received: \['other'\]"):
+        build_and_decay(optimizer)
+
+
+class Linear(keras.optimizers.schedules.LearningRateSchedule):
+    """As users write it: Keras gives it a variable, which can be multiplied by a float."""
+
+    def __call__(self, step):
+        return 0.1 + step * 0.01
+
+    def get_config(self):
+        return {}
+
+
+@pytest.mark.parametrize("options", [{}, {"run_eagerly": True}])
+def test_a_schedule_gets_what_keras_gives_it_under_accumulation(options):
+    """A schedule of micro-batches reads the first of those that make up an update."""
+    rates = keras.optimizers.schedules.PiecewiseConstantDecay([1, 3, 5], [0.1, 0.12, 0.14, 0.16])
+    models = [
+        trained(SNGM(rate, gradient_accumulation_steps=2), epochs=1, **options)
+        for rate in (Linear(), rates)
+    ]
+    assert_same_weights(*models)
+    assert int(models[0].optimizer._iterations) == 6
+
+
+def test_averages_do_not_depend_on_counters_that_users_assign():
+    """After skipped steps, as a checkpoint of another program may do it."""
+    model = build_model()
+    model.compile(optimizer=SNGM(use_ema=True, ema_momentum=0.5), loss="mse")
+    model.fit(np.full_like(X, np.nan), Y, 8, verbose=0)
+    assert int(model.optimizer.skipped_steps) == 6
+    model.optimizer._iterations.assign(0)
+    fit(model, epochs=1)
+    averages = model.optimizer._model_variables_moving_average
+    for weight, average in zip(values_of(model.trainable_variables), values_of(averages)):
+        np.testing.assert_array_equal(weight, average)
+    assert int(model.optimizer.averaged_updates) == 6
+
+
+def test_averages_of_nothing_replace_nothing():
+    model = build_model()
+    before = values_of(model.weights)
+    model.compile(optimizer=SNGM(use_ema=True), loss="mse")
+    model.fit(np.full_like(X, np.nan), Y, 8, verbose=0)
+    assert_close(model.weights, before, 0.0)
+
+
 def test_momentum_cannot_be_switched_on_after_building():
     optimizer = SNGM(momentum=0.0)
     optimizer.build([keras.Variable([1.0])])
@@ -252,6 +342,7 @@ def test_momentum_cannot_be_switched_on_after_building():
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.0}, {"gradient_accumulation_steps": 2}])
 def test_float8_layers_train(options):
     """Their scales are overwritten, and have no momentum."""
+    keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(16), keras.layers.Dense(1)])
     model.layers[0].quantize("float8")
     model.compile(optimizer=SNGM(0.01, **options), loss="mse")

@@ -45,6 +45,13 @@ IMPORTED = {
     ("tensorflow.python.distribute.values_util", "get_current_replica_id_as_int"): (
         "A replica under XLA does not find its own part of a variable."
     ),
+    ("tensorflow.compiler.tf2xla.python.xla", "optimization_barrier"): (
+        "XLA makes NaN of gradients that it knows and that are too small to square."
+    ),
+    ("tensorflow.python.eager.context", "context"): (
+        '`jit_compile="auto"` does not know where operations have callbacks that XLA cannot '
+        "compile."
+    ),
     ("tensorflow.python.framework.config", "is_op_determinism_enabled"): (
         '`jit_compile="auto"` does not know where XLA is forbidden.'
     ),

@@ -39,6 +39,74 @@ def test_config_holds_every_argument(clip):
     assert SNGM.from_config(config).get_config() == config
 
 
+OPTIONS_WITH_STATE = {
+    "use_ema": True,
+    "gradient_accumulation_steps": 2,
+    "noise_scale_batch_size": 8,
+    "momentum": 0.9,
+}
+
+
+@pytest.mark.parametrize("paths", ["of Keras", "the same"])
+def test_every_variable_has_a_path_of_its_own(tmp_path, paths):
+    """Also where those of the model share one, as those of nested models may."""
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2), keras.layers.Dense(2)])
+    if paths == "the same":
+        for variable in model.trainable_variables:
+            variable._path = "same"
+    optimizer = SNGM(**OPTIONS_WITH_STATE)
+    optimizer.build(model.trainable_variables)
+    own = [variable.path for variable in optimizer.variables]
+    assert len(set(own)) == len(own)
+
+
+def test_a_model_with_accumulators_can_be_saved_in_every_way(tmp_path):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2), keras.layers.Dense(2)])
+    model.compile(SNGM(**OPTIONS_WITH_STATE), keras.losses.MeanSquaredError())
+    model.fit(np.ones((16, 2)), np.ones((16, 2)), 4, verbose=0)
+    tree = model.get_state_tree(value_format="numpy_array")
+    for name in ("m.keras", "m.h5"):
+        model.save(tmp_path / name)
+        loaded = keras.saving.load_model(tmp_path / name)
+        loaded.fit(np.ones((16, 2)), np.ones((16, 2)), 4, verbose=0)
+    expected = values_of([*model.weights, *model.optimizer.variables])
+    model.fit(np.ones((16, 2)), np.ones((16, 2)), 4, verbose=0)
+    model.set_state_tree(tree)
+    for value, kept in zip(values_of([*model.weights, *model.optimizer.variables]), expected):
+        np.testing.assert_array_equal(value, kept)
+
+
+def test_optimizers_are_named_as_those_of_keras_are():
+    keras.utils.clear_session()
+    assert [SNGM().name, SNGM().name] == ["sngm", "sngm_1"]
+    assert SNGM(name="mine").name == "mine"
+    assert SNGM.from_config(SNGM().get_config()).name == "sngm_2"
+
+
+class Store(dict):
+    """Takes what an optimizer saves, by the number of the variable."""
+
+
+@pytest.mark.parametrize("skipped, expected", [(0, 4), (1, 3)])
+def test_a_state_that_does_not_count_averages_is_loaded(skipped, expected):
+    """As it was saved before they were counted: by all variables but the last."""
+    variables = variables_of(random_arrays())
+    optimizer = SNGM(use_ema=True)
+    train(optimizer, variables, random_gradients(steps=4))
+    optimizer.skipped_steps.assign(skipped)
+    store = Store()
+    optimizer.save_own_variables(store)
+    del store[str(len(optimizer.variables) - 1)]
+    other = SNGM(use_ema=True)
+    other.build(variables)
+    other.load_own_variables(store)
+    assert int(other.averaged_updates) == expected
+    for value, kept in zip(
+        values_of(other.variables[:-1]), values_of(optimizer.variables[:-1]), strict=True
+    ):
+        np.testing.assert_array_equal(value, kept)
+
+
 def test_schedules_survive():
     schedule = keras.optimizers.schedules.PolynomialDecay(0.5, 100, power=1.1)
     optimizer = SNGM(schedule)

@@ -1,5 +1,7 @@
 """What there is on the TensorFlow backend alone."""
 
+import logging
+
 import keras
 import numpy as np
 import pytest
@@ -42,6 +44,24 @@ def test_plain_tf_variables_can_be_trained():
     optimizer = SNGM(0.5)
     optimizer.apply_gradients([(tf.constant([3.0, 4.0]), variable)])
     np.testing.assert_allclose(variable, [1.0 - 0.3, 2.0 - 0.4], rtol=1e-6)
+
+
+@pytest.mark.parametrize("make", [SNGM, keras.optimizers.SGD])
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}], ids=str)
+def test_a_function_of_the_user_does_not_warn(make, options):
+    """AutoGraph would tell of code that it cannot transform, and ask to report it."""
+    printed = []
+    handler = logging.Handler()
+    handler.emit = lambda record: printed.append(record.getMessage())
+    variables = [keras.Variable([1.0, 2.0])]
+    optimizer = make(**options)
+    optimizer.build(variables)
+    tf.get_logger().addHandler(handler)
+    try:
+        tf.function(lambda g: optimizer.apply(g, variables))([tf.constant([3.0, 4.0])])
+    finally:
+        tf.get_logger().removeHandler(handler)
+    assert not [message for message in printed if "AutoGraph" in message]
 
 
 def test_a_trained_model_can_be_exported(tmp_path):
