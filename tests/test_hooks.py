@@ -36,9 +36,6 @@ IMPORTED = {
     ("keras.src.backend.common.stateless_scope", "in_stateless_scope"): (
         "On PyTorch `stateless_apply` changes the variables."
     ),
-    ("tensorflow.compiler.tf2xla.python.xla", "optimization_barrier"): (
-        "XLA squares the factor of a rescaled gradient that it knows, and the square is infinite."
-    ),
     ("tensorflow.python.distribute.cross_device_ops", "CollectiveAllReduce"): (
         "Replicas on the CPUs of one machine send gradients to each other that all can read."
     ),
@@ -54,9 +51,6 @@ IMPORTED = {
     ("tensorflow.python.eager.context", "context"): (
         '`jit_compile="auto"` does not know where operations have callbacks that XLA cannot '
         "compile."
-    ),
-    ("tensorflow.python.eager.context", "context"): (
-        '`jit_compile="auto"` compiles where `tf.debugging` adds what XLA cannot compile.'
     ),
     ("tensorflow.python.framework.config", "is_op_determinism_enabled"): (
         '`jit_compile="auto"` does not know where XLA is forbidden.'
