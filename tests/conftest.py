@@ -41,7 +41,7 @@ ONLY_ON = {
         "test_jax_multi_worker.py",
         "test_stateless.py",
     ],
-    "torch": ["test_float64.py", "test_stateless.py", "test_torch.py"],
+    "torch": ["test_float64.py", "test_stateless.py", "test_torch.py", "torch_processes.py"],
 }
 
 collect_ignore = sorted(

@@ -82,6 +82,7 @@ def test_unknown_keywords_are_refused():
 
 
 def test_defaults():
+    keras.utils.clear_session()  # which counts the names of optimizers
     optimizer = SNGM()
     assert float(optimizer.learning_rate) == pytest.approx(0.1)
     assert optimizer.get_config() == {

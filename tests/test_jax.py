@@ -116,7 +116,7 @@ def test_a_logger_has_the_training_step_compiled_once(caplog, on_nonfinite):
         with jax.log_compiles():
             averaging_model().fit(x, y, batch_size=8, callbacks=callbacks)
         lines = "\n".join(record.getMessage() for record in caplog.records)
-        counts += [len(re.findall(r"XLA compilation of jit\((?:train|_guarded)_step\)", lines))]
+        counts += [len(re.findall(r"XLA compilation of jit\((?:train|_recorded)_step\)", lines))]
     assert counts[0] == counts[1] > 0
 
 

@@ -92,7 +92,11 @@ class Constant(keras.layers.Layer):
 
 def trained(option, *layers):
     """A model of an option with more layers at its end, and how it was trained."""
-    changed = option._replace(layers=lambda: [*option.layers(), *(layer() for layer in layers)])
+    # On JAX a variable that is not used has a gradient of zeros, to which coupled decay is added.
+    changed = option._replace(
+        layers=lambda: [*option.layers(), *(layer() for layer in layers)],
+        excluded=(*option.excluded, "unused") if layers == (Unused,) else option.excluded,
+    )
     model = changed.model(SNGM)
     logger = GradientNormLogger(per_variable=True, update_ratio=True, on_nonfinite="stop")
     callbacks = [logger, *(make() for make in option.callbacks)]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_sngm import SNGM
+from keras_sngm import SNGM, GradientNormLogger
 from keras_sngm.backend import tensorflow_step
 from problems import compare_with_reference, trained_table
 from processes import TESTS, run_python
@@ -62,6 +62,38 @@ def test_a_function_of_the_user_does_not_warn(make, options):
     finally:
         tf.get_logger().removeHandler(handler)
     assert not [message for message in printed if "AutoGraph" in message]
+
+
+OF_UNKNOWN_LENGTH = {
+    "SNGM": SNGM,
+    "averages": lambda: SNGM(use_ema=True),
+    "micro-batches": lambda: SNGM(gradient_accumulation_steps=2),
+    "SGD": lambda: keras.optimizers.SGD(0.01),
+    "Adam": keras.optimizers.Adam,
+}
+
+
+@pytest.mark.parametrize("jit_compile", ["auto", False])
+@pytest.mark.parametrize("make", OF_UNKNOWN_LENGTH.values(), ids=OF_UNKNOWN_LENGTH)
+def test_the_end_of_a_dataset_is_no_step(tmp_path, make, jit_compile):
+    """Where its length is unknown TensorFlow calls the training function once more.
+
+    Keras' own optimizers count that as a step.
+    """
+    x = np.random.default_rng(0).standard_normal((48, 6)).astype("float32")
+    data = tf.data.Dataset.from_generator(
+        lambda: zip(x, x[:, :1]), output_signature=(tf.TensorSpec((6,)), tf.TensorSpec((1,)))
+    )
+    model = keras.Sequential([keras.layers.Dense(1)])
+    optimizer = make()
+    model.compile(optimizer, "mse", jit_compile=jit_compile)
+    logger = GradientNormLogger(filename=tmp_path / "log.csv", on_nonfinite="stop")
+    history = model.fit(data.batch(8), epochs=3, verbose=0, callbacks=[logger]).history
+    assert min(history["grad_norm_min"]) > 0
+    updates = 18 // (optimizer.gradient_accumulation_steps or 1)
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 1 + updates
+    if isinstance(optimizer, SNGM):
+        assert int(optimizer._iterations) == 18
 
 
 def test_a_trained_model_can_be_exported(tmp_path):

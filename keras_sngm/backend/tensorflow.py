@@ -127,8 +127,11 @@ class BackendOptimizer(WholeModelOptimizer):
             self._accumulate(replicas, active, gradients, squares)
             is_last = (self._iterations + 1) % self.gradient_accumulation_steps == 0
             tf.cond(is_last, lambda: self._update_with_accumulated(replicas, active), lambda: None)
-        for part in replicas.parts(self._iterations):
-            with tf.device(part.device):
+        for replica, part in enumerate(replicas.parts(self._iterations)):
+            with (
+                tf.device(part.device),
+                tf.control_dependencies(_first(replicas, replica, gradients)),
+            ):
                 part.assign_add(1)
 
     def _replicas(self) -> int:
@@ -207,12 +210,14 @@ class BackendOptimizer(WholeModelOptimizer):
                         local,
                     )
                 for recorder in recording:
-                    recorder.after(
-                        local,
-                        number,
-                        measured_by(self, local),
-                        functools.partial(_directions, step, local_gradients, normalized),
-                    )
+                    # A variable that is read does not wait for data.
+                    with tf.control_dependencies([normalized.norm]):
+                        recorder.after(
+                            local,
+                            number,
+                            measured_by(self, local),
+                            functools.partial(_directions, step, local_gradients, normalized),
+                        )
 
     def _local_squares(
         self, active: tuple[int, ...], gradients: Sequence[Any], device: str
@@ -296,6 +301,15 @@ def _directions(
 def _on(replicas: Replicas, replica: int) -> Local:
     """What a variable is on one of the replicas."""
     return lambda variable: None if variable is None else replicas.parts(variable)[replica]
+
+
+def _first(replicas: Replicas, replica: int, gradients: Sequence[Any]) -> list[tf.Tensor]:
+    """Return a tensor that one replica has only if there were data, or none.
+
+    At the end of a dataset of unknown length TensorFlow runs whatever does not wait for data.
+    """
+    first = [replicas.parts(gradient)[replica] for gradient in gradients[:1]]
+    return [g.values if isinstance(g, tf.IndexedSlices) else g for g in first]
 
 
 def _add(accumulator: tf.Variable, gradient: Any) -> None:

@@ -88,6 +88,17 @@ class Recorder(RecorderBase):
             directions: maps the weights before the update to g / norm(g), for the
                 positions of those variables that have a gradient.
         """
+        # At the end of a dataset of unknown length TensorFlow runs whatever does not wait for data.
+        with tf.control_dependencies([measured.norm]):
+            self._record(local, step, measured, directions)
+
+    def _record(
+        self,
+        local: Local,
+        step: tf.Tensor,
+        measured: Measured,
+        directions: Callable[[Sequence[tf.Tensor]], Mapping[int, tf.Tensor]],
+    ) -> None:
         self._write_row(local, step, measured)
         self._note_what_is_not_finite(local, step, measured)
         weights = [tf.convert_to_tensor(local(kept)) for kept in self._before]
