@@ -60,7 +60,7 @@ class GradientNormLogger(keras.callbacks.Callback):
     |---|---|---|---|
     | `grad_norm` | see above | mean | each |
     | `grad_norm_max`, `grad_norm_min` | | extremes | |
-    | `grad_norm/<path>` | of the variables under `<path>` | mean | each |
+    | `grad_norm/<path>` | of the variables of `<path>` | mean | each |
     | `gradient_noise_scale` | if `SNGM` measures it | last | each |
     | `update_ratio` | norm(dw) / norm(w), w before the step | mean | each |
     | `update_norm` | norm(dw) | mean | each |
@@ -73,17 +73,30 @@ class GradientNormLogger(keras.callbacks.Callback):
     "Each" means every `log_every` updates, against `optimizer.iterations`, which goes
     on counting when training is resumed. `logs` of batches hold `grad_norm` of the
     newest update, a tensor on the device (on PyTorch a NumPy array). A gradient that is
-    not finite makes means and extremes NaN or infinite.
+    not finite makes means and extremes NaN or infinite. An infinite `gradient_noise_scale`
+    is one that is not known yet.
+
+    Nothing but what is logged changes: neither weights nor the optimizer's variables, state
+    trees and files. A model that is not built yet is built by Keras, as without a logger;
+    one that is compiled anew while it trains is followed.
+
+    One logger can be used for several models, one after the other, as for folds or in a
+    search. The first one's values go to `filename` and `log_dir`, those of others to names
+    with a number, `log_1.csv` and so on. A second `fit` of a model goes on with its file,
+    unless its values have other names by then: then it gets another. Copies of a logger
+    share the numbers; one that was sent to another process takes the next name that nobody
+    has taken.
 
     Args:
         log_dir: Directory for TensorBoard, or `None`. Needs the package `tensorboard`.
         filename: File for the same scalars, or `None`: CSV if it ends in `.csv`, one
             JSON object per line if it ends in `.jsonl`.
         log_every: Integer. Every how many updates `log_dir` and `filename` get values.
-        per_variable: Boolean, integer or function. `True` adds keys for each trainable
-            variable, a function `variable -> bool` for those it is true for. An
-            integer adds them for groups of variables whose paths begin with the same so
-            many parts, so that `1` or `2` gives one key per block of a deep model.
+        per_variable: Boolean, `"layer"`, integer or function. `True` adds keys for each
+            trainable variable, a function `variable -> bool` for those it is true for.
+            `"layer"` adds them for each layer of the model, whatever kind of model that
+            is; a model among its layers counts as its layers. An integer adds them for
+            groups of variables whose paths begin with the same so many parts.
         update_ratio: Boolean. Whether to measure how far the weights move. Done at every
             `log_every`-th update alone, where it takes some passes over the weights. A
             copy of the weights is kept for it.
@@ -98,7 +111,7 @@ class GradientNormLogger(keras.callbacks.Callback):
             JAX at the end of the epoch, and says so; trainable and other weights are as
             they were after the last step before.
         append: Boolean. Whether to go on with `filename` if it exists, rather than
-            overwrite it. A second `fit` with the same logger always does.
+            overwrite it, whichever model the values are of.
 
     Raises:
         ImportError: if `log_dir` is set and `tensorboard` is not installed.
