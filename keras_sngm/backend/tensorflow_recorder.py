@@ -90,31 +90,23 @@ class Recorder(RecorderBase):
         """
         # At the end of a dataset of unknown length TensorFlow runs whatever does not wait for data.
         with tf.control_dependencies([measured.norm]):
-            self._record(local, step, measured, directions)
+            self._write_row(local, step, measured)
+            self._note_what_is_not_finite(local, step, measured)
+            weights = [tf.convert_to_tensor(local(kept)) for kept in self._before]
 
-    def _record(
-        self,
-        local: Local,
-        step: tf.Tensor,
-        measured: Measured,
-        directions: Callable[[Sequence[tf.Tensor]], Mapping[int, tf.Tensor]],
-    ) -> None:
-        self._write_row(local, step, measured)
-        self._note_what_is_not_finite(local, step, measured)
-        weights = [tf.convert_to_tensor(local(kept)) for kept in self._before]
+            def write_details() -> None:
+                self._write_details(local, step, weights, directions(weights))
 
-        def write_details() -> None:
-            self._write_details(local, step, weights, directions(weights))
+            def write_histograms() -> None:
+                self._write_histograms(local, step, measured.norm, directions(weights))
 
-        def write_histograms() -> None:
-            self._write_histograms(local, step, measured.norm, directions(weights))
-
-        if self.plan.details_every is not None:
-            due = self._is_due(local, self.plan.details_every, step)
-            tf.cond(due, write_details, lambda: None)
-        if self.plan.histogram_every is not None:
-            due = self._is_due(local, self.plan.histogram_every, step)
-            tf.cond(due, write_histograms, lambda: None)
+            rarer = (
+                (self.plan.details_every, write_details),
+                (self.plan.histogram_every, write_histograms),
+            )
+            for every, write in rarer:
+                if every is not None:
+                    tf.cond(self._is_due(local, every, step), write, lambda: None)
 
     def _is_due(self, local: Local, every: int | None, step: tf.Tensor) -> tf.Tensor:
         if every is None:
