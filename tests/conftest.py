@@ -11,6 +11,7 @@ ONLY_ON = {
     "tensorflow": [
         "backend_training.py",
         "dying_worker.py",
+        "foreign_replicas.py",
         "killed_training.py",
         "replica_training.py",
         "stopped_training.py",

@@ -98,6 +98,10 @@ def test_every_replica_runs_an_xla_program(trained, replicas):
     assert trained[str(replicas)]["xla_calls"] == devices
 
 
+def test_a_logger_changes_nothing_in_models_of_others():
+    run_python(TESTS / "foreign_replicas.py")
+
+
 def test_a_model_compiled_on_several_devices_says_what_to_set_instead(trained):
     assert not trained["1"]["jit_error"]
     for replicas in ("2", "4"):
