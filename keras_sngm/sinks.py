@@ -52,10 +52,13 @@ class TensorBoardSink:
         try:
             gfile = self._tensorboard.gfile
             gfile.makedirs(log_dir)
-            probe = os.path.join(log_dir, f".probe.{os.getpid()}")
-            with gfile.GFile(probe, "w") as file:
-                file.write("")
-            gfile.remove(probe)
+            # Without TensorFlow there is a stand-in that removes nothing.
+            remove = getattr(gfile, "remove", None if "://" in log_dir else os.remove)
+            if remove is not None:
+                probe = os.path.join(log_dir, f".probe.{os.getpid()}")
+                with gfile.GFile(probe, "w") as file:
+                    file.write("")
+                remove(probe)
         except Exception as error:  # TensorFlow has errors of its own
             raise OSError(f"`log_dir` cannot be written. Received: log_dir={log_dir}") from error
         self._writer = self._tensorboard.EventFileWriter(log_dir)

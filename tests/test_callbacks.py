@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 from keras import ops
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.tensorflow_stub.io import gfile
 from tensorboard.util.tensor_util import make_ndarray
 
 from autodiff import CustomModel, gradients_of
 from keras_sngm import SNGM, GradientNormLogger
 from keras_sngm.backend.recorder import attached
+from keras_sngm.sinks import tensorboard_parts
 from problems import BACKEND, values_of
 
 X = np.random.default_rng(0).standard_normal((40, 6)).astype("float32")
@@ -113,6 +115,16 @@ def test_tensorboard_gets_one_scalar_per_step(tmp_path):
     steps, values = scalars_in(tmp_path)
     assert steps == list(range(1, 11))
     np.testing.assert_allclose(values, norms_from_scratch().ravel(), rtol=1e-5)
+
+
+def test_tensorboard_needs_no_tensorflow(tmp_path, monkeypatch):
+    """It brings a stand-in for the file system of TensorFlow, which can do less."""
+    parts = tensorboard_parts()
+    parts.gfile = gfile
+    monkeypatch.setattr("keras_sngm.sinks.tensorboard_parts", lambda: parts)
+    fit(build_model(), GradientNormLogger(log_dir=tmp_path))
+    assert scalars_in(tmp_path)[0] == list(range(1, 11))
+    assert not list(tmp_path.glob(".probe*"))
 
 
 def test_csv_and_json_lines_hold_the_same(tmp_path):

@@ -107,7 +107,9 @@ class _TrainFunction:
         own = [variable for recorder in recorders for variable in recorder.own]
         places = {id(v): i for i, v in enumerate([*model.optimizer.variables, *own])}
         step, is_own = model.train_step, "train_step" in vars(model)
-        model.train_step = functools.partial(_recorded_step, model, step)
+        with _tracked(recorders):
+            shardings = [variable.value.sharding for variable in model.optimizer.variables]
+        model.train_step = functools.partial(_recorded_step, model, step, shardings)
         try:
             with _tracked(recorders):
                 self._order = [places[id(v)] for v in model.optimizer.variables]
@@ -152,12 +154,26 @@ def _in_place(model: keras.Model, state: Any) -> Iterator[None]:
             variable._value = None
 
 
+@contextlib.contextmanager
+def _sharded_as(model: keras.Model, shardings: Sequence[Any]) -> Iterator[None]:
+    """Replace what older Keras has noted before training: how the optimizer's state is sharded."""
+    noted = getattr(model, "_optimizer_variable_shardings", None)
+    if noted is None:
+        yield
+        return
+    model._optimizer_variable_shardings = shardings
+    try:
+        yield
+    finally:
+        model._optimizer_variable_shardings = noted
+
+
 def _recorded_step(
-    model: keras.Model, step: Callable[..., Any], state: Any, data: Any
+    model: keras.Model, step: Callable[..., Any], shardings: Sequence[Any], state: Any, data: Any
 ) -> tuple[Any, Any]:
     """A training step that records, and backs up what is to be restored after a stop."""
     recorders = _recorders_of(model)
-    with _tracked(recorders):
+    with _tracked(recorders), _sharded_as(model, shardings):
         logs, new = step(state, data)
         optimizer_variables = model.optimizer.variables
     variables = [*model.non_trainable_variables, *optimizer_variables]
