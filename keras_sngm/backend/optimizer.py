@@ -45,9 +45,9 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
             self._accumulated_squares = self._add_total((), "float32", "squares_accumulator")
 
     def add_variable(self, shape: Any, *args: Any, name: str | None = None, **kwargs: Any) -> Any:
-        """As Keras', but no two variables get the same name, and so the same path.
+        """Add a variable, under a name and so a path that no other of the optimizer has.
 
-        Those of variables of the model that share a path would.
+        Variables that belong to variables of the model which share a path would share one, too.
         """
         return super().add_variable(shape, *args, name=self._unused_name(name), **kwargs)
 

@@ -69,12 +69,13 @@ class Watch:
                 optimizer.apply = wrap(optimizer)
             self.recorders.append(recorder)
 
-    def end(self) -> list[Any]:
-        """Have nothing recorded any longer. Returns the recorders that were attached."""
+    def end(self) -> None:
+        """Have nothing recorded any longer."""
         container = _container(self.root)
         if container is not None:
             vars(container).pop("build", None)
-        return [recorder for recorder in self.recorders if detach(recorder)]
+        for recorder in self.recorders:
+            detach(recorder)
 
 
 def detach(recorder: Any) -> bool:
