@@ -96,6 +96,35 @@ def test_the_end_of_a_dataset_is_no_step(tmp_path, make, jit_compile):
         assert int(optimizer._iterations) == 18
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_ema": True},
+        {"gradient_accumulation_steps": 2},
+        {"gradient_accumulation_steps": 3, "use_ema": True},
+        {"gradient_accumulation_steps": 2, "noise_scale_batch_size": 8},
+    ],
+    ids=str,
+)
+def test_a_dataset_of_unknown_length_trains_like_one_of_known_length(options):
+    """Though it may end amid the micro-batches of an update: 5 batches in each epoch."""
+    x = np.random.default_rng(0).standard_normal((40, 6)).astype("float32")
+    states = []
+    for data in (
+        tf.data.Dataset.from_tensor_slices((x, x[:, :1])),
+        tf.data.Dataset.from_generator(
+            lambda: zip(x, x[:, :1]), output_signature=(tf.TensorSpec((6,)), tf.TensorSpec((1,)))
+        ),
+    ):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.layers.BatchNormalization(), keras.layers.Dense(1)])
+        model.compile(SNGM(**options), "mse", jit_compile=False)
+        model.fit(data.batch(8), epochs=3, verbose=0)
+        states.append([v.numpy() for v in [*model.weights, *model.optimizer.variables]])
+    for value, expected in zip(*states, strict=True):
+        np.testing.assert_array_equal(value, expected)
+
+
 def test_a_trained_model_can_be_exported(tmp_path):
     x = np.random.default_rng(0).standard_normal((48, 6)).astype("float32")
     model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(1)])
