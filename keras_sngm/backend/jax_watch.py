@@ -30,8 +30,6 @@ def attach(model: keras.Model, plan: Plan, fit: Any) -> watch.Watch:
         _detach(recorder)
     own = watch.Watch(model, fit)
     own.begin(watch.maker(model, plan, Recorder), _Watched)
-    for recorder in own.recorders:
-        recorder.open()
     model.make_train_function()
     if not isinstance(model.train_function, _TrainFunction):
         model.train_function = _TrainFunction(model)

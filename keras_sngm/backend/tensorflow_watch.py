@@ -44,8 +44,6 @@ def attach(model: keras.Model, plan: Plan, fit: Any) -> watch.Watch:
     make = watch.maker(model, plan, Recorder)
     used = {recorder.optimizer(): recorder for recorder in spare}
     own.begin(lambda optimizer: used.get(optimizer) or make(optimizer), _Watched)
-    for recorder in own.recorders:
-        recorder.open()
     is_known = own.recorders and all(recorder in spare for recorder in own.recorders)
     if not is_known and not _is_new(model.train_function):
         model.make_train_function(force=True)

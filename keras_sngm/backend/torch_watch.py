@@ -22,8 +22,6 @@ def attach(model: keras.Model, plan: Plan, fit: Any) -> watch.Watch:
         watch.detach(recorder)
     own = watch.Watch(model, fit)
     own.begin(watch.maker(model, plan, Recorder), _Watched)
-    for recorder in own.recorders:
-        recorder.open()
     return own
 
 

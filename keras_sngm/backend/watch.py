@@ -68,6 +68,7 @@ class Watch:
             if not isinstance(optimizer, WholeModelOptimizer) and "apply" not in vars(optimizer):
                 optimizer.apply = wrap(optimizer)
             self.recorders.append(recorder)
+            recorder.open()
 
     def end(self) -> None:
         """Have nothing recorded any longer."""
