@@ -4,13 +4,14 @@ All of them fail when they are made, rather than later, if they cannot be writte
 """
 
 import csv
+import io
 import json
 import os
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -114,7 +115,7 @@ class FileSink:
         self._is_csv = path.suffix == ".csv"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._there = path.read_text() if append and path.exists() else ""
+            self._there = _Ends.of(path) if append and path.exists() else _Ends("", "")
             self._file = path.open("a" if append else "w", newline="")
         except OSError as error:
             raise OSError(f"`filename` cannot be written. Received: filename={filename}") from error
@@ -125,15 +126,17 @@ class FileSink:
         Raises:
             ColumnsError: if a CSV file has others.
         """
-        there = self._there
+        first_line, last_character = self._there
         names = ["step", *columns]
-        if self._is_csv and there:
-            _check_columns(self._name, names, there)
-        if there and not there.endswith("\n"):
-            self._file.write("\n")  # the end of a line that was broken off
         self._csv = csv.DictWriter(self._file, names) if self._is_csv else None
-        if self._csv is not None and not there:
-            self._csv.writeheader()
+        if self._is_csv and _is_cut_off(first_line, names):
+            self._file.truncate(0)
+            self._file.write(_header(names))
+            return
+        if self._is_csv:
+            _check_columns(self._name, names, first_line)
+        if last_character not in ("", "\n"):
+            self._file.write("\n")  # the end of a line that was broken off
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         row = {"step": step, **scalars}
@@ -156,8 +159,35 @@ class ColumnsError(ValueError):
     """A CSV file has other columns than are to be written to it."""
 
 
-def _check_columns(filename: str, wanted: list[str], there: str) -> None:
-    columns = next(csv.reader([there.splitlines()[0]]))
+class _Ends(NamedTuple):
+    """The first line and the last character of a text file, empty strings if it is empty."""
+
+    first_line: str
+    last_character: str
+
+    @classmethod
+    def of(cls, path: pathlib.Path) -> "_Ends":
+        """Read them alone: the file may be long."""
+        with path.open() as text, path.open("rb") as data:
+            first_line = text.readline()
+            if first_line:
+                data.seek(-1, os.SEEK_END)
+            return cls(first_line, data.read(1).decode("latin-1"))
+
+
+def _header(names: Sequence[str]) -> str:
+    line = io.StringIO()
+    csv.writer(line).writerow(names)
+    return line.getvalue()
+
+
+def _is_cut_off(first_line: str, names: Sequence[str]) -> bool:
+    """Return whether a line is the beginning of a header, or empty, and not all of it."""
+    return not first_line.endswith("\n") and _header(names).startswith(first_line)
+
+
+def _check_columns(filename: str, wanted: list[str], first_line: str) -> None:
+    columns = next(csv.reader([first_line]))
     if columns != wanted:
         raise ColumnsError(
             "A CSV file can be appended to if it has the columns "

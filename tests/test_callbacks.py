@@ -467,6 +467,15 @@ def test_a_line_that_was_broken_off_spoils_no_other(tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("there", ["", "st", "step,grad_norm"])
+def test_a_header_that_was_broken_off_is_written_anew(tmp_path, there):
+    (tmp_path / "log.csv").write_text(there)
+    fit(build_model(), GradientNormLogger(filename=tmp_path / "log.csv", append=True), epochs=1)
+    header, *lines = (tmp_path / "log.csv").read_text().splitlines()
+    assert header == "step,grad_norm"
+    assert len(lines) == 5
+
+
 def test_an_interrupted_epoch_is_written_and_leaves_nothing_behind(tmp_path):
     def interrupt(batch, logs):
         if batch == 2:
