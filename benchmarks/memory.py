@@ -25,6 +25,12 @@ def peak_of(call: Callable[[], object]) -> int | None:
     return _field(process / "status", "VmHWM") - before
 
 
+def resident() -> int | None:
+    """Return the bytes of memory that the process uses, `None` where the system does not say."""
+    status = _PROC / "self" / "status"
+    return _field(status, "VmRSS") if status.exists() else None
+
+
 def _field(path: pathlib.Path, name: str) -> int:
     for line in path.read_text().splitlines():
         key, _, value = line.partition(":")

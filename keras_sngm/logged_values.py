@@ -1,6 +1,6 @@
 """Names of what is logged, and how it follows from what was recorded."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -25,9 +25,6 @@ DESCRIPTIONS = {
     "momenta": "Elements of the momentum u after this step.",
 }
 """By the first part of a name."""
-
-NO_EPOCH = dict.fromkeys(("grad_norm", "grad_norm_max", "grad_norm_min"), np.nan)
-"""For `logs` of an epoch in which no optimizer was built."""
 
 
 class LoggedValues:
@@ -60,6 +57,13 @@ class LoggedValues:
         names = [*self.of_updates(self._no_rows())]
         if self._with_details:
             names += self.of_details(np.zeros((count, len(DETAILS))))
+        return names
+
+    def columns_of_epoch(self) -> list[str]:
+        """Return the names of those scalars that `logs` of an epoch have statistics of."""
+        names = [*self.of_updates(self._no_rows())]
+        if self._with_details:
+            names += named_details(np.zeros((1, len(DETAILS))), self._has_momentum)
         return names
 
     def of_updates(self, rows: Rows) -> dict[str, np.ndarray]:
@@ -96,33 +100,5 @@ class LoggedValues:
             if np.isfinite(histogram).all()
         }
 
-    def of_epoch(
-        self,
-        updates: Sequence[Mapping[str, np.ndarray]],
-        details: Sequence[Mapping[str, float]],
-    ) -> dict[str, float]:
-        """For `logs`: means, and the extremes of the norm; NaN where nothing was measured.
-
-        The noise scale is smoothed already: the last one stands for the epoch.
-        """
-        logs = {}
-        for name in self.of_updates(self._no_rows()):
-            values = np.concatenate([part[name] for part in updates] or [np.zeros(0)])
-            if name == "gradient_noise_scale":
-                logs[name] = float(values[-1]) if values.size else np.nan
-            else:
-                logs[name] = _mean(values)
-            if name == "grad_norm":
-                logs["grad_norm_max"] = float(np.max(values)) if values.size else np.nan
-                logs["grad_norm_min"] = float(np.min(values)) if values.size else np.nan
-        if self._with_details:
-            for name in named_details(np.zeros((1, len(DETAILS))), self._has_momentum):
-                logs[name] = _mean(np.array([row[name] for row in details]))
-        return logs
-
     def _no_rows(self) -> Rows:
         return Rows(np.zeros(0), np.zeros(0), np.zeros((0, len(self._has_momentum))))
-
-
-def _mean(values: np.ndarray) -> float:
-    return float(np.mean(values)) if values.size else np.nan

@@ -15,11 +15,15 @@ from typing import Any, NamedTuple
 import keras
 import numpy as np
 
-from keras_sngm.logged_values import NO_EPOCH, LoggedValues
+from keras_sngm.epoch_statistics import EpochStatistics
+from keras_sngm.logged_values import LoggedValues
 from keras_sngm.measurements import Plan, RowsLostError, joined_rows
 from keras_sngm.sinks import Sink
 
 _SECONDS_BETWEEN_LOOKS = 1.0
+_MOST_UNREAD = 2
+"""Copies of all rows that wait for the thread at a time. More of them would take memory without
+end where values come in faster than it can write them."""
 # Where there are several processes.
 _MOST_UPDATES_PER_STEP = 64
 
@@ -63,8 +67,7 @@ class Recording:
         self._sinks: Sequence[Sink] = ()
         self._progress: list[Any] = []
         self._has_begun = False
-        self._updates: list[dict[str, np.ndarray]] = []
-        self._details: list[dict[str, float]] = []
+        self._epoch = EpochStatistics(["grad_norm"])
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="GradientNormLogger")
         self._reads: list[Future] = []
         self._updates_per_step: int | None = None
@@ -89,14 +92,15 @@ class Recording:
         recorders = [recorder for recorder in self._watch.recorders if recorder.is_open]
         if self._values is None and recorders:
             self._values, self._sinks = self._begin_output(recorders)
+            self._epoch = EpochStatistics(self._values.columns_of_epoch())
             self._recorders = recorders
             self._progress = [recorder.begun_at for recorder in recorders]
 
     def before_updates(self) -> None:
         """To be called before each execution of training steps.
 
-        Does not wait for the device, but after the first. Raises what went wrong in the
-        thread.
+        Waits for the device after the first one alone, and for the thread where values come
+        in faster than it can write them. Raises what went wrong in the thread.
         """
         count = self._model.steps_per_execution
         self.open()
@@ -106,6 +110,8 @@ class Recording:
             self._look()
             if self._updates_per_step is None:
                 self._take(self._reads.pop())
+            while len(self._reads) > _MOST_UNREAD:
+                self._take(self._reads.pop(0))
         self._unseen_steps += count
         self._steps += count
         for recorder in self._watch.recorders:
@@ -117,7 +123,8 @@ class Recording:
         """Return whether to look at the recorders before so many more steps are executed."""
         room = min(recorder.updates_kept for recorder in self._recorders)
         no_room = (self._unseen_steps + count) * (self._updates_per_step or 1) > room
-        return no_room or time.monotonic() - self._looked > _SECONDS_BETWEEN_LOOKS
+        is_time = time.monotonic() - self._looked > _SECONDS_BETWEEN_LOOKS
+        return no_room or (is_time and not self._reads)
 
     def wait(self) -> None:
         """Bring all there is to the host."""
@@ -135,11 +142,7 @@ class Recording:
             self._model.stop_training = True
         if self._values is None or not self._updates_per_step:
             self._tell_of_no_updates()
-        logs = NO_EPOCH
-        if self._values is not None:
-            logs = self._values.of_epoch(self._updates, self._details)
-        self._updates, self._details = [], []
-        return dict(logs)
+        return self._epoch.end()
 
     def _tell_of_no_updates(self) -> None:
         times = [
@@ -204,7 +207,7 @@ class Recording:
         steps = parts[0].steps[: self._until_the_stop(rows.norm)].tolist()
         self._note_fault(parts)
         values = {name: of[: len(steps)] for name, of in self._values.of_updates(rows).items()}
-        self._updates.append(values)
+        self._epoch.add(values)
         for i, step in enumerate(steps):
             self._log_step(step, {name: float(of[i]) for name, of in values.items()}, parts)
         for sink in self._sinks:
@@ -222,7 +225,7 @@ class Recording:
         if step in parts[0].details:
             table = np.concatenate([rows.details[step] for rows in parts])
             details = self._values.of_details(table)
-            self._details.append(details)
+            self._epoch.add(details)
             scalars |= details
         if step % self._log_every == 0:
             for sink in self._sinks:

@@ -32,10 +32,16 @@ ALLOWED = {
         "keras_sngm.sinks",
         "keras_sngm.variable_groups",
     },
+    "epoch_statistics": set(),
     "logged_values": {"keras_sngm.measurements", "keras_sngm.variable_groups"},
     "measurements": set(),
     "outputs": set(),
-    "recording": {"keras_sngm.logged_values", "keras_sngm.measurements", "keras_sngm.sinks"},
+    "recording": {
+        "keras_sngm.epoch_statistics",
+        "keras_sngm.logged_values",
+        "keras_sngm.measurements",
+        "keras_sngm.sinks",
+    },
     "sinks": {"keras_sngm.measurements"},
     "variable_groups": set(),
     "version": set(),
@@ -210,6 +216,7 @@ ALLOWED = {
 # The backend that each program needs, and the arguments that it must have.
 PROGRAMS = {
     "benchmarks/logging_cost.py": ("tensorflow",),
+    "benchmarks/logging_memory.py": (None,),
     "benchmarks/step_time.py": (None,),
     "benchmarks/train_step.py": ("tensorflow",),
     "examples/cifar10_resnet.py": ("tensorflow",),

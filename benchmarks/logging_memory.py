@@ -1,0 +1,120 @@
+"""Shows that the memory of GradientNormLogger does not grow with the length of an epoch.
+
+One epoch of a model with 60 variables, with all values of every update written to a CSV file
+and to TensorBoard. Prints the memory of the process, what Python has allocated of it, and how
+many updates the files still lack.
+
+    python benchmarks/logging_memory.py            20,000 updates, ten minutes
+    python benchmarks/logging_memory.py --quick    a smoke run
+"""
+
+import argparse
+import pathlib
+import tempfile
+import tracemalloc
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+from tqdm import tqdm
+
+from keras_sngm import SNGM, GradientNormLogger
+from memory import resident
+from report import print_rows
+
+LAYERS = 30
+FEATURES = 4
+UPDATES = (1_000, 2_000, 5_000, 10_000, 20_000)
+QUICK = (10, 20)
+
+
+class Use(NamedTuple):
+    """Memory in use after a number of updates.
+
+    Attributes:
+        updates: how many were made.
+        resident: bytes of the process, `None` where the system does not say.
+        python: bytes that Python has allocated since training began.
+        waiting: how many updates the CSV file still lacks.
+    """
+
+    updates: int
+    resident: int | None
+    python: int
+    waiting: int
+
+
+class Meter(keras.callbacks.Callback):
+    """Notes the memory in use after some numbers of updates."""
+
+    async_safe = True
+
+    def __init__(self, updates: Sequence[int], filename: pathlib.Path) -> None:
+        super().__init__()
+        self.uses: list[Use] = []
+        self._updates = updates
+        self._filename = filename
+        self._bar = tqdm(total=updates[-1], unit="update")
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        self._bar.update()
+        if batch + 1 in self._updates:
+            python, _ = tracemalloc.get_traced_memory()
+            waiting = batch + 1 - self._updates_written()
+            self.uses.append(Use(batch + 1, resident(), python, waiting))
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        self._bar.close()
+
+    def _updates_written(self) -> int:
+        with self._filename.open("rb") as file:
+            return max(sum(1 for _ in file) - 1, 0)
+
+
+def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    x = np.random.default_rng(0).normal(size=(2, FEATURES)).astype("float32")
+    while True:
+        yield x, x
+
+
+def measured(updates: Sequence[int], **arguments: Any) -> list[Use]:
+    """Train one epoch, and return the memory in use after each of these numbers of updates.
+
+    Args:
+        updates: how many, in ascending order.
+        **arguments: of the logger.
+    """
+    layers = [keras.layers.Dense(FEATURES, "tanh") for _ in range(LAYERS)]
+    model = keras.Sequential([keras.Input((FEATURES,)), *layers])
+    model.compile(SNGM(1e-3), "mse")
+    with tempfile.TemporaryDirectory() as folder:
+        filename = pathlib.Path(folder, "log.csv")
+        logger = GradientNormLogger(folder, filename, **arguments)
+        meter = Meter(updates, filename)
+        tracemalloc.start()
+        model.fit(batches(), steps_per_epoch=updates[-1], verbose=0, callbacks=[logger, meter])
+        tracemalloc.stop()
+    return meter.uses
+
+
+def table(uses: Sequence[Use]) -> list[list[str]]:
+    rows = [["updates", "process, MB", "Python, MB", "updates not written yet"]]
+    for use in uses:
+        process = "?" if use.resident is None else f"{use.resident / 1e6:.0f}"
+        rows.append([f"{use.updates:,}", process, f"{use.python / 1e6:.1f}", f"{use.waiting:,}"])
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="20 updates")
+    arguments = parser.parse_args(argv)
+    updates = QUICK if arguments.quick else UPDATES
+    print_rows(table(measured(updates, per_variable=True, update_ratio=True)))
+
+
+if __name__ == "__main__":
+    main()
