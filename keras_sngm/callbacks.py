@@ -21,6 +21,7 @@ from keras_sngm.outputs import (
     numbered_folder,
 )
 from keras_sngm.recording import Fault, Recording
+from keras_sngm.resilient_sink import ResilientSink
 from keras_sngm.sinks import (
     SUFFIXES,
     ColumnsError,
@@ -50,9 +51,10 @@ class GradientNormLogger(keras.callbacks.Callback):
       strategy one more all-reduce.
 
     What is measured stays on the device. Once a second a thread of its own fetches it,
-    so that after its first step training does not wait for it inside an epoch. Every
-    update counts, also those inside of `steps_per_execution`. A step that a
-    `LossScaleOptimizer` leaves out is no update.
+    so that after its first step training does not wait for it inside an epoch, unless
+    values come in faster than they can be written. Every update counts, also those inside
+    of `steps_per_execution`. A step that a `LossScaleOptimizer` leaves out is no update.
+    The memory of the host that is needed does not grow with the length of an epoch.
 
     Keys, where `<path>` is a variable's or a group's, see `per_variable`:
 
@@ -86,6 +88,10 @@ class GradientNormLogger(keras.callbacks.Callback):
     unless its values have other names by then: then it gets another. Copies of a logger
     share the numbers; one that was sent to another process takes the next name that nobody
     has taken.
+
+    If a disk fills up while a model trains, the logger warns once and writes the file or
+    directory on it no longer; training, `logs` and what is written elsewhere go on. A line
+    that was broken off is left where it is, and `append=True` goes on below it.
 
     Args:
         log_dir: Directory for TensorBoard, or `None`. Needs the package `tensorboard`.
@@ -183,7 +189,8 @@ class GradientNormLogger(keras.callbacks.Callback):
         self._watch: Any = None
         self._watched: Any = None
         self._recording: Any = None
-        self._sinks: list[Sink] = []
+        self._sinks: list[ResilientSink] = []
+        self._must_open = True
         self._told = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -204,7 +211,7 @@ class GradientNormLogger(keras.callbacks.Callback):
             raise ValueError(
                 "A `GradientNormLogger` can be in `callbacks` once. Received: the same one twice"
             )
-        self._start(self.model)
+        self._start(self.model, must_open=True)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         self._follow()
@@ -249,10 +256,10 @@ class GradientNormLogger(keras.callbacks.Callback):
             return False
         model = self._watched
         self._close()
-        self._start(model)
+        self._start(model, must_open=False)
         return True
 
-    def _start(self, model: keras.Model) -> None:
+    def _start(self, model: keras.Model, must_open: bool) -> None:
         if not isinstance(model.optimizer, keras.optimizers.Optimizer):
             raise ValueError(
                 "`GradientNormLogger` needs a model compiled with a Keras optimizer. "
@@ -262,6 +269,7 @@ class GradientNormLogger(keras.callbacks.Callback):
         plan = self._plan(model)
         self._watched = model
         self._watch = attach(model, plan, self.params)
+        self._must_open = must_open
         self._recording = Recording(model, self._watch, plan, self._begin_output, self.log_every)
         try:
             goes_on = self.append or self._outputs.is_known(model)
@@ -284,10 +292,14 @@ class GradientNormLogger(keras.callbacks.Callback):
 
     def _open_sinks(self, number: int, goes_on: bool) -> None:
         if self.filename is not None:
-            self._sinks.append(FileSink(numbered_file(self.filename, number), goes_on))
+            filename = numbered_file(self.filename, number)
+            self._open_sink(lambda: FileSink(filename, goes_on), f"`filename` {filename}")
         if self.log_dir is not None:
             log_dir = numbered_folder(self.log_dir, number)
-            self._sinks.append(TensorBoardSink(log_dir, DESCRIPTIONS))
+            self._open_sink(lambda: TensorBoardSink(log_dir, DESCRIPTIONS), f"`log_dir` {log_dir}")
+
+    def _open_sink(self, make: Callable[[], Sink], name: str) -> None:
+        self._sinks.append(ResilientSink(make, name, self._must_open))
 
     def _begin_output(self, recorders: Sequence[Any]) -> tuple[LoggedValues, Sequence[Sink]]:
         values = LoggedValues(recorders, self.per_variable, self._watched)
@@ -312,6 +324,8 @@ class GradientNormLogger(keras.callbacks.Callback):
         return claimed
 
     def _tell(self) -> None:
+        for sink in self._sinks:
+            sink.warn()
         fault = self._recording.fault
         if fault is not None and not self._told and self.on_nonfinite != "ignore":
             self._told = True
@@ -339,6 +353,7 @@ class GradientNormLogger(keras.callbacks.Callback):
         sinks, self._sinks = self._sinks, []
         with contextlib.ExitStack() as ends:
             for sink in sinks:
+                ends.callback(sink.warn)
                 ends.callback(sink.close)
 
     def _close_after_interruption(self) -> None:

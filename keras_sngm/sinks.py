@@ -60,9 +60,9 @@ class TensorBoardSink:
                 with gfile.GFile(probe, "w") as file:
                     file.write("")
                 remove(probe)
+            self._writer = self._tensorboard.EventFileWriter(log_dir)
         except Exception as error:  # TensorFlow has errors of its own
             raise OSError(f"`log_dir` cannot be written. Received: log_dir={log_dir}") from error
-        self._writer = self._tensorboard.EventFileWriter(log_dir)
 
     def begin(self, columns: Sequence[str]) -> None:
         """Do nothing: TensorBoard takes values of any name."""

@@ -886,27 +886,33 @@ def test_a_file_with_other_columns_is_not_appended_to(tmp_path):
     assert (tmp_path / "log.csv").read_text() == "step,loss\n1,2\n"
 
 
-def test_what_goes_wrong_while_writing_is_raised(tmp_path, monkeypatch):
-    def full(self, step, scalars):
-        raise OSError("No space left on device")
+def test_what_goes_wrong_in_the_thread_is_raised(monkeypatch):
+    def wrong(self, rows):
+        raise ValueError("a fault of ours")
 
-    monkeypatch.setattr("keras_sngm.sinks.FileSink.write", full)
-    with pytest.raises(OSError, match="No space left"):
-        fit(build_model(), GradientNormLogger(filename=tmp_path / "log.csv"))
+    logger = GradientNormLogger()
+    begin = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: monkeypatch.setattr(
+            "keras_sngm.logged_values.LoggedValues.of_updates", wrong
+        )
+    )
+    with pytest.raises(ValueError, match="a fault of ours"):
+        fit(build_model(), logger, begin)
 
 
 @pytest.mark.parametrize("make", [SNGM, keras.optimizers.SGD])
 def test_what_goes_wrong_at_the_end_leaves_nothing_behind(tmp_path, monkeypatch, make):
-    def full(self):
-        raise OSError("No space left on device")
+    def wrong(self):
+        raise ValueError("a fault of ours")
 
     closed = []
-    monkeypatch.setattr("keras_sngm.sinks.FileSink.close", full)
-    monkeypatch.setattr("keras_sngm.sinks.TensorBoardSink.close", lambda self: closed.append(1))
+    monkeypatch.setattr("keras_sngm.recording.Recording.close", wrong)
+    for sink in ("FileSink", "TensorBoardSink"):
+        monkeypatch.setattr(f"keras_sngm.sinks.{sink}.close", lambda self: closed.append(1))
     model = build_model(make())
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(ValueError, match="a fault of ours"):
         fit(model, GradientNormLogger(tmp_path, tmp_path / "log.csv"))
-    assert len(closed) == 1
+    assert len(closed) == 2
     assert not attached(model.optimizer)
     assert "apply" not in vars(model.optimizer)
 
