@@ -13,7 +13,7 @@ import pathlib
 import tempfile
 import tracemalloc
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 import numpy as np
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from keras_sngm import SNGM, GradientNormLogger
 from memory import resident
-from report import print_rows
+from report import print_header, print_row
 
 LAYERS = 30
 FEATURES = 4
@@ -29,30 +29,13 @@ UPDATES = (1_000, 2_000, 5_000, 10_000, 20_000)
 QUICK = (10, 20)
 
 
-class Use(NamedTuple):
-    """Memory in use after a number of updates.
-
-    Attributes:
-        updates: how many were made.
-        resident: bytes of the process, `None` where the system does not say.
-        python: bytes that Python has allocated since training began.
-        waiting: how many updates the CSV file still lacks.
-    """
-
-    updates: int
-    resident: int | None
-    python: int
-    waiting: int
-
-
 class Meter(keras.callbacks.Callback):
-    """Notes the memory in use after some numbers of updates."""
+    """Prints the memory in use after some numbers of updates."""
 
     async_safe = True
 
     def __init__(self, updates: Sequence[int], filename: pathlib.Path) -> None:
         super().__init__()
-        self.uses: list[Use] = []
         self._updates = updates
         self._filename = filename
         self._bar = tqdm(total=updates[-1], unit="update")
@@ -60,12 +43,20 @@ class Meter(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         self._bar.update()
         if batch + 1 in self._updates:
-            python, _ = tracemalloc.get_traced_memory()
-            waiting = batch + 1 - self._updates_written()
-            self.uses.append(Use(batch + 1, resident(), python, waiting))
+            with self._bar.external_write_mode():
+                print_row(*self._cells(batch + 1))
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         self._bar.close()
+
+    def _cells(self, updates: int) -> list[str]:
+        process = resident()
+        return [
+            f"{updates:,}",
+            "unknown" if process is None else f"{process / 1e6:.0f}",
+            f"{tracemalloc.get_traced_memory()[0] / 1e6:.1f}",
+            f"{updates - self._updates_written():,}",
+        ]
 
     def _updates_written(self) -> int:
         with self._filename.open("rb") as file:
@@ -78,8 +69,8 @@ def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield x, x
 
 
-def measured(updates: Sequence[int], **arguments: Any) -> list[Use]:
-    """Train one epoch, and return the memory in use after each of these numbers of updates.
+def measure(updates: Sequence[int], **arguments: Any) -> None:
+    """Train one epoch, and print the memory in use after each of these numbers of updates.
 
     Args:
         updates: how many, in ascending order.
@@ -90,20 +81,10 @@ def measured(updates: Sequence[int], **arguments: Any) -> list[Use]:
     model.compile(SNGM(1e-3), "mse")
     with tempfile.TemporaryDirectory() as folder:
         filename = pathlib.Path(folder, "log.csv")
-        logger = GradientNormLogger(folder, filename, **arguments)
-        meter = Meter(updates, filename)
+        callbacks = [GradientNormLogger(folder, filename, **arguments), Meter(updates, filename)]
         tracemalloc.start()
-        model.fit(batches(), steps_per_epoch=updates[-1], verbose=0, callbacks=[logger, meter])
+        model.fit(batches(), steps_per_epoch=updates[-1], verbose=0, callbacks=callbacks)
         tracemalloc.stop()
-    return meter.uses
-
-
-def table(uses: Sequence[Use]) -> list[list[str]]:
-    rows = [["updates", "process, MB", "Python, MB", "updates not written yet"]]
-    for use in uses:
-        process = "?" if use.resident is None else f"{use.resident / 1e6:.0f}"
-        rows.append([f"{use.updates:,}", process, f"{use.python / 1e6:.1f}", f"{use.waiting:,}"])
-    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -113,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="20 updates")
     arguments = parser.parse_args(argv)
     updates = QUICK if arguments.quick else UPDATES
-    print_rows(table(measured(updates, per_variable=True, update_ratio=True)))
+    print_header("updates", "process, MB", "Python, MB", "updates not written yet")
+    measure(updates, per_variable=True, update_ratio=True)
 
 
 if __name__ == "__main__":
