@@ -11,7 +11,7 @@ import pathlib
 import time
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -50,6 +50,7 @@ class TensorBoardSink:
     def __init__(self, log_dir: str, descriptions: Mapping[str, str]) -> None:
         self._tensorboard = tensorboard_parts()
         self._descriptions = descriptions
+        self._events: dict[tuple[str, ...], Any] = {}
         try:
             gfile = self._tensorboard.gfile
             gfile.makedirs(log_dir)
@@ -68,15 +69,28 @@ class TensorBoardSink:
         """Do nothing: TensorBoard takes values of any name."""
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        # Making an event of hundreds of values anew takes longer than a small training step.
+        names = tuple(scalars)
+        if names not in self._events:
+            self._events[names] = self._event_of(names)
+        event = self._events[names]
+        event.step = step
+        event.wall_time = time.time()
+        for value, scalar in zip(event.summary.value, scalars.values(), strict=True):
+            value.tensor.float_val[0] = scalar
+        self._writer.add_event(event)
+
+    def _event_of(self, names: Sequence[str]) -> Any:
+        """Return an event with a scalar of each name, 0 for now."""
         parts = self._tensorboard
-        event = parts.Event(step=step, wall_time=time.time())
-        for name, value in scalars.items():
+        event = parts.Event()
+        for name in names:
             event.summary.value.add(
                 tag=name,
-                tensor=parts.make_tensor_proto(np.float32(value)),
+                tensor=parts.make_tensor_proto(np.float32(0.0)),
                 metadata=parts.scalar_metadata("", self._description(name)),
             )
-        self._writer.add_event(event)
+        return event
 
     def write_histograms(self, step: int, histograms: Mapping[str, np.ndarray]) -> None:
         parts = self._tensorboard
