@@ -1,15 +1,17 @@
 """Shows that the memory of GradientNormLogger does not grow with the length of an epoch.
 
 One epoch of a model with 60 variables, with all values of every update written to a CSV file
-and to TensorBoard. Prints the memory of the process, what Python has allocated of it, and how
-many updates the files still lack.
+and to TensorBoard. Prints the memory of the process, how many blocks of it Python has
+allocated, and how many updates the CSV file still lacks.
 
-    python benchmarks/logging_memory.py            20,000 updates, ten minutes
+    python benchmarks/logging_memory.py            20,000 updates, five minutes
+    python benchmarks/logging_memory.py --trace    bytes instead of blocks, an hour
     python benchmarks/logging_memory.py --quick    a smoke run
 """
 
 import argparse
 import pathlib
+import sys
 import tempfile
 import tracemalloc
 from collections.abc import Iterator, Sequence
@@ -27,6 +29,13 @@ LAYERS = 30
 FEATURES = 4
 UPDATES = (1_000, 2_000, 5_000, 10_000, 20_000)
 QUICK = (10, 20)
+
+
+def python_memory() -> str:
+    """Return what Python has allocated: bytes if that is traced, else blocks."""
+    if tracemalloc.is_tracing():
+        return f"{tracemalloc.get_traced_memory()[0] / 1e6:.1f} MB"
+    return f"{sys.getallocatedblocks():,} blocks"
 
 
 class Meter(keras.callbacks.Callback):
@@ -54,7 +63,7 @@ class Meter(keras.callbacks.Callback):
         return [
             f"{updates:,}",
             "unknown" if process is None else f"{process / 1e6:.0f}",
-            f"{tracemalloc.get_traced_memory()[0] / 1e6:.1f}",
+            python_memory(),
             f"{updates - self._updates_written():,}",
         ]
 
@@ -82,9 +91,7 @@ def measure(updates: Sequence[int], **arguments: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         filename = pathlib.Path(folder, "log.csv")
         callbacks = [GradientNormLogger(folder, filename, **arguments), Meter(updates, filename)]
-        tracemalloc.start()
         model.fit(batches(), steps_per_epoch=updates[-1], verbose=0, callbacks=callbacks)
-        tracemalloc.stop()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -92,9 +99,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="20 updates")
+    parser.add_argument("--trace", action="store_true", help="trace what Python allocates")
     arguments = parser.parse_args(argv)
+    if arguments.trace:
+        tracemalloc.start()
     updates = QUICK if arguments.quick else UPDATES
-    print_header("updates", "process, MB", "Python, MB", "updates not written yet")
+    print_header("updates", "process, MB", "Python", "updates not written yet")
     measure(updates, per_variable=True, update_ratio=True)
 
 
