@@ -12,7 +12,7 @@ large-batch training", https://arxiv.org/abs/2007.13985, Algorithm 1.)
 Nothing here holds state or knows where a tensor lives.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,18 +39,23 @@ class Normalization(NamedTuple):
     """How to turn the gradient into a direction, and what was measured on it."""
 
     prescale: Tensor
-    """The power of two that brought the squares into range: a scalar for all
-    variables, or a vector with one per variable."""
+    """A power of two that brings the gradient into range, 1 on the usual path: a scalar for
+    all variables, or a vector with one per variable."""
     divisor: Tensor
     """direction = gradient * prescale / divisor; a scalar or a vector, too."""
+    squares: Tensor
+    """Sum of squares of each variable's gradient as they were taken, in whatever unit: finite
+    where all elements are."""
     norms: Tensor
-    """Euclidean norm of each variable's gradient after clipping."""
+    """Euclidean norm of each variable's gradient after clipping, infinite above the dtype."""
     norm: Tensor
-    """Euclidean norm of the whole gradient after clipping."""
+    """Euclidean norm of the whole gradient after clipping, infinite above the dtype."""
     unclipped: Tensor
     """Euclidean norm of the whole gradient before `clipnorm` and `global_clipnorm`."""
     finite: Tensor
-    """Whether the step may be taken."""
+    """Whether all elements of the gradient are."""
+    taken: Tensor
+    """Whether the step is taken."""
 
 
 def arithmetic_dtype(dtype: str) -> str:
@@ -75,101 +80,140 @@ def final_gradient(rule: Rule, gradient: Tensor, weight: Tensor, decays: bool) -
     return gradient
 
 
-def trusted_range(size: int, tiny: float, epsilon: float) -> float:
-    """The least sum of `size` squares that underflow cannot have spoilt.
+def least_sums(sizes: Sequence[int], dtype: str, error: float | None = None) -> np.ndarray:
+    """The least sums of squares that underflow cannot have spoilt.
 
-    Every square below `tiny`, the smallest normal number, may have been lost.
-    From the returned value upwards all of them together stay below rounding.
-    """
-    return max(size, 1) * tiny / epsilon
-
-
-def rescue_exponent(largest_exponent: int) -> int:
-    """The k for which 2^k or 2^-k brings any gradient's squares into range.
-
-    `largest_exponent` is that of the dtype (128 for float32). A sum of squares
-    that overflowed belongs to a norm of at least 2^(largest_exponent / 2);
-    after 2^-k its square is far from underflow, and so is, the other way
-    round, one that was too small to trust after 2^k.
-    """
-    return 3 * largest_exponent // 4
-
-
-def trust(squares: Tensor, size: int, blockwise: bool) -> tuple[Tensor, Tensor]:
-    """Whether sums of squares can be trusted, and the factor or factors to take them with.
+    Every square below the smallest normal number may have been lost.
 
     Args:
-        squares: vector, one sum per variable.
-        size: the number of elements of all variables.
-        blockwise: whether each sum is used by itself, so that each has to be trusted.
-
-    Returns:
-        A boolean scalar, and a power of two, 1 if it is true. With `blockwise` a vector of
-        such powers.
+        sizes: how many squares are added up in each sum.
+        dtype: in which.
+        error: how large a part of a sum may be lost. `None` for no more than rounding.
     """
-    total = squares if blockwise else ops.sum(squares)
-    limits = np.finfo(backend.standardize_dtype(total.dtype))
-    least = trusted_range(size, float(limits.tiny), float(limits.eps))
-    rescue = 2.0 ** rescue_exponent(limits.maxexp)
-    trusted = ops.logical_and(total >= least, ops.isfinite(total))
-    one = ops.ones_like(total)
-    factor = ops.where(total < least, rescue * one, one / rescue)
-    return ops.all(trusted), ops.where(trusted, one, factor)
+    limits = np.finfo(dtype)
+    return np.asarray(sizes, dtype) * (limits.tiny / (error or limits.eps))
 
 
-def normalization(rule: Rule, squares: Tensor, prescale: Tensor, times: int = 1) -> Normalization:
+def normalization_of(
+    rule: Rule,
+    squares: Tensor,
+    sizes: Sequence[int],
+    rescaled_squares: Callable[[Tensor], Tensor],
+    cond: Callable[..., Any],
+) -> Any:
     """From one sum of squares per variable to the factors that normalize.
 
     Args:
-        squares: vector, the sum of squares of each variable's gradient after
-            multiplication by `prescale`.
-        prescale: a power of two, 1 on the usual path. With `blockwise` a vector,
-            else a scalar.
-        times: how many times the gradient that is, as where micro-batches were added up.
-            Dividing it would be one more pass over memory.
+        rule: the hyper-parameters.
+        squares: vector, the sum of squares of each variable's gradient, which may have
+            overflowed or lost what is too small.
+        sizes: the number of elements of each variable.
+        rescaled_squares: takes the sums once more, of each variable's gradient times the
+            factor that a vector has for it.
+        cond: as `ops.cond`.
+
+    Returns:
+        What `cond` makes of a `Normalization`.
     """
-    normalize = _blockwise_normalization if rule.blockwise else _common_normalization
-    return normalize(rule, squares, prescale * times)._replace(prescale=prescale)
+    least = ops.convert_to_tensor(least_sums(sizes, backend.standardize_dtype(squares.dtype)))
+
+    def rescued() -> Normalization:
+        factors = rescue_factors(squares, least)
+        return normalization(rule, rescaled_squares(factors), factors)
+
+    return cond(trusted(rule, squares, least), lambda: normalization(rule, squares), rescued)
 
 
-def _common_normalization(rule: Rule, squares: Tensor, prescale: Tensor) -> Normalization:
-    """As `normalization`, all variables by the norm of the whole gradient."""
-    finite = ops.isfinite(ops.sum(squares))
-    norms = ops.sqrt(squares)
-    unclipped = norm = ops.sqrt(ops.sum(squares))
-    if rule.clipnorm is None:
-        divisor = nonzero(norm)
-    else:
-        limit = rule.clipnorm * prescale
-        clipped = _at_most(limit, norms)
-        norm = _norm_of_norms(clipped)
-        divisor = nonzero(norm) * ops.where(norms > limit, norms / limit, _filled(1.0, norms))
-        norms = clipped
+def trusted(rule: Rule, squares: Tensor, least: Tensor) -> Tensor:
+    """Whether sums of squares can be used as they are, each by itself and all together.
+
+    Args:
+        rule: the hyper-parameters.
+        squares: vector, one sum per variable.
+        least: what `least_sums` says of them.
+    """
+    can_be = ops.logical_and(ops.all(squares >= least), ops.isfinite(ops.sum(squares)))
+    if rule.clipnorm is not None and rule.clipnorm < 1.0 / _unit_bound(squares):
+        # Then no norm is in range once it is clipped.
+        return ops.logical_and(can_be, False)
+    return can_be
+
+
+def rescue_factors(squares: Tensor, least: Tensor) -> Tensor:
+    """The power of two for each variable that brings the squares of its gradient into range.
+
+    A sum of squares that overflowed belongs to a norm of at least 2^64 (of float32); after
+    2^-96 its square is far from underflow, and so is, the other way round, one that was too
+    small to trust after 2^96.
+
+    Args:
+        squares: vector, one sum per variable.
+        least: what `least_sums` says of them.
+    """
+    up = 2.0 ** (3 * _limits(squares).maxexp // 4)
+    one = ops.ones_like(squares)
+    factors = ops.where(ops.isfinite(squares), one, one / up)
+    return ops.where(squares < least, up * one, factors)
+
+
+def normalization(rule: Rule, squares: Tensor, factors: Tensor | None = None) -> Normalization:
+    """From trustworthy sums of squares, one per variable, to the factors that normalize.
+
+    Args:
+        rule: the hyper-parameters.
+        squares: vector, the sum of squares of each variable's gradient times its factor.
+        factors: vector of powers of two. `None` if all are 1 and their sum is finite.
+    """
+    scaled = ops.sqrt(squares)
+    finite = ops.all(ops.isfinite(squares))
+    if factors is None and not _clips_or_divides_each(rule):
+        norm = ops.sqrt(ops.sum(squares))
+        return Normalization(
+            ops.ones_like(norm), nonzero(norm), squares, scaled, norm, norm, finite, finite
+        )
+    if factors is None:
+        factors = ops.ones_like(squares)
+    norms = scaled / factors
+    unit = _unit(factors < 1.0, factors > 1.0, norms)
+    in_unit = scaled * (unit / factors)
+    total = _norm_of_norms(in_unit)
+    prescale, divisor, unclipped = unit, nonzero(total), total / unit
+    if rule.clipnorm is not None:
+        limit = _filled(_in_range(rule.clipnorm, squares), norms)
+        over = ops.logical_and(norms > limit, ops.isfinite(squares))
+        norms = ops.where(over, limit, norms)
+        bound = _unit_bound(norms)
+        unit = _unit(norms > bound, norms < 1.0 / bound, norms)
+        in_unit = norms * unit
+        total = _norm_of_norms(in_unit)
+        prescale = ops.where(over, factors, _filled(unit, norms))
+        divisor = ops.where(over, scaled * (total / (limit * unit)), _filled(nonzero(total), norms))
+    norm = total / unit
     if rule.global_clipnorm is not None:
         # A factor common to all variables vanishes in g / norm(g): only the
         # measured norms change.
-        clipped = _at_most(rule.global_clipnorm * prescale, norm)
-        norms = ops.where(finite, norms / nonzero(norm) * clipped, norms)
-        norm = clipped
-    return Normalization(
-        prescale, divisor, norms / prescale, norm / prescale, unclipped / prescale, finite
-    )
+        limit = _filled(_in_range(rule.global_clipnorm, squares), norm)
+        over = ops.logical_and(norm > limit, finite)
+        norms = ops.where(over, in_unit / nonzero(total) * limit, norms)
+        norm = ops.where(over, limit, norm)
+    if rule.blockwise:  # which undoes all clipping of norms
+        prescale, divisor = factors, nonzero(scaled)
+    return Normalization(prescale, divisor, squares, norms, norm, unclipped, finite, finite)
 
 
-def _blockwise_normalization(rule: Rule, squares: Tensor, prescale: Tensor) -> Normalization:
-    """As `normalization`, each variable by its own norm, which undoes all clipping of norms."""
-    scaled = ops.sqrt(squares)
-    norms = scaled / prescale
-    unclipped = norm = _norm_of_norms(norms)
-    if rule.clipnorm is not None:
-        norms = _at_most(rule.clipnorm, norms)
-        norm = _norm_of_norms(norms)
-    if rule.global_clipnorm is not None:
-        clipped = _at_most(rule.global_clipnorm, norm)
-        norms = norms / nonzero(norm) * clipped
-        norm = clipped
-    finite = ops.all(ops.isfinite(squares))
-    return Normalization(prescale, nonzero(scaled), norms, norm, unclipped, finite)
+def _clips_or_divides_each(rule: Rule) -> bool:
+    return rule.blockwise or rule.clipnorm is not None or rule.global_clipnorm is not None
+
+
+def _unit(are_large: Tensor, are_small: Tensor, norms: Tensor) -> Tensor:
+    """A power of two, in units of whose inverse the norm of all variables is in range.
+
+    So is its reciprocal, which XLA multiplies by. That is 1 unless some norms are large or
+    all are small.
+    """
+    one = ops.ones_like(norms[0])
+    unit = ops.where(ops.all(are_small), 2.0**32 * one, one)
+    return ops.where(ops.any(are_large), 2.0**-32 * one, unit)
 
 
 def directions(normalized: Normalization, gradients: Sequence[Tensor]) -> list[Tensor]:
@@ -324,17 +368,26 @@ def nonzero(norm: Tensor) -> Tensor:
     return ops.where(norm == 0.0, ops.ones_like(norm), norm)
 
 
-def _at_most(limit: Tensor, norms: Tensor) -> Tensor:
-    """Norms after clipping; infinity and NaN stay, so that they can be seen."""
-    # Not `ops.minimum`, which on PyTorch makes float32 of float64.
-    over = ops.logical_and(ops.isfinite(norms), norms > limit)
-    return ops.where(over, _filled(limit, norms), norms)
-
-
 def _norm_of_norms(norms: Tensor) -> Tensor:
-    """sqrt(sum(norms ** 2)) for norms of any magnitude."""
+    """sqrt(sum(norms ** 2)) for norms of any magnitude; not finite if one is not."""
     largest = ops.max(norms)
     # Into a range where the reciprocal, which XLA multiplies by, does not underflow.
     scale = ops.where(largest > 1.0, _filled(2.0**-32, largest), _filled(2.0**32, largest))
     shares = norms * scale / nonzero(largest * scale)
-    return largest * ops.sqrt(ops.sum(ops.square(shares)))
+    norm = largest * ops.sqrt(ops.sum(ops.square(shares)))
+    return ops.where(ops.isfinite(largest), norm, ops.sum(norms))
+
+
+def _limits(tensor: Tensor) -> np.finfo:
+    return np.finfo(backend.standardize_dtype(tensor.dtype))
+
+
+def _unit_bound(tensor: Tensor) -> float:
+    """The greatest norm whose square the tensor's dtype can hold."""
+    return 2.0 ** (_limits(tensor).maxexp // 2)
+
+
+def _in_range(limit: float, like: Tensor) -> float:
+    """A limit, or the nearest normal number of a tensor's dtype."""
+    limits = _limits(like)
+    return min(max(limit, float(limits.tiny)), float(limits.max))

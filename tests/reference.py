@@ -42,6 +42,7 @@ class ReferenceSNGM:
             self.gradient_norm = norm(g)
             return
         g = [np.clip(gi, -self.clipvalue, self.clipvalue) for gi in g]
+        self.unclipped_norm = norm(g)
         g = [gi * min(1.0, self.clipnorm / max(norm([gi]), 1e-300)) for gi in g]
         g = [gi * min(1.0, self.global_clipnorm / max(norm(g), 1e-300)) for gi in g]
 

@@ -13,13 +13,14 @@ from problems import BACKEND, MODES, assert_close, modes, values_of, variables_o
 from reference import ReferenceSNGM
 from replica_options import OPTIONS, Option, inner
 
-SHAPES = [(4, 3), (3,)]
+SHAPES = [[(4, 3), (3,)], [(), (1,)]]
 # Of the gradients of two variables.
 MAGNITUDES = [(0.0, 0.0), (0.0, 1.0), (1e-37, 1e-37), (1e-30, 1.0), (1e30, 1e30), (1e37, 1e37)]
 ARGUMENTS = {
     "plain": {},
     "blockwise": {"blockwise": True},
     "clipnorm": {"clipnorm": 1e20},
+    "small clipnorm": {"clipnorm": 1e-3},
     "global_clipnorm": {"global_clipnorm": 1e-3},
     "decay": {"weight_decay": 0.1, "decoupled_weight_decay": False},
 }
@@ -54,16 +55,17 @@ def known_step(optimizer, variables, magnitudes, jit_compile):
 
 @every_way
 @pytest.mark.parametrize("arguments", ARGUMENTS.values(), ids=ARGUMENTS)
-def test_constants_are_normalized_as_other_gradients_are(arguments, jit_compile, outer):
+@pytest.mark.parametrize("shapes", SHAPES, ids=str)
+def test_constants_are_normalized_as_other_gradients_are(shapes, arguments, jit_compile, outer):
     for magnitudes in MAGNITUDES:
-        start = [np.full(shape, 4.0) for shape in SHAPES]
+        start = [np.full(shape, 4.0) for shape in shapes]
         variables = variables_of(start)
         optimizer = SNGM(0.1, jit_compile=jit_compile, **arguments)
         reference = ReferenceSNGM(start, **arguments)
         step = known_step(optimizer, variables, magnitudes, outer)
         for _ in range(2):
             step()
-            reference.step([np.full(s, m) for s, m in zip(SHAPES, magnitudes)], 0.1)
+            reference.step([np.full(s, m) for s, m in zip(shapes, magnitudes)], 0.1)
         message = str(magnitudes)
         assert int(optimizer.skipped_steps) == 0, message
         for value, expected in zip(values_of(variables), reference.w):

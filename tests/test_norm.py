@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from keras_sngm import SNGM
 from keras_sngm.backend import tensorflow_norm
+from keras_sngm.backend.watch import AS_IT_IS
 from problems import (
     assert_close,
     assert_follows_the_reference,
@@ -39,23 +40,22 @@ def test_lanes_add_up_to_the_whole(jit_compile):
 
 @pytest.mark.parametrize("dtype, scale", RANGES)
 def test_squares_of_any_magnitude(monkeypatch, dtype, scale):
-    """By TensorFlow's kernel and in XLA: the same sums and the same power of two."""
+    """By TensorFlow's kernel and in XLA."""
     arrays = [scale * array for array in random_arrays(SIZES)]
     tensors = [tf.constant(array, dtype) for array in arrays]
-    size = sum(array.size for array in arrays)
+    sizes = [array.size for array in arrays]
     monkeypatch.setattr(tensorflow_norm, "_LEAST_SIZE_IF_RARE", 4100)
-    prescales = []
     for in_xla in (False, True):
         sums = tensorflow_norm.sums_on(on_accelerator=False, in_xla=in_xla)
         measure = tf.function(
-            functools.partial(tensorflow_norm.squares_and_prescale, *sums, size=size),
+            functools.partial(tensorflow_norm.normalized_by, *sums, AS_IT_IS, sizes=sizes),
             jit_compile=in_xla,
         )
-        squares, prescale = measure(tensors)
-        expected = [np.linalg.norm(array.ravel() * float(prescale)) for array in arrays]
-        np.testing.assert_allclose(np.sqrt(squares), expected, rtol=1e-6)
-        prescales.append(float(prescale))
-    assert prescales[0] == prescales[1]
+        normalized = measure(tensors)
+        expected = [scale * np.linalg.norm(array.ravel() / scale) for array in arrays]
+        np.testing.assert_allclose(normalized.norms, expected, rtol=1e-6)
+        total = float(normalized.divisor) / float(normalized.prescale)
+        assert total == pytest.approx(scale * np.linalg.norm(np.array(expected) / scale), rel=1e-6)
 
 
 @pytest.mark.parametrize("size", [50, 5000])
@@ -65,11 +65,12 @@ def test_no_magnitude_hides_what_is_not_finite(size, scale, bad):
     vector = np.full(size, scale, "float32")
     vector[size - 7] = bad
     sums = tensorflow_norm.sums_on(on_accelerator=False, in_xla=True)
-    squares, _ = tf.function(
-        lambda vector: tensorflow_norm.squares_and_prescale(*sums, [vector], size),
+    normalized = tf.function(
+        lambda vector: tensorflow_norm.normalized_by(*sums, AS_IT_IS, [vector], [size]),
         jit_compile=True,
     )(vector)
-    assert not np.isfinite(squares)
+    assert not normalized.finite
+    assert not np.isfinite(normalized.norms)
 
 
 def test_rows_of_a_stack_are_variables():

@@ -15,7 +15,7 @@ from jax.experimental import sparse
 from keras import ops
 
 from keras_sngm import update_rule
-from keras_sngm.backend.jax_norm import squares_and_prescale, sum_of_squares
+from keras_sngm.backend.jax_norm import normalized_by, sum_of_squares
 from keras_sngm.backend.jax_recorder import Change
 from keras_sngm.backend.jax_state import assign, do_if, pure, wide
 from keras_sngm.backend.optimizer import Cache, WholeModelOptimizer
@@ -57,14 +57,19 @@ class BackendOptimizer(WholeModelOptimizer):
         """Let go of the steps that were compiled with a recorder, and so of the recorder."""
         self._steps.drop(lambda key: id(recorder) in key[2])
 
-    def _step(self, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
-        active = tuple(self._get_variable_index(v) for v in variables)
+    def _step(self, gradients: Sequence[Any], active: Sequence[int]) -> None:
+        active = tuple(active)
         if active and (meter := self._noise_meter()) is not None:
             meter.check()
         own = [unscaled(dense(gradient), self.loss_scale_factor) for gradient in gradients]
         rate = ops.convert_to_tensor(self._learning_rate_of_update())
-        if self._state_is_known([*own, rate]):
+        is_known = self._state_is_known([*own, rate])
+        counts = is_known and self.gradient_accumulation_steps is not None
+        calls = self._calls_so_far() if counts else None
+        if is_known:
             self._take_compiled(active, own, rate)
+            if calls is not None:
+                self._calls.set(self._iterations, calls + 1)
         else:
             self._take(active, own, rate)
 
@@ -112,14 +117,15 @@ class BackendOptimizer(WholeModelOptimizer):
     def _accumulate(self, active: tuple[int, ...], gradients: list[jax.Array]) -> None:
         for i, gradient in zip(active, gradients, strict=True):
             accumulator = self._accumulated_gradients[i]
-            accumulator.assign_add(gradient.astype(accumulator.dtype))
+            mean = gradient.astype(accumulator.dtype) / self.gradient_accumulation_steps
+            accumulator.assign_add(mean)
         if self.noise_scale_batch_size is not None:
             self._accumulated_squares.assign_add(sum_of_squares(gradients))
 
     def _update_with_accumulated(self, active: tuple[int, ...], rate: jax.Array) -> None:
         totals = [] if self.noise_scale_batch_size is None else [self._accumulated_squares]
-        sums = [self._accumulated_gradients[i].value for i in active]
-        self._update(active, sums, rate, [total.value for total in totals])
+        means = [self._accumulated_gradients[i].value for i in active]
+        self._update(active, means, rate, [total.value for total in totals])
         for accumulator in [*self._accumulated_gradients, *totals]:
             accumulator.assign(jnp.zeros_like(accumulator.value))
 
@@ -134,18 +140,17 @@ class BackendOptimizer(WholeModelOptimizer):
 
         Args:
             active: positions of the variables that have a gradient.
-            gradients: theirs, summed over micro-batches.
+            gradients: theirs, averaged over micro-batches.
             rate: learning rate.
             totals: the sum of the squares of all small batches, if it is measured.
         """
         recorders = ready(self)
         rule, weights = self._rule(), [v.value for v in self._trainable_variables]
-        final, times = self._final_gradients(active, gradients)
-        squares, prescale = squares_and_prescale(final, rule.blockwise)
-        normalized = update_rule.normalization(rule, squares, prescale, times)
+        final = self._final_gradients(active, gradients)
+        normalized = normalized_by(rule, final)
         if conditions := conditions_of_step(recorders):
-            finite = normalized.finite & jnp.all(jnp.stack(conditions))
-            normalized = normalized._replace(finite=finite)
+            taken = normalized.finite & jnp.all(jnp.stack(conditions))
+            normalized = normalized._replace(taken=taken)
         self._descend(active, final, normalized, rate)
         self._read(active, normalized)
         for total in totals:
@@ -153,7 +158,7 @@ class BackendOptimizer(WholeModelOptimizer):
         for recorder in recorders:
             recorder.record(
                 ops.convert_to_tensor(self.iterations) + 1,
-                measured_by(self),
+                measured_by(self, normalized, active),
                 Change(
                     weights,
                     [v.value for v in self._trainable_variables],
@@ -166,18 +171,18 @@ class BackendOptimizer(WholeModelOptimizer):
 
     def _final_gradients(
         self, active: tuple[int, ...], gradients: list[jax.Array]
-    ) -> tuple[list[jax.Array], int]:
-        """What is to be normalized, and how many times the gradient that is."""
-        rule, times = self._rule(), self.gradient_accumulation_steps or 1
+    ) -> list[jax.Array]:
+        """What is to be normalized."""
+        rule = self._rule()
         weights = [wide(self._trainable_variables[i].value) for i in active]
         gradients = [g.astype(w.dtype) for g, w in zip(gradients, weights, strict=True)]
         if not update_rule.changes_gradient(rule):
-            return gradients, times
+            return gradients
         decays = self._decays(self._trainable_variables)
         return [
-            update_rule.final_gradient(rule, gradient / times, weight, decays[i])
+            update_rule.final_gradient(rule, gradient, weight, decays[i])
             for i, gradient, weight in zip(active, gradients, weights, strict=True)
-        ], 1
+        ]
 
     def _descend(
         self,
@@ -187,7 +192,7 @@ class BackendOptimizer(WholeModelOptimizer):
         rate: jax.Array,
     ) -> None:
         rule, decays = self._rule(), self._decays(self._trainable_variables)
-        by = self._coefficients(rate, normalized.finite)
+        by = self._coefficients(rate, normalized.taken)
         new = [wide(v.value) for v in self._trainable_variables]
         for i, direction in zip(active, update_rule.directions(normalized, final), strict=True):
             momentum = self.momentums[i].value if self.momentums else None
@@ -202,13 +207,13 @@ class BackendOptimizer(WholeModelOptimizer):
             if momentum is not None:
                 self.momentums[i].assign(velocity)
         if self.use_ema:
-            new = self._averaged(new, by, normalized.finite)
+            new = self._averaged(new, by, normalized.taken)
         for i, weight in enumerate(new):
             variable = self._trainable_variables[i]
             constraint = getattr(variable, "constraint", None) if i in active else None
             if constraint is not None:
                 stored = weight.astype(variable.dtype)
-                weight = jnp.where(normalized.finite, constraint(stored), stored)
+                weight = jnp.where(normalized.taken, constraint(stored), stored)
             if i in active or self.use_ema:
                 variable.assign(weight)
 
@@ -244,15 +249,19 @@ class BackendOptimizer(WholeModelOptimizer):
         norms = update_rule.spread(normalized.norms, active, len(self._trainable_variables))
         self.gradient_norm.assign(normalized.norm.astype("float32"))
         self.gradient_norms.assign(norms.astype("float32"))
-        skipped = jnp.logical_not(normalized.finite)
+        skipped = jnp.logical_not(normalized.taken)
         self.skipped_steps.assign_add(skipped.astype(self.skipped_steps.dtype))
         if self.averaged_updates is not None:
-            taken = normalized.finite.astype(self.averaged_updates.dtype)
+            taken = normalized.taken.astype(self.averaged_updates.dtype)
             self.averaged_updates.assign_add(taken)
 
 
 def dense(gradient: Any) -> jax.Array:
-    """Duplicate rows of a sparse gradient must be added before a norm is taken."""
+    """Duplicate rows of a sparse gradient must be added before a norm is taken, not in 16 bits."""
+    if isinstance(gradient, sparse.BCOO):
+        # Its own `astype` adds them up first.
+        values = wide(gradient.data)
+        return sparse.BCOO((values, gradient.indices), shape=gradient.shape).todense()
     if isinstance(gradient, sparse.JAXSparse):
         return gradient.todense()
     return jnp.asarray(gradient)

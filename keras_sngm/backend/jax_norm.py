@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from keras_sngm import update_rule
+from keras_sngm.update_rule import Normalization, Rule
 
 
 def sums_of_squares(gradients: Sequence[jax.Array]) -> jax.Array:
@@ -13,32 +14,20 @@ def sums_of_squares(gradients: Sequence[jax.Array]) -> jax.Array:
     return jnp.stack([jnp.sum(jnp.square(gradient)) for gradient in gradients])
 
 
-def squares_and_prescale(
-    gradients: Sequence[jax.Array], blockwise: bool
-) -> tuple[jax.Array, jax.Array]:
-    """The gradients' sums of squares, and the factor by which they were multiplied first.
-
-    Args:
-        gradients: of any dtypes that are computed with.
-        blockwise: whether each sum is used by itself, so that each has to be trusted.
-
-    Returns:
-        A vector, and a power of two: 1 unless the squares overflow or are too small to
-        trust. With `blockwise` a vector of such powers.
-    """
+def normalized_by(rule: Rule, gradients: Sequence[jax.Array]) -> Normalization:
+    """Measure gradients of any dtypes that are computed with."""
     widest = jnp.result_type(*gradients)
     wide = [gradient.astype(widest) for gradient in gradients]
-    squares = sums_of_squares(wide)
-    size = sum(gradient.size for gradient in gradients)
-    trusted, prescale = update_rule.trust(squares, size, blockwise)
 
-    def rescued() -> jax.Array:
-        factors = jnp.broadcast_to(prescale, (len(wide),))
-        # XLA makes g^2 * factor^2 of (g * factor)^2 if it knows g, and factor^2 is infinite.
-        unknown = jax.lax.optimization_barrier(wide)
-        return sums_of_squares([g * factor for g, factor in zip(unknown, factors, strict=True)])
+    def rescaled_squares(factors: jax.Array) -> jax.Array:
+        # XLA makes g^2 * factor^2 of (g * factor)^2 if it knows both, and factor^2 is infinite.
+        unknown = jax.lax.optimization_barrier((wide, factors))
+        return sums_of_squares([g * factor for g, factor in zip(*unknown, strict=True)])
 
-    return jax.lax.cond(trusted, lambda: squares, rescued), prescale
+    sizes = [gradient.size for gradient in gradients]
+    return update_rule.normalization_of(
+        rule, sums_of_squares(wide), sizes, rescaled_squares, jax.lax.cond
+    )
 
 
 def sum_of_squares(gradients: Sequence[jax.Array]) -> jax.Array:

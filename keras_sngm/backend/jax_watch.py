@@ -15,9 +15,9 @@ import jax
 import keras
 from keras import ops
 
-from keras_sngm.backend import jax_norm as norm
 from keras_sngm.backend import watch
 from keras_sngm.backend.jax import BackendOptimizer, dense, unscaled
+from keras_sngm.backend.jax_norm import normalized_by
 from keras_sngm.backend.jax_recorder import Change, Recorder
 from keras_sngm.backend.jax_state import do_if, wide
 from keras_sngm.backend.recorder import Measured, conditions_of_step, ready
@@ -194,8 +194,8 @@ class _Watched(watch.Watched):
         weights = optimizer._trainable_variables
         known, positions = given.gradients, given.positions
         final = [self._final(*pair) for pair in zip(known, positions, strict=True)]
-        squares, prescale = norm.squares_and_prescale(final, blockwise=False)
-        measured, directions = watch.measured(squares, prescale, final, positions, len(weights))
+        normalized = normalized_by(watch.AS_IT_IS, final)
+        measured, directions = watch.measured(normalized, final, positions, len(weights))
         step = ops.convert_to_tensor(optimizer.iterations) + 1
         recorders = ready(optimizer)
         times = [self._when(recorder, measured) for recorder in recorders]
@@ -225,7 +225,7 @@ class _Watched(watch.Watched):
             return None
         is_update = (self._optimizer._iterations.value + 1) % times == 0
         if recorder.plan.stops:
-            is_update |= ~ops.isfinite(measured.norm)
+            is_update |= ~measured.finite
         return is_update
 
     def _apply_unless_stopped(
@@ -240,7 +240,7 @@ class _Watched(watch.Watched):
             self._apply(gradients, variables)
             return
         optimizer = self._optimizer
-        may = functools.reduce(ops.logical_and, [*conditions, ops.isfinite(measured.norm)])
+        may = functools.reduce(ops.logical_and, [*conditions, measured.finite])
         do_if(
             may,
             lambda: self._apply(gradients, variables),

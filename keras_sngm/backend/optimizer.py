@@ -1,7 +1,9 @@
 """What an optimizer of the whole model does on every backend around its step."""
 
+import collections
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
@@ -9,6 +11,7 @@ import keras
 from keras import ops
 
 from keras_sngm import update_rule
+from keras_sngm.backend.host_count import HostCount, Window
 from keras_sngm.backend.noise import NoiseMeter
 from keras_sngm.update_rule import Normalization, Rule, arithmetic_dtype
 
@@ -31,6 +34,8 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._names = Cache()
+        self._calls = HostCount()
+        self._window = Window()
 
     def build(self, variables: Sequence[Any]) -> None:
         # Keras' accumulators would have the dtype of the variables, and under a
@@ -86,8 +91,13 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
     def _decays(self, variables: Sequence[Any]) -> Sequence[bool]:
         raise NotImplementedError
 
-    def _step(self, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
-        """Update the variables or accumulate the gradients, and count the call."""
+    def _step(self, gradients: Sequence[Any], active: Sequence[int]) -> None:
+        """Update the variables or accumulate the gradients, and count the call.
+
+        Args:
+            gradients: of some variables.
+            active: the positions of these.
+        """
         raise NotImplementedError
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
@@ -118,33 +128,54 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
         with keras.name_scope(self.name, caller=self):
             variables = self._variables_of(gradients, trainable_variables)
             gradients, variables = self._filter_empty_gradients(gradients, variables)
-            gradients, variables = self._overwrite_variables_directly_with_gradients(
-                gradients, variables
+            gradients, variables = map(
+                list, self._overwrite_variables_directly_with_gradients(gradients, variables)
             )
             _check_shapes(gradients, variables)
-            self._step(*self._with_idle(gradients, variables))
+            active = [self._get_variable_index(variable) for variable in variables]
+            _check_each_is_there_once(active, variables)
+            times = self.gradient_accumulation_steps
+            if times is None or not self._state_is_known(gradients):
+                self._step(gradients, active)
+            else:
+                self._step_in_window(gradients, active, times)
 
-    def _with_idle(self, gradients: list[Any], variables: list[Any]) -> tuple[list[Any], list[Any]]:
-        """Adds zeros for variables that had a gradient in an earlier micro-batch alone."""
-        if (
-            self.gradient_accumulation_steps is None
-            or len(variables) == len(self._trainable_variables)
-            or not self._state_is_known(gradients)
-        ):
-            return gradients, variables
-        active = {self._get_variable_index(variable) for variable in variables}
-        gradients, variables = list(gradients), list(variables)
-        for i, variable in enumerate(self._trainable_variables):
-            if i not in active and self._has_accumulated(i):
-                total = keras.ops.convert_to_tensor(self._accumulated_gradients[i])
-                gradients.append(keras.ops.zeros_like(total))
-                variables.append(variable)
-        return gradients, variables
+    def _step_in_window(self, gradients: list[Any], active: list[int], times: int) -> None:
+        """As `_step`, with zeros for variables that had a gradient in earlier micro-batches."""
+        calls, own = self._calls_so_far(), frozenset(active)
+        for i in self._idle_with_gradient(calls, times, own):
+            total = ops.convert_to_tensor(self._accumulated_gradients[i])
+            gradients.append(ops.zeros_like(total))
+            active.append(i)
+        self._step(gradients, active)
+        self._window.add(calls, times, own)
+
+    def _calls_so_far(self) -> int:
+        """How often the optimizer was called. To be asked where the state is known."""
+        if not self._calls.is_own(self._iterations):
+            self._window = Window()
+        return self._calls.of(self._iterations)
+
+    def _idle_with_gradient(self, calls: int, times: int, active: frozenset[int]) -> list[int]:
+        """The positions of variables that had a gradient in earlier micro-batches alone.
+
+        Args:
+            calls: how many calls there were before this one.
+            times: how many make up an update.
+            active: positions of the variables that have a gradient in this one.
+        """
+        known = self._window.positions(calls, times)
+        if known is not None:
+            return sorted(known - active)
+        return [i for i in self._idle(active) if self._has_accumulated(i)]
+
+    def _idle(self, active: frozenset[int]) -> list[int]:
+        return [i for i in range(len(self._trainable_variables)) if i not in active]
 
     def _has_accumulated(self, position: int) -> bool:
-        """Whether a variable had a gradient in this window. Waits for the device."""
-        total = keras.ops.convert_to_tensor(self._accumulated_gradients[position])
-        return bool(keras.ops.any(total != 0))
+        """Whether what has accumulated for a variable is not zero. Waits for the device."""
+        total = ops.convert_to_tensor(self._accumulated_gradients[position])
+        return bool(ops.any(total != 0))
 
     def _state_is_known(self, gradients: Sequence[Any]) -> bool:
         """Whether variables have values to look at: not while a function is traced."""
@@ -222,21 +253,35 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
         if meter is None:
             return
         if update_rule.changes_gradient(self._rule()):
-            large = squares() / meter.times**2
+            large = squares()
         else:
             large = ops.cast(normalized.unclipped, "float32") ** 2
         meter.update(
             local(self.noise_moments),
             local(self.gradient_noise_scale),
             meter.estimates(total, large),
-            normalized.finite,
+            ops.logical_and(normalized.taken, total >= self._least_total()),
         )
+
+    def _least_total(self) -> float:
+        """The least sum of squares that can be told from one of gradients too small to square."""
+        size = sum(math.prod(variable.shape) for variable in self._trainable_variables)
+        return float(update_rule.least_sums([size], "float32", error=1e-3)[0])
 
 
 def name_for(variable: Any, name: str) -> str:
     """Return the name of an optimizer's variable that belongs to one of the model."""
     path = getattr(variable, "path", variable.name)
     return f"{path.replace('/', '_').replace(':', '_')}_{name}"
+
+
+def _check_each_is_there_once(positions: Sequence[int], variables: Sequence[Any]) -> None:
+    if len(set(positions)) < len(variables):
+        counts = collections.Counter(variable.path for variable in variables)
+        raise ValueError(
+            "A variable can have one gradient in a step. Received: several for "
+            + ", ".join(f"'{path}'" for path, count in counts.items() if count > 1)
+        )
 
 
 def _check_shapes(gradients: Sequence[Any], variables: Sequence[Any]) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from keras_sngm.backend.optimizer import WholeModelOptimizer
 from keras_sngm.backend.ring import Ring
 from keras_sngm.measurements import DETAILS, HISTOGRAM, NOISE_MOMENTS, Plan, Rows, rows_from
-from keras_sngm.update_rule import Tensor
+from keras_sngm.update_rule import Normalization, Tensor, spread
 
 _attached: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
 
@@ -50,20 +50,44 @@ class Measured(NamedTuple):
     """One per variable, 0 where there was no gradient."""
     noise_moments: Tensor | None
     """The averages that the noise scale is the quotient of."""
+    finite: Tensor
+    """Whether all elements of the gradient are."""
+    bad: Tensor
+    """Per variable, whether elements of its gradient are not finite."""
 
 
 def measured_by(
-    optimizer: Any, local: Callable[[Any], Any] = lambda variable: variable
+    optimizer: Any,
+    normalized: Normalization,
+    positions: Sequence[int],
+    local: Callable[[Any], Any] = lambda variable: variable,
 ) -> Measured:
-    """What SNGM keeps of its last update.
+    """What SNGM has measured in its last update.
 
     Args:
         optimizer: an SNGM.
+        normalized: how it has normalized the gradient.
+        positions: whose gradients these were, among all its variables.
         local: what a variable is on the replica that asks, `None` of `None`.
     """
     kept = (optimizer.gradient_norm, optimizer.gradient_norms, optimizer.noise_moments)
-    values = [None if v is None else keras.ops.convert_to_tensor(local(v)) for v in kept]
-    return Measured(*values)
+    norm, norms, moments = (
+        None if v is None else keras.ops.convert_to_tensor(local(v)) for v in kept
+    )
+    bad = bad_of(normalized, positions, len(optimizer._trainable_variables))
+    return Measured(norm, norms, moments, normalized.finite, bad)
+
+
+def bad_of(normalized: Normalization, positions: Sequence[int], count: int) -> Tensor:
+    """Return for each of `count` variables whether its gradient has elements that are not finite.
+
+    Args:
+        normalized: what was measured of some of them.
+        positions: of which.
+        count: how many there are.
+    """
+    bad = keras.ops.logical_not(keras.ops.isfinite(normalized.squares))
+    return spread(bad, positions, count)
 
 
 class Progress(NamedTuple):

@@ -31,6 +31,7 @@ from keras_sngm.backend.tensorflow_checks import (
 from keras_sngm.backend.tensorflow_noise import sum_of_squares
 from keras_sngm.backend.tensorflow_recorder import Local
 from keras_sngm.backend.tensorflow_replicas import (
+    Agreement,
     AllReplicas,
     OwnReplica,
     Replicas,
@@ -48,6 +49,7 @@ class BackendOptimizer(WholeModelOptimizer):
         check_strategy(type(self).__name__, tf.distribute.get_strategy())
         super().__init__(*args, **kwargs)
         self._local_steps = Cache()
+        self._agreement = Agreement()
 
     def build(self, variables: Sequence[Any]) -> None:
         check_variables(type(self).__name__, self._distribution_strategy, variables)
@@ -83,26 +85,33 @@ class BackendOptimizer(WholeModelOptimizer):
         self._track_variable(variable)
         return variable
 
-    def _step(self, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
-        active = tuple(self._get_variable_index(v) for v in variables)
-        gradients = [
-            self._unscaled(of_known_shape(gradient, variable.shape))
-            for gradient, variable in zip(gradients, variables, strict=True)
-        ]
+    def _step(self, gradients: Sequence[Any], active: Sequence[int]) -> None:
+        given: list[Any] = [None] * len(self._trainable_variables)
+        for gradient, i in zip(gradients, active, strict=True):
+            shape = self._trainable_variables[i].shape
+            given[i] = self._unscaled(of_known_shape(gradient, shape))
         if must_leave_the_replica(type(self).__name__, self._distribution_strategy):
             tf.distribute.get_replica_context().merge_call(
                 tf.autograph.experimental.do_not_convert(
-                    lambda strategy, gradients: self._step_on(
-                        AllReplicas(strategy), active, gradients
-                    )
+                    lambda strategy, given: self._step_on(AllReplicas(strategy), given)
                 ),
-                args=(gradients,),
+                args=(given,),
             )
         else:
-            self._step_on(OwnReplica(tf.distribute.get_replica_context()), active, gradients)
+            context = tf.distribute.get_replica_context()
+            self._agreement.check(context, [gradient is not None for gradient in given])
+            self._step_on(OwnReplica(context), given)
 
     def _state_is_known(self, gradients: Sequence[Any]) -> bool:
         return tf.executing_eagerly() and self._replicas() == 1
+
+    def _calls_so_far(self) -> int:
+        return int(self._iterations)
+
+    def _idle_with_gradient(self, calls: int, times: int, active: frozenset[int]) -> list[int]:
+        # What others assign to TensorFlow's variables leaves no trace on the host.
+        known = self._window.positions(calls, times) or frozenset()
+        return [i for i in self._idle(active) if i in known or self._has_accumulated(i)]
 
     def _unscaled(self, gradient: Any) -> Any:
         if self.loss_scale_factor is None:
@@ -114,7 +123,15 @@ class BackendOptimizer(WholeModelOptimizer):
             return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
         return gradient / self.loss_scale_factor
 
-    def _step_on(self, replicas: Replicas, active: tuple[int, ...], gradients: list[Any]) -> None:
+    def _step_on(self, replicas: Replicas, given: Sequence[Any]) -> None:
+        """Take the step.
+
+        Args:
+            replicas: where.
+            given: the gradients of all variables, `None` for a variable that has none.
+        """
+        active = tuple(i for i, gradient in enumerate(given) if gradient is not None)
+        gradients = [replicas.completed(given[i], self._trainable_variables[i]) for i in active]
         squares = []
         if active and (meter := self._noise_meter()) is not None:
             meter.check()
@@ -124,8 +141,9 @@ class BackendOptimizer(WholeModelOptimizer):
         elif self.gradient_accumulation_steps is None:
             self._reduce_and_update(replicas, active, gradients, squares)
         else:
-            self._accumulate(replicas, active, gradients, squares)
-            is_last = (self._iterations + 1) % self.gradient_accumulation_steps == 0
+            times = self.gradient_accumulation_steps
+            self._accumulate(replicas, active, gradients, squares, times)
+            is_last = (self._iterations + 1) % times == 0
             tf.cond(is_last, lambda: self._update_with_accumulated(replicas, active), lambda: None)
         for replica, part in enumerate(replicas.parts(self._iterations)):
             with (
@@ -153,15 +171,17 @@ class BackendOptimizer(WholeModelOptimizer):
         active: tuple[int, ...],
         gradients: list[Any],
         squares: list[Any],
+        times: int,
     ) -> None:
-        variables = [self._accumulated_gradients[i] for i in active]
-        if squares:
-            variables.append(self._accumulated_squares)
-        for variable, gradient in zip(variables, [*gradients, *squares], strict=True):
+        means = [self._accumulated_gradients[i] for i in active]
+        sums = [self._accumulated_squares] if squares else []
+        shares = [1.0 / times] * len(means) + [1.0] * len(sums)
+        parts = zip([*means, *sums], [*gradients, *squares], shares, strict=True)
+        for variable, gradient, share in parts:
             accumulators = replicas.parts(variable)
             for accumulator, part in zip(accumulators, replicas.parts(gradient), strict=True):
                 with tf.device(accumulator.device):
-                    _add(accumulator, part)
+                    _add(accumulator, part, share)
 
     def _update_with_accumulated(self, replicas: Replicas, active: tuple[int, ...]) -> None:
         measures = self.noise_scale_batch_size is not None
@@ -215,7 +235,7 @@ class BackendOptimizer(WholeModelOptimizer):
                         recorder.after(
                             local,
                             number,
-                            measured_by(self, local),
+                            measured_by(self, normalized, step.positions, local),
                             functools.partial(_directions, step, local_gradients, normalized),
                         )
 
@@ -248,10 +268,9 @@ class BackendOptimizer(WholeModelOptimizer):
             jit_compile = False
         device = local(self._trainable_variables[active[0]]).device
         in_xla = GraphOrParentsInXlaContext(get_default_graph())
-        times = self.gradient_accumulation_steps or 1
         return self._local_steps.get_or_make(
-            (rule, jit_compile, active, device, in_xla, times),
-            lambda: self._make_local_step(rule, jit_compile, active, local, in_xla, times),
+            (rule, jit_compile, active, device, in_xla),
+            lambda: self._make_local_step(rule, jit_compile, active, local, in_xla),
         )
 
     def _make_local_step(
@@ -261,7 +280,6 @@ class BackendOptimizer(WholeModelOptimizer):
         active: tuple[int, ...],
         local: Local,
         in_xla: bool,
-        times: int,
     ) -> LocalStep:
         count = len(self._trainable_variables)
         slots = [
@@ -289,7 +307,7 @@ class BackendOptimizer(WholeModelOptimizer):
         one_device = len({slot.weight.device for slot in slots}) == 1
         if jit_compile == "auto" and not one_device:
             jit_compile = False
-        return LocalStep(rule, slots, active, readings, jit_compile, in_xla, times)
+        return LocalStep(rule, slots, active, readings, jit_compile, in_xla)
 
 
 def _directions(
@@ -312,12 +330,16 @@ def _first(replicas: Replicas, replica: int, gradients: Sequence[Any]) -> list[t
     return [g.values if isinstance(g, tf.IndexedSlices) else g for g in first]
 
 
-def _add(accumulator: tf.Variable, gradient: Any) -> None:
+def _add(accumulator: tf.Variable, gradient: Any, share: float) -> None:
+    """Add a part of the gradient, without a tensor for that part."""
     gradient = tf.cast(gradient, accumulator.dtype)
     if isinstance(gradient, tf.IndexedSlices):
-        accumulator.scatter_add(gradient)
+        values = gradient.values * tf.cast(share, accumulator.dtype)
+        accumulator.scatter_add(tf.IndexedSlices(values, gradient.indices, gradient.dense_shape))
     else:
-        accumulator.assign_add(gradient)
+        tf.raw_ops.ResourceApplyGradientDescent(
+            var=accumulator.handle, alpha=tf.cast(-share, accumulator.dtype), delta=gradient
+        )
 
 
 def _xla_is_supported() -> bool:

@@ -8,6 +8,7 @@ import tensorflow as tf
 from tensorflow.compiler.tf2xla.python.xla import optimization_barrier
 
 from keras_sngm import update_rule
+from keras_sngm.update_rule import Normalization, Rule
 
 Sums = Callable[[Sequence[tf.Tensor]], tf.Tensor]
 RescaledSums = Callable[[Sequence[tf.Tensor], tf.Tensor], tf.Tensor]
@@ -25,11 +26,11 @@ def sums_on(on_accelerator: bool, in_xla: bool, stacks: int = 0) -> tuple[Sums, 
         usual = sums_of_squares_in_lanes
         rare = functools.partial(sums_of_squares_in_lanes, least_size=_LEAST_SIZE_IF_RARE)
 
-    def rescaled(gradients: Sequence[tf.Tensor], factor: tf.Tensor) -> tf.Tensor:
+    def rescaled(gradients: Sequence[tf.Tensor], factors: tf.Tensor) -> tf.Tensor:
         if in_xla:
-            # XLA makes g^2 * factor^2 of (g * factor)^2 if it knows g, and factor^2 is infinite.
-            gradients = optimization_barrier(*gradients)
-        return rare(_rescaled(gradients, factor, stacks=0))
+            # XLA makes g^2 * factor^2 of (g * factor)^2 if it knows both, and factor^2 is infinite.
+            *gradients, factors = optimization_barrier(*gradients, factors)
+        return rare(_rescaled(gradients, factors, stacks=0))
 
     return usual, rescaled
 
@@ -81,58 +82,62 @@ def _sum_of_squares_in_lanes(vector: tf.Tensor) -> tf.Tensor:
     return tf.reduce_sum(functools.reduce(tf.add, lanes)) + rest
 
 
-def squares_and_prescale(
+def normalized_by(
     sums: Sums,
     rescaled_sums: RescaledSums,
+    rule: Rule,
     gradients: Sequence[tf.Tensor],
-    size: int,
-    blockwise: bool = False,
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """The gradients' sums of squares, and the factor by which they were multiplied first.
+    sizes: Sequence[int],
+) -> Normalization:
+    """Measure gradients.
 
     Args:
         sums: maps the gradients to a vector of sums of squares, one per variable.
-        rescaled_sums: the same, of gradients times a factor. That is hardly ever needed, so
-            it may be slow, but should be quick to compile.
+        rescaled_sums: the same, of gradients times a factor for each variable. That is hardly
+            ever needed, so it may be slow, but should be quick to compile.
+        rule: the hyper-parameters.
         gradients: of one dtype.
-        size: the number of their elements.
-        blockwise: whether each sum is used by itself, so that each has to be trusted.
-
-    Returns:
-        The vector, and a power of two: 1 unless the squares overflow or are too
-        small to trust. With `blockwise` a vector of such powers.
+        sizes: the number of elements of each variable.
     """
-    squares = sums(gradients)
-    trusted, prescale = update_rule.trust(squares, size, blockwise)
-    squares = tf.cond(
-        trusted,
-        lambda: squares,
-        lambda: rescaled_sums(gradients, prescale),
+    return update_rule.normalization_of(
+        rule, sums(gradients), sizes, lambda factors: rescaled_sums(gradients, factors), tf.cond
     )
-    return squares, prescale
 
 
-def rescaled_and_squares(
-    sums: Sums, gradients: Sequence[tf.Tensor], size: int, blockwise: bool, stacks: int
-) -> tuple[list[tf.Tensor], tf.Tensor, tf.Tensor]:
-    """As `squares_and_prescale`, together with the gradients multiplied by the factor.
+def prescaled_and_normalized_by(
+    sums: Sums, rule: Rule, gradients: Sequence[tf.Tensor], sizes: Sequence[int], stacks: int
+) -> tuple[list[tf.Tensor], Normalization]:
+    """As `normalized_by`, together with the gradients times the `prescale`.
 
     Not for XLA, which would copy them.
     """
-    squares = sums(gradients)
-    trusted, prescale = update_rule.trust(squares, size, blockwise)
     # A condition costs an operation for each tensor that goes in or out, and for
     # each operation in the branch that is not taken. So all gradients pass as one,
     # and the unusual branch is one call.
-    usual = tf.experimental.Optional.from_value(tuple(gradients))
+    packed = tf.experimental.Optional.from_value(tuple(gradients))
 
     @tf.function(autograph=False, experimental_attributes={"_noinline": True})
-    def rescued(gradients: Any, prescale: tf.Tensor) -> tuple[Any, tf.Tensor]:
-        rescaled = tuple(_rescaled(gradients.get_value(), prescale, stacks))
-        return tf.experimental.Optional.from_value(rescaled), sums(rescaled)
+    def rescaled_sums(gradients: Any, factors: tf.Tensor) -> tf.Tensor:
+        return sums(_rescaled(gradients.get_value(), factors, stacks))
 
-    passed, squares = tf.cond(trusted, lambda: (usual, squares), lambda: rescued(usual, prescale))
-    return list(passed.get_value()), squares, prescale
+    @tf.function(autograph=False, experimental_attributes={"_noinline": True})
+    def prescaled(gradients: Any, prescale: tf.Tensor) -> Any:
+        values = _rescaled(gradients.get_value(), prescale, stacks)
+        return tf.experimental.Optional.from_value(tuple(values))
+
+    def cond(usual: tf.Tensor, act: Callable[[], Any], rescue: Callable[[], Any]) -> Any:
+        def rescued() -> tuple[Any, Normalization]:
+            normalized = rescue()
+            is_one = tf.reduce_all(normalized.prescale == 1.0)
+            passed = tf.cond(is_one, lambda: packed, lambda: prescaled(packed, normalized.prescale))
+            return passed, normalized
+
+        return tf.cond(usual, lambda: (packed, act()), rescued)
+
+    passed, normalized = update_rule.normalization_of(
+        rule, sums(gradients), sizes, lambda factors: rescaled_sums(packed, factors), cond
+    )
+    return list(passed.get_value()), normalized
 
 
 def _rescaled(tensors: Sequence[tf.Tensor], factors: tf.Tensor, stacks: int) -> list[tf.Tensor]:

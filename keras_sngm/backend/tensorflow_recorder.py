@@ -118,10 +118,10 @@ class Recorder(RecorderBase):
         local(self._latest).assign(measured.norm)
 
     def _note_what_is_not_finite(self, local: Local, step: tf.Tensor, measured: Measured) -> None:
-        bad = tf.logical_not(tf.math.is_finite(measured.norm))
+        bad = tf.logical_not(measured.finite)
         bad_step, bad_norms = local(self._bad_step), local(self._bad_norms)
         first = tf.logical_and(bad, bad_step == 0)
-        bad_norms.assign(tf.where(first, measured.norms, bad_norms))
+        bad_norms.assign(tf.where(first, tf.where(measured.bad, float("nan"), 0.0), bad_norms))
         bad_step.assign(tf.where(first, step, bad_step))
         if not self.plan.stops:
             return

@@ -40,18 +40,24 @@ def widest(tensors: Sequence[tf.Tensor]) -> tf.DType:
 
 def dense(gradient: Any, shape: tf.TensorShape) -> tf.Tensor:
     """A gradient, as slices or not, as a tensor of the shape of its variable."""
-    # Duplicate rows of a sparse gradient must be added before a norm is taken,
+    if not isinstance(gradient, tf.IndexedSlices):
+        return tf.convert_to_tensor(gradient)
+    # Duplicate rows of a sparse gradient must be added before a norm is taken, not in 16 bits,
     # and the momentum is dense anyway.
-    tensor = tf.convert_to_tensor(gradient)
-    return tf.ensure_shape(tensor, shape) if isinstance(gradient, tf.IndexedSlices) else tensor
+    wide = tf.cast(gradient, arithmetic_dtype(gradient.dtype))
+    return tf.ensure_shape(tf.convert_to_tensor(wide), shape)
 
 
 def of_known_shape(gradient: Any, shape: tf.TensorShape) -> Any:
     """Return a gradient that is known to have the shape of its variable.
 
-    TensorFlow does not know all of it where a layer's input has axes of unknown length.
+    TensorFlow does not know all of it where a layer's input has axes of unknown length. Slices
+    need not know it at all.
     """
-    if isinstance(gradient, tf.IndexedSlices) or gradient.shape.is_fully_defined():
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(gradient.values, gradient.indices, tf.constant(list(shape)))
+    gradient = tf.convert_to_tensor(gradient)
+    if gradient.shape.is_fully_defined():
         return gradient
     return tf.ensure_shape(gradient, shape)
 

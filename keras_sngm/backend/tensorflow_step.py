@@ -59,8 +59,6 @@ class LocalStep:
         jit_compile: whether to compile with XLA; `"auto"` compiles what the kernel
             is not quicker at.
         in_xla: whether XLA compiles the function around this step.
-        times: what is given is the gradient times this, as where micro-batches were
-            added up. Dividing it would be one more pass over memory.
     """
 
     def __init__(
@@ -71,11 +69,9 @@ class LocalStep:
         readings: Readings,
         jit_compile: bool | str,
         in_xla: bool,
-        times: int,
     ) -> None:
         self.device = slots[active[0]].weight.device
         self._rule = rule
-        self._times = times
         self._readings = readings
         self._count = len(slots)
         self._idle = [
@@ -99,7 +95,7 @@ class LocalStep:
         ends = itertools.accumulate((len(b.slots) for b in self._bundles), initial=len(together))
         self._spans = list(itertools.starmap(slice, itertools.pairwise(ends)))
         self._slots = [slots[k] for k in self._order]
-        self._positions = [[active[k]] for k in self._order]
+        self.positions = [active[k] for k in self._order]
 
     def _compile(self, jit_compile: bool, in_xla: bool) -> None:
         """Decide what XLA gets: all of a step, the update alone, or nothing."""
@@ -120,12 +116,9 @@ class LocalStep:
             self._update = _function(self._update_together, jit_compile=True)
         stacks = sum(len(bundle.slots) > 1 for bundle in self._bundles)
         usual, rare = norm.sums_on(on_accelerator, in_xla or with_norm, stacks)
-        blockwise = self._rule.blockwise
-        self._measure = functools.partial(
-            norm.squares_and_prescale, usual, rare, blockwise=blockwise
-        )
-        self._rescale_and_measure = functools.partial(
-            norm.rescaled_and_squares, usual, blockwise=blockwise, stacks=stacks
+        self._normalized = functools.partial(norm.normalized_by, usual, rare, self._rule)
+        self._prescaled_and_normalized = functools.partial(
+            norm.prescaled_and_normalized_by, usual, self._rule, stacks=stacks
         )
         self._run = _function(self._run_and_read)
 
@@ -155,12 +148,11 @@ class LocalStep:
         Returns:
             g / norm(g) by position among all variables.
         """
-        positions = [position for (position,) in self._positions]
-        final, _ = self._final_gradients(
-            self._in_order(gradients), [weights[position] for position in positions]
+        final = self._final_gradients(
+            self._in_order(gradients), [weights[position] for position in self.positions]
         )
         directions = update_rule.whole_direction(self._rule, normalized, final)
-        return dict(zip(positions, directions, strict=True))
+        return dict(zip(self.positions, directions, strict=True))
 
     def _in_order(self, gradients: Sequence[tf.Tensor | tf.IndexedSlices]) -> list[tf.Tensor]:
         return [
@@ -170,27 +162,28 @@ class LocalStep:
 
     def _run_and_read(self, gradients: list[tf.Tensor], moment: Moment) -> Normalization:
         normalized = self._normalize_and_update(gradients, moment)
-        self._constrain(normalized.finite)
+        self._constrain(normalized.taken)
         norms = tf.cast(normalized.norms, tf.float32)
         self._readings.gradient_norm.assign(tf.cast(normalized.norm, tf.float32))
-        self._readings.gradient_norms.assign(tf.scatter_nd(self._positions, norms, [self._count]))
+        places = [[position] for position in self.positions]
+        self._readings.gradient_norms.assign(tf.scatter_nd(places, norms, [self._count]))
         skipped = self._readings.skipped_steps
-        skipped.assign_add(tf.cast(tf.logical_not(normalized.finite), skipped.dtype))
+        skipped.assign_add(tf.cast(tf.logical_not(normalized.taken), skipped.dtype))
         averaged = self._readings.averaged_updates
         if averaged is not None:
-            averaged.assign_add(tf.cast(normalized.finite, averaged.dtype))
+            averaged.assign_add(tf.cast(normalized.taken, averaged.dtype))
         return normalized
 
     def _normalize_then_update(self, gradients: list[tf.Tensor], moment: Moment) -> Normalization:
         weights = [for_arithmetic(slot.weight) for slot in self._slots]
-        gradients, times = self._final_gradients(gradients, weights)
+        gradients = self._final_gradients(gradients, weights)
         joined = gradients[: self._together]
         for bundle, span in zip(self._bundles, self._spans, strict=True):
             joined.append(bundle.joined(gradients[span]))
-        joined, pending, normalized = self._normalize(joined, times)
+        joined, pending, normalized = self._normalize(joined)
         if moment.may_step is not None:
-            finite = tf.logical_and(normalized.finite, moment.may_step)
-            normalized = normalized._replace(finite=finite)
+            taken = tf.logical_and(normalized.finite, moment.may_step)
+            normalized = normalized._replace(taken=taken)
         to_do = normalized._replace(prescale=pending)
         if self._together or self._idle:
             own = _part(to_do, slice(self._together))
@@ -200,25 +193,23 @@ class LocalStep:
 
     def _final_gradients(
         self, gradients: list[tf.Tensor], weights: Sequence[tf.Tensor]
-    ) -> tuple[list[tf.Tensor], int]:
-        """What is to be normalized, and how many times the gradient that is."""
+    ) -> list[tf.Tensor]:
+        """What is to be normalized."""
         gradients = [
             tf.cast(gradient, arithmetic_dtype(slot.weight.dtype))
             for gradient, slot in zip(gradients, self._slots, strict=True)
         ]
         if not update_rule.changes_gradient(self._rule):
-            return gradients, self._times
-        if self._times != 1:
-            gradients = [gradient / self._times for gradient in gradients]
+            return gradients
         return [
             update_rule.final_gradient(self._rule, gradient, weight, slot.decays)
             for gradient, weight, slot in zip(gradients, weights, self._slots, strict=True)
-        ], 1
+        ]
 
     def _update_bundles(
         self, joined: list[tf.Tensor], normalized: Normalization, moment: Moment
     ) -> None:
-        by = self._coefficients(moment, normalized.finite)
+        by = self._coefficients(moment, normalized.taken)
         for bundle, span, gradient in zip(self._bundles, self._spans, joined, strict=True):
             own = _part(normalized, span)
             bundle.update(self._rule, by[gradient.dtype], own, gradient)
@@ -234,22 +225,16 @@ class LocalStep:
                 slot.weight.assign(tf.where(taken, slot.constraint(weight), weight))
 
     def _normalize(
-        self, gradients: list[tf.Tensor], times: int
+        self, gradients: list[tf.Tensor]
     ) -> tuple[list[tf.Tensor], tf.Tensor, Normalization]:
         """The gradients, the prescale that is still to be done to them, and the whole one."""
-        size = sum(slot.size for slot in self._slots)
+        sizes = [slot.size for slot in self._slots]
         if self._bundles:
-            gradients, squares, prescale = self._rescale_and_measure(gradients, size)
-            pending = tf.ones_like(prescale)
-        else:
-            wide = [tf.cast(gradient, widest(gradients)) for gradient in gradients]
-            squares, prescale = self._measure(wide, size)
-            pending = prescale
-        return (
-            gradients,
-            pending,
-            update_rule.normalization(self._rule, squares, prescale, times),
-        )
+            gradients, normalized = self._prescaled_and_normalized(gradients, sizes)
+            return gradients, tf.ones_like(normalized.prescale), normalized
+        wide = [tf.cast(gradient, widest(gradients)) for gradient in gradients]
+        normalized = self._normalized(wide, sizes)
+        return gradients, normalized.prescale, normalized
 
     def _coefficients(self, moment: Moment, taken: tf.Tensor) -> dict[tf.DType, Coefficients]:
         dtypes = {arithmetic_dtype(slot.weight.dtype) for slot in [*self._slots, *self._idle]}
@@ -269,7 +254,7 @@ class LocalStep:
         normalized: Normalization,
         moment: Moment,
     ) -> None:
-        by = self._coefficients(moment, normalized.finite)
+        by = self._coefficients(moment, normalized.taken)
         directions = update_rule.directions(normalized, gradients)
         done: list[tf.Tensor] = []
         for portion in self._portions:

@@ -27,6 +27,7 @@ from keras_sngm.backend.tensorflow_slot import (
     widest,
 )
 from keras_sngm.measurements import Plan
+from keras_sngm.update_rule import Normalization
 
 
 def attach(model: keras.Model, plan: Plan, fit: Any) -> watch.Watch:
@@ -116,9 +117,9 @@ class _Watched(watch.Watched):
             dense(gradient, variable.shape)
             for gradient, variable in zip(replicas.sums(final), on, strict=True)
         ]
-        squares, prescale = _squares_and_prescale(summed, local(on[0]).device)
+        normalized = _normalized(summed, local(on[0]).device)
         measured, directions = watch.measured(
-            squares, prescale, summed, positions, len(optimizer._trainable_variables)
+            normalized, summed, positions, len(optimizer._trainable_variables)
         )
         step = tf.cast(optimizer.iterations, tf.int64) + 1
         recorders = ready(optimizer)
@@ -158,7 +159,7 @@ class _Watched(watch.Watched):
             return None
         is_update = (self._optimizer._iterations + 1) % times == 0
         if recorder.plan.stops:
-            is_update |= tf.logical_not(tf.math.is_finite(measured.norm))
+            is_update |= tf.logical_not(measured.finite)
         return is_update
 
     def _apply_unless_stopped(
@@ -173,7 +174,7 @@ class _Watched(watch.Watched):
         if not conditions:
             self._apply(gradients, variables)
             return
-        may = tf.reduce_all([*conditions, tf.math.is_finite(measured.norm)])
+        may = tf.reduce_all([*conditions, measured.finite])
         if tf.__internal__.distribute.strategy_supports_no_merge_call():
             _if(may, lambda: self._apply(gradients, variables))
             return
@@ -192,15 +193,13 @@ class _Watched(watch.Watched):
         )
 
 
-def _squares_and_prescale(
-    gradients: Sequence[tf.Tensor], device: str
-) -> tuple[tf.Tensor, tf.Tensor]:
+def _normalized(gradients: Sequence[tf.Tensor], device: str) -> Normalization:
     usual, rare = norm.sums_on(
         is_accelerator(device), GraphOrParentsInXlaContext(get_default_graph())
     )
     wide = [tf.cast(gradient, widest(gradients)) for gradient in gradients]
-    size = sum(gradient.shape.num_elements() for gradient in gradients)
-    return norm.squares_and_prescale(usual, rare, wide, size)
+    sizes = [gradient.shape.num_elements() for gradient in gradients]
+    return norm.normalized_by(usual, rare, watch.AS_IT_IS, wide, sizes)
 
 
 def _if(condition: tf.Tensor | None, action: Callable[[], Any]) -> None:

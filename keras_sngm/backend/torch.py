@@ -13,14 +13,8 @@ from keras_sngm import update_rule
 from keras_sngm.backend import torch_step
 from keras_sngm.backend.optimizer import WholeModelOptimizer
 from keras_sngm.backend.recorder import conditions_of_step, measured_by, ready
-from keras_sngm.backend.torch_count import HostCount
-from keras_sngm.backend.torch_lists import dense, in_dtypes, values, wide
-from keras_sngm.backend.torch_norm import (
-    host_decides,
-    in_range,
-    squares_and_prescale,
-    sum_of_squares,
-)
+from keras_sngm.backend.torch_lists import apart_from, dense, in_dtypes, values, wide
+from keras_sngm.backend.torch_norm import normalized_by, sum_of_squares
 from keras_sngm.backend.torch_recorder import Change
 from keras_sngm.backend.torch_step import Moment, Slot
 from keras_sngm.update_rule import Normalization
@@ -29,88 +23,66 @@ from keras_sngm.update_rule import Normalization
 class BackendOptimizer(WholeModelOptimizer):
     """Takes the step where it is called. The host does not wait for the device."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._calls = HostCount()
-        # The number of the next call, and what has accumulated before it.
-        self._window: tuple[int, frozenset[int]] = (0, frozenset())
-
     @torch.compiler.disable
     @torch.no_grad()
     def apply(self, grads: Iterable[Any], trainable_variables: Iterable[Any] | None = None) -> None:
         super().apply(grads, trainable_variables)
 
-    def _step(self, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
-        active = [self._get_variable_index(v) for v in variables]
+    def _step(self, gradients: Sequence[Any], active: Sequence[int]) -> None:
         if active and (meter := self._noise_meter()) is not None:
             meter.check()
         own = unscaled([dense(gradient) for gradient in gradients], self.loss_scale_factor)
+        own = apart_from(own, values(self._trainable_variables))
         calls = self._calls.of(self._iterations)
         if not active:
             pass
         elif self.gradient_accumulation_steps is None:
             self._update(active, own, [])
         else:
-            known = self._accumulated_so_far()
             self._accumulate(active, own)
             if (calls + 1) % self.gradient_accumulation_steps == 0:
                 self._update_with_accumulated(active)
-            elif known is not None:
-                self._window = (calls + 1, known.union(active))
         self._iterations.value.add_(1)
         self._calls.set(self._iterations, calls + 1)
 
-    def _accumulated_so_far(self) -> frozenset[int] | None:
-        """The positions that had a gradient in this window, `None` if it did not begin here."""
-        calls, (expected, positions) = self._calls.of(self._iterations), self._window
-        if calls % (self.gradient_accumulation_steps or 1) == 0:
-            return frozenset()
-        return positions if calls == expected else None
-
-    def _has_accumulated(self, position: int) -> bool:
-        known = self._accumulated_so_far()
-        return super()._has_accumulated(position) if known is None else position in known
-
-    def _accumulate(self, active: list[int], gradients: list[torch.Tensor]) -> None:
+    def _accumulate(self, active: Sequence[int], gradients: list[torch.Tensor]) -> None:
         accumulators = values([self._accumulated_gradients[i] for i in active])
         dtypes = [accumulator.dtype for accumulator in accumulators]
-        torch._foreach_add_(accumulators, in_dtypes(gradients, dtypes))
+        torch._foreach_add_(
+            accumulators,
+            in_dtypes(gradients, dtypes),
+            alpha=1.0 / (self.gradient_accumulation_steps or 1),
+        )
         if self.noise_scale_batch_size is not None:
             self._accumulated_squares.value.add_(sum_of_squares(gradients))
 
-    def _update_with_accumulated(self, active: list[int]) -> None:
+    def _update_with_accumulated(self, active: Sequence[int]) -> None:
         totals = [] if self.noise_scale_batch_size is None else [self._accumulated_squares.value]
         accumulators = values(self._accumulated_gradients)
         self._update(active, [accumulators[i] for i in active], totals)
         torch._foreach_zero_([*accumulators, *totals])
 
     def _update(
-        self, active: list[int], gradients: list[torch.Tensor], totals: list[torch.Tensor]
+        self, active: Sequence[int], gradients: list[torch.Tensor], totals: list[torch.Tensor]
     ) -> None:
         """One update.
 
         Args:
             active: positions of the variables that have a gradient.
-            gradients: theirs, summed over micro-batches.
+            gradients: theirs, averaged over micro-batches.
             totals: the sum of the squares of all small batches, if it is measured.
         """
         rule, slots = self._rule(), self._slots()
         own = [slots[i] for i in active]
         others = set(range(len(slots))) - set(active)
         idle = [slots[i] for i in sorted(others) if slots[i].average is not None]
-        times = self.gradient_accumulation_steps or 1
-        final, times_left = torch_step.final_gradients(rule, own, gradients, times)
-        squares, prescale = squares_and_prescale(final, rule.blockwise)
-        normalized = update_rule.normalization(rule, squares, prescale, times_left)
-        if not host_decides(final[0]):
-            finite = normalized.finite & in_range(normalized.unclipped, final)
-            normalized = normalized._replace(finite=finite)
+        final = torch_step.final_gradients(rule, own, gradients)
+        normalized = normalized_by(rule, final)
         recorders = ready(self)
-        updates = self._calls.of(self._iterations) // times
+        updates = self._calls.of(self._iterations) // (self.gradient_accumulation_steps or 1)
         moment = self._moment(updates, conditions_of_step(recorders))
         if moment.may_step is not None:
-            finite = normalized.finite & moment.may_step
-            normalized = normalized._replace(finite=finite)
+            normalized = normalized._replace(taken=normalized.finite & moment.may_step)
         for total in totals:
             self._measure_noise(total, normalized, lambda: sum_of_squares(gradients))
         change = None
@@ -123,7 +95,7 @@ class BackendOptimizer(WholeModelOptimizer):
         torch_step.take(rule, own, idle, final, normalized, moment)
         self._read(active, normalized)
         for recorder in recorders:
-            recorder.record(updates + 1, measured_by(self), change)
+            recorder.record(updates + 1, measured_by(self, normalized, active), change)
 
     def _slots(self) -> list[Slot]:
         weights = self._trainable_variables
@@ -157,14 +129,14 @@ class BackendOptimizer(WholeModelOptimizer):
             may_step=torch.stack(conditions).all() if conditions else None,
         )
 
-    def _read(self, active: list[int], normalized: Normalization) -> None:
+    def _read(self, active: Sequence[int], normalized: Normalization) -> None:
         """Write what the user may read."""
         self.gradient_norm.value.copy_(normalized.norm)
         norms = self.gradient_norms.value
         norms.copy_(update_rule.spread(normalized.norms, active, len(norms)))
-        self.skipped_steps.value.add_(torch.logical_not(normalized.finite))
+        self.skipped_steps.value.add_(torch.logical_not(normalized.taken))
         if self.averaged_updates is not None:
-            self.averaged_updates.value.add_(normalized.finite)
+            self.averaged_updates.value.add_(normalized.taken)
 
 
 def unscaled(gradients: list[torch.Tensor], loss_scale_factor: float | None) -> list[torch.Tensor]:

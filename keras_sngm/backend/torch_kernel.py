@@ -17,8 +17,10 @@ from keras_sngm.backend.torch_lists import converted, scaled
 from keras_sngm.backend.torch_norm import host_decides
 from keras_sngm.update_rule import Coefficients, Normalization, Rule, nonzero
 
-# Up to here 1 - (1 - 1 / norm) is 1 / norm to far below float32's rounding.
+# Up to here 1 - (1 - 1 / norm) is 1 / norm to far below float32's rounding, and down to here
+# 1 / norm is a float32.
 _LARGEST_DIVISOR = 2.0**20
+_LEAST_DIVISOR = 2.0**-100
 
 # The kernel takes no momenta if the coefficient is 0. By this one they vanish as well.
 _NO_MOMENTUM = 2.0**-1000
@@ -81,9 +83,11 @@ def _told_by_numbers(
     """Gradients for the kernel, and what to tell it."""
     rate = by.learning_rate.item()
     divided = normalized.divisor.ndim > 0 or gradients[0].dtype == torch.float64 or rule.nesterov
-    if divided or normalized.prescale.item() != 1.0 or normalized.divisor.item() > _LARGEST_DIVISOR:
+    if divided or normalized.prescale.item() != 1.0:
         return _divided(gradients, normalized), {"lr": rate}
     divisor = normalized.divisor.item()
+    if not _LEAST_DIVISOR <= divisor <= _LARGEST_DIVISOR:
+        return _divided(gradients, normalized), {"lr": rate}
     if has_momentum:
         return gradients, {"lr": rate, "dampening": 1.0 - 1.0 / divisor}
     return gradients, {"lr": rate / divisor}
@@ -127,13 +131,25 @@ def _share_memory(tensors: Sequence[torch.Tensor]) -> bool:
     return any(end > begin for (_, end), (begin, _) in itertools.pairwise(places))
 
 
+def _unit(divisor: torch.Tensor) -> torch.Tensor:
+    """Return powers of two that bring divisors, float64, into the range of a float32."""
+    one = torch.ones_like(divisor)
+    unit = torch.where(divisor < 2.0**-64, one * 2.0**32, one)
+    return torch.where(divisor > 2.0**64, one * 2.0**-32, unit)
+
+
 def _divided(
     gradients: Sequence[torch.Tensor], normalized: Normalization
 ) -> Sequence[torch.Tensor]:
     own = gradients[0].dtype
-    # Where the host decides a divisor may be out of the range of a float32.
-    dtype = normalized.divisor.dtype if host_decides(gradients[0]) else own
-    directions = scaled(converted(gradients, dtype), normalized.prescale.to(dtype))
-    divisor = nonzero(normalized.divisor.to(dtype))
+    prescale, divisor = normalized.prescale, normalized.divisor
+    if host_decides(gradients[0]):
+        # A divisor may be out of the range of a float32.
+        dtype = divisor.dtype
+    else:
+        dtype, unit = own, _unit(divisor)
+        prescale, divisor = prescale * unit, divisor * unit
+    directions = scaled(converted(gradients, dtype), prescale.to(dtype))
+    divisor = nonzero(divisor.to(dtype))
     torch._foreach_div_(directions, list(divisor.unbind()) if divisor.ndim else divisor)
     return converted(directions, own)

@@ -12,8 +12,26 @@ from keras_sngm.update_rule import arithmetic_dtype
 
 
 def dense(gradient: torch.Tensor) -> torch.Tensor:
-    """Duplicate rows of a sparse gradient must be added before a norm is taken."""
-    return gradient if gradient.layout == torch.strided else gradient.to_dense()
+    """Duplicate rows of a sparse gradient must be added before a norm is taken, not in 16 bits."""
+    if gradient.layout == torch.strided:
+        return gradient
+    return gradient.to(arithmetic(gradient.dtype)).to_dense()
+
+
+def apart_from(
+    gradients: list[torch.Tensor], weights: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """The gradients, copied where they are views of weights, which a step changes in place."""
+    begins = set(map(_begin, weights))
+    if begins.isdisjoint(map(_begin, gradients)):
+        return gradients
+    return [g.clone() if _begin(g) in begins else g for g in gradients]
+
+
+def _begin(tensor: torch.Tensor) -> int:
+    """Return where the memory begins that a tensor is a view of."""
+    base = tensor._base
+    return tensor.data_ptr() if base is None else base.data_ptr()
 
 
 def values(variables: Sequence[keras.Variable | None]) -> list[Any]:

@@ -34,35 +34,33 @@ class Moment(NamedTuple):
 
 
 def final_gradients(
-    rule: Rule, slots: Sequence[Slot], gradients: Sequence[torch.Tensor], times: int
-) -> tuple[list[torch.Tensor], int]:
-    """What is to be normalized, and how many times the gradient that is.
+    rule: Rule, slots: Sequence[Slot], gradients: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """What is to be normalized.
 
     Args:
         rule: the hyper-parameters.
         slots: those of the variables that have a gradient.
-        gradients: theirs, times `times`.
-        times: how many micro-batches were added up.
+        gradients: theirs.
     """
     own = in_dtypes(gradients, [arithmetic(slot.weight.dtype) for slot in slots])
-    if not update_rule.changes_gradient(rule):
-        return own, times
-    own = list(torch._foreach_div(own, float(times)))
     if rule.weight_decay is not None and not rule.decoupled_weight_decay:
         decaying = [k for k, slot in enumerate(slots) if slot.decays]
         if decaying:
-            torch._foreach_add_(
+            decayed = torch._foreach_add(
                 [own[k] for k in decaying],
                 wide([slots[k].weight for k in decaying]),
                 alpha=rule.weight_decay,
             )
+            for k, gradient in zip(decaying, decayed, strict=True):
+                own[k] = gradient
     if rule.clipvalue is not None:
         clipped = list(torch._foreach_clamp_max(own, rule.clipvalue))
         torch._foreach_clamp_min_(clipped, -rule.clipvalue)
         # 0 times infinity is NaN, so that the step is skipped.
         torch._foreach_add_(clipped, own, alpha=0.0)
         own = clipped
-    return own, 1
+    return own
 
 
 def take(
@@ -83,10 +81,10 @@ def take(
         normalized: how to normalize them.
         moment: what else the step depends on.
     """
-    if host_decides(gradients[0]) and not normalized.finite:
+    if host_decides(gradients[0]) and not normalized.taken:
         return
     for dtype in {slot.weight.dtype for slot in [*slots, *idle]}:
-        by = _coefficients(rule, moment, normalized.finite, arithmetic(dtype))
+        by = _coefficients(rule, moment, normalized.taken, arithmetic(dtype))
         own = [k for k, slot in enumerate(slots) if slot.weight.dtype == dtype]
         _update(
             rule,
@@ -100,7 +98,7 @@ def take(
     for slot in slots:
         if slot.constraint is not None:
             constrained = slot.constraint(slot.weight)
-            slot.weight.copy_(torch.where(normalized.finite, constrained, slot.weight))
+            slot.weight.copy_(torch.where(normalized.taken, constrained, slot.weight))
 
 
 def _coefficients(
@@ -112,7 +110,7 @@ def _coefficients(
 
 def _some(normalized: Normalization, places: Sequence[int], count: int) -> Normalization:
     """With the factors of some variables alone, where there is one for each."""
-    if not normalized.divisor.ndim or len(places) == count:
+    if not normalized.divisor.ndim or not places or len(places) == count:
         return normalized
     prescale = normalized.prescale
     return normalized._replace(

@@ -7,11 +7,11 @@ import keras
 import torch
 
 from keras_sngm.backend import watch
+from keras_sngm.backend.host_count import HostCount
 from keras_sngm.backend.recorder import Measured, conditions_of_step, ready
 from keras_sngm.backend.torch import unscaled
-from keras_sngm.backend.torch_count import HostCount
 from keras_sngm.backend.torch_lists import dense, wide
-from keras_sngm.backend.torch_norm import squares_and_prescale
+from keras_sngm.backend.torch_norm import normalized_by
 from keras_sngm.backend.torch_recorder import Change, Recorder
 from keras_sngm.measurements import Plan
 
@@ -49,21 +49,21 @@ class _Watched(watch.Watched):
         weights = optimizer._trainable_variables
         final = self._final(given.gradients, given.positions)
         measured, directions = watch.measured(
-            *squares_and_prescale(final, blockwise=False), final, given.positions, len(weights)
+            normalized_by(watch.AS_IT_IS, final), final, given.positions, len(weights)
         )
         times = optimizer.gradient_accumulation_steps or 1
         calls = self._calls.of(optimizer._iterations)
         number, is_update = calls // times + 1, (calls + 1) % times == 0
         recorders = ready(optimizer)
+        recorded = [r for r in recorders if is_update or (r.plan.stops and not measured.finite)]
         change = None
-        if is_update and any(recorder.is_due(number) for recorder in recorders):
+        if any(recorder.is_due(number) for recorder in recorded):
             change = Change.begin([weight.value for weight in weights], directions())
         if self._may_step(recorders, measured):
             self._apply(gradients, variables)
             self._calls.set(optimizer._iterations, calls + 1)
-        for recorder in recorders:
-            if is_update or (recorder.plan.stops and not torch.isfinite(measured.norm)):
-                recorder.record(number, measured, change)
+        for recorder in recorded:
+            recorder.record(number, measured, change)
 
     def _final(self, gradients: list[Any], positions: list[int]) -> list[torch.Tensor]:
         """The gradients that the next update is made with."""
@@ -80,4 +80,4 @@ class _Watched(watch.Watched):
         conditions = conditions_of_step(recorders)
         if not conditions:
             return True
-        return bool(torch.stack([*conditions, torch.isfinite(measured.norm)]).all())
+        return bool(torch.stack([*conditions, measured.finite]).all())

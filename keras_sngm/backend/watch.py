@@ -13,11 +13,12 @@ from keras import ops
 
 from keras_sngm import update_rule
 from keras_sngm.backend.optimizer import WholeModelOptimizer
-from keras_sngm.backend.recorder import Measured, attached
+from keras_sngm.backend.recorder import Measured, attached, bad_of
 from keras_sngm.measurements import Plan
-from keras_sngm.update_rule import Tensor
+from keras_sngm.update_rule import Normalization, Tensor
 
-_AS_IT_IS = update_rule.Rule(0.0, False, False, None, True, None, None, None, 0.0)
+AS_IT_IS = update_rule.Rule(0.0, False, False, None, True, None, None, None, 0.0)
+"""Measures the gradient before anything is done to it."""
 
 Wrap = Callable[[Any], Callable[..., None]]
 """Makes of an optimizer other than SNGM what takes the place of its `apply`."""
@@ -245,8 +246,7 @@ def _build_as_keras(optimizer: Any, variables: Sequence[Any]) -> None:
 
 
 def measured(
-    squares: Tensor,
-    prescale: Tensor,
+    normalized: Normalization,
     gradients: Sequence[Tensor],
     positions: Sequence[int],
     count: int,
@@ -254,14 +254,14 @@ def measured(
     """The norms of a gradient, and a function that divides it by its norm.
 
     Args:
-        squares: sum of squares of each variable's gradient times `prescale`.
-        prescale: a power of two.
-        gradients: one tensor for each of these variables.
+        normalized: how to normalize it, by the rule `AS_IT_IS`.
+        gradients: one tensor for each of some variables.
         positions: where they are among all variables of the optimizer.
         count: how many these are.
     """
-    normalized = update_rule.normalization(_AS_IT_IS, squares, prescale)
     norms = ops.cast(update_rule.spread(normalized.norms, positions, count), "float32")
-    return Measured(ops.cast(normalized.norm, "float32"), norms, None), lambda: dict(
+    bad = bad_of(normalized, positions, count)
+    norm = ops.cast(normalized.norm, "float32")
+    return Measured(norm, norms, None, normalized.finite, bad), lambda: dict(
         zip(positions, update_rule.directions(normalized, list(gradients)), strict=True)
     )
