@@ -204,7 +204,7 @@ class Recording:
             for recorder, progress, snapshot in zip(self._recorders, last, snapshots, strict=True)
         ]
         rows = joined_rows([part.rows for part in parts])
-        steps = parts[0].steps[: self._until_the_stop(rows.norm)].tolist()
+        steps = parts[0].steps[: self._until_the_stop(parts)].tolist()
         self._note_fault(parts)
         values = {name: of[: len(steps)] for name, of in self._values.of_updates(rows).items()}
         self._epoch.add(values)
@@ -213,13 +213,12 @@ class Recording:
         for sink in self._sinks:
             sink.flush()
 
-    def _until_the_stop(self, norms: np.ndarray) -> int:
+    def _until_the_stop(self, parts: Sequence[Any]) -> int:
         """How many of the updates came before steps were no longer taken."""
-        if not self._plan.stops:
-            return len(norms)
-        if self.fault is not None:
-            return 0
-        return min([*np.flatnonzero(~np.isfinite(norms)) + 1, len(norms)])
+        steps, bad = parts[0].steps, _first_bad_step(parts)
+        if not self._plan.stops or (self.fault is None and not bad):
+            return len(steps)
+        return 0 if self.fault is not None else int(np.searchsorted(steps, bad, side="right"))
 
     def _log_step(self, step: int, scalars: dict[str, float], parts: Sequence[Any]) -> None:
         if step in parts[0].details:
@@ -238,21 +237,21 @@ class Recording:
         histograms: dict[str, np.ndarray] = {}
         for rows in parts:
             histograms |= self._values.of_histograms(rows.histograms[step], first)
-            first += len(rows.bad_norms)
+            first += len(rows.bad)
         for sink in self._sinks:
             sink.write_histograms(step, histograms)
 
     def _note_fault(self, parts: Sequence[Any]) -> None:
-        steps = [rows.bad_step for rows in parts if rows.bad_step]
-        if self.fault is not None or not steps:
+        step = _first_bad_step(parts)
+        if self.fault is not None or not step:
             return
-        step = min(steps)
-        norms = [
-            rows.bad_norms if rows.bad_step == step else np.zeros_like(rows.bad_norms)
-            for rows in parts
-        ]
-        bad = ~np.isfinite(np.concatenate(norms))
+        bad = np.concatenate([rows.bad & (rows.bad_step == step) for rows in parts])
         paths = [path for path, is_bad in zip(self._values.paths, bad, strict=True) if is_bad]
         self.fault = Fault(step, paths)
         if self._plan.stops and not self._recorders[0].one_of_several:
             self._model.stop_training = True
+
+
+def _first_bad_step(parts: Sequence[Any]) -> int:
+    """Return the first update whose gradient was not finite, or 0."""
+    return min((rows.bad_step for rows in parts if rows.bad_step), default=0)

@@ -13,6 +13,7 @@ ONLY_ON = {
         "dying_worker.py",
         "foreign_replicas.py",
         "killed_training.py",
+        "replica_gradients.py",
         "replica_training.py",
         "stopped_training.py",
         "test_backends.py",
@@ -40,9 +41,16 @@ ONLY_ON = {
         "test_jax.py",
         "test_jax_distribution.py",
         "test_jax_multi_worker.py",
+        "test_random_jax.py",
         "test_stateless.py",
     ],
-    "torch": ["test_float64.py", "test_stateless.py", "test_torch.py", "torch_processes.py"],
+    "torch": [
+        "test_float64.py",
+        "test_random_torch.py",
+        "test_stateless.py",
+        "test_torch.py",
+        "torch_processes.py",
+    ],
 }
 
 collect_ignore = sorted(

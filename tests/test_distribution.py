@@ -113,3 +113,7 @@ def test_replicas_that_could_disagree_are_refused(trained):
     """Rather than left waiting for each other."""
     message = trained["2-sngm-in-replicas"]["loss_scale_error"]
     assert "`LossScaleOptimizer` is such a condition. Set `SNGM(loss_scale_factor=" in message
+
+
+def test_replicas_may_have_gradients_of_different_kinds_and_for_different_variables():
+    run_python(TESTS / "replica_gradients.py")

@@ -20,7 +20,7 @@ def test_float64_variables_get_a_float64_norm(jit_compile, outer, scale):
 
 
 @mode
-@pytest.mark.parametrize("scale", [1e200, 1e-200])
+@pytest.mark.parametrize("scale", [1e200, 1e-200, 1e50, 1e-50])
 def test_float32_variables_beside_float64_ones(jit_compile, outer, scale):
     """Gradients far outside of float32 in one variable leave the other one sound."""
     variables = variables_of([np.zeros(4), np.zeros(2)], ["float64", "float32"])

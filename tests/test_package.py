@@ -57,6 +57,7 @@ ALLOWED = {
         "keras_sngm.backend.torch_watch",
         "keras_sngm.backend.unsupported",
     },
+    "backend/host_count": set(),
     "backend/jax": {
         "keras_sngm",
         "keras_sngm.backend.jax_norm",
@@ -68,6 +69,7 @@ ALLOWED = {
     },
     "backend/jax_norm": {
         "keras_sngm",
+        "keras_sngm.update_rule",
     },
     "backend/jax_recorder": {
         "keras_sngm.backend.jax_state",
@@ -81,6 +83,7 @@ ALLOWED = {
     "backend/jax_watch": {
         "keras_sngm.backend",
         "keras_sngm.backend.jax",
+        "keras_sngm.backend.jax_norm",
         "keras_sngm.backend.jax_recorder",
         "keras_sngm.backend.jax_state",
         "keras_sngm.backend.recorder",
@@ -92,6 +95,7 @@ ALLOWED = {
     },
     "backend/optimizer": {
         "keras_sngm",
+        "keras_sngm.backend.host_count",
         "keras_sngm.backend.noise",
         "keras_sngm.update_rule",
     },
@@ -127,6 +131,7 @@ ALLOWED = {
     },
     "backend/tensorflow_norm": {
         "keras_sngm",
+        "keras_sngm.update_rule",
     },
     "backend/tensorflow_order": set(),
     "backend/tensorflow_recorder": {
@@ -136,7 +141,9 @@ ALLOWED = {
         "keras_sngm.backend.tensorflow_slot",
         "keras_sngm.measurements",
     },
-    "backend/tensorflow_replicas": set(),
+    "backend/tensorflow_replicas": {
+        "keras_sngm.backend.tensorflow_slot",
+    },
     "backend/tensorflow_slot": {
         "keras_sngm",
     },
@@ -154,20 +161,19 @@ ALLOWED = {
         "keras_sngm.backend.tensorflow_replicas",
         "keras_sngm.backend.tensorflow_slot",
         "keras_sngm.measurements",
+        "keras_sngm.update_rule",
     },
     "backend/torch": {
         "keras_sngm",
         "keras_sngm.backend",
         "keras_sngm.backend.optimizer",
         "keras_sngm.backend.recorder",
-        "keras_sngm.backend.torch_count",
         "keras_sngm.backend.torch_lists",
         "keras_sngm.backend.torch_norm",
         "keras_sngm.backend.torch_recorder",
         "keras_sngm.backend.torch_step",
         "keras_sngm.update_rule",
     },
-    "backend/torch_count": set(),
     "backend/torch_kernel": {
         "keras_sngm.backend.torch_lists",
         "keras_sngm.backend.torch_norm",
@@ -179,6 +185,7 @@ ALLOWED = {
     "backend/torch_norm": {
         "keras_sngm",
         "keras_sngm.backend.torch_lists",
+        "keras_sngm.update_rule",
     },
     "backend/torch_recorder": {
         "keras_sngm.backend.recorder",
@@ -195,9 +202,9 @@ ALLOWED = {
     },
     "backend/torch_watch": {
         "keras_sngm.backend",
+        "keras_sngm.backend.host_count",
         "keras_sngm.backend.recorder",
         "keras_sngm.backend.torch",
-        "keras_sngm.backend.torch_count",
         "keras_sngm.backend.torch_lists",
         "keras_sngm.backend.torch_norm",
         "keras_sngm.backend.torch_recorder",

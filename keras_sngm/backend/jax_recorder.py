@@ -150,9 +150,7 @@ class Recorder(RecorderBase):
     def _note_what_is_not_finite(self, step: jax.Array, measured: Measured) -> None:
         bad = jnp.logical_not(measured.finite)
         first = bad & (self._bad_step.value == 0)
-        self._bad_norms.assign(
-            jnp.where(first, jnp.where(measured.bad, jnp.nan, 0.0), self._bad_norms.value)
-        )
+        self._bad.assign(jnp.where(first, measured.bad, self._bad.value))
         self._bad_step.assign(jnp.where(first, step, self._bad_step.value))
         if self.plan.stops:
             self._halted.assign(self._halted.value | bad)

@@ -107,7 +107,7 @@ class NewRows(NamedTuple):
         details: by step, a row of `DETAILS` for each variable.
         histograms: by step, histograms of each variable's gradient and momentum.
         bad_step: the first update whose gradient was not finite, or 0.
-        bad_norms: the norms of the variables' gradients then.
+        bad: for each variable, whether its gradient was not finite then.
     """
 
     steps: np.ndarray
@@ -115,7 +115,7 @@ class NewRows(NamedTuple):
     details: Mapping[int, np.ndarray]
     histograms: Mapping[int, np.ndarray]
     bad_step: int
-    bad_norms: np.ndarray
+    bad: np.ndarray
 
 
 class RecorderBase:
@@ -176,7 +176,7 @@ class RecorderBase:
         self._halted = self._variable((), "bool")
         self._held = self._variable((), "int")
         self._bad_step = self._variable((), "int")
-        self._bad_norms = self._variable((count,), "float32")
+        self._bad = self._variable((count,), "bool")
         self._latest = self._variable((), "float32")
         self.updates_kept = plan.updates(count)
         columns = 1 + NOISE_MOMENTS * self.keeps_noise_scale + count * plan.per_variable
@@ -245,7 +245,7 @@ class RecorderBase:
         return [
             *(ring.snapshot(self._copy) for ring in self._rings),
             self._copy(self._bad_step),
-            self._copy(self._bad_norms),
+            self._copy(self._bad),
         ]
 
     def progress(self, snapshot: Sequence[Any]) -> Progress:
@@ -258,7 +258,7 @@ class RecorderBase:
         Raises:
             RowsLostError: if more did than can be kept.
         """
-        *of_rings, bad_step, bad_norms = snapshot
+        *of_rings, bad_step, bad = snapshot
         steps, rows = zip(
             *(
                 ring.since(begin, copy)
@@ -273,7 +273,7 @@ class RecorderBase:
             _by_step(steps[1], rows[1], (count, len(DETAILS))),
             _by_step(steps[2], rows[2], (count, -1, HISTOGRAM)),
             int(keras.ops.convert_to_numpy(bad_step)),
-            keras.ops.convert_to_numpy(bad_norms),
+            keras.ops.convert_to_numpy(bad),
         )
 
     def latest_norm(self) -> Any:

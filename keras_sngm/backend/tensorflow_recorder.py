@@ -119,9 +119,9 @@ class Recorder(RecorderBase):
 
     def _note_what_is_not_finite(self, local: Local, step: tf.Tensor, measured: Measured) -> None:
         bad = tf.logical_not(measured.finite)
-        bad_step, bad_norms = local(self._bad_step), local(self._bad_norms)
+        bad_step, bad_ones = local(self._bad_step), local(self._bad)
         first = tf.logical_and(bad, bad_step == 0)
-        bad_norms.assign(tf.where(first, tf.where(measured.bad, float("nan"), 0.0), bad_norms))
+        bad_ones.assign(tf.where(first, measured.bad, bad_ones))
         bad_step.assign(tf.where(first, step, bad_step))
         if not self.plan.stops:
             return

@@ -85,9 +85,9 @@ class Recorder(RecorderBase):
 
     def _note_what_is_not_finite(self, step: int, measured: Measured) -> None:
         bad = torch.logical_not(measured.finite)
-        bad_step, bad_norms = self._bad_step.value, self._bad_norms.value
+        bad_step, bad_ones = self._bad_step.value, self._bad.value
         first = bad & (bad_step == 0)
-        bad_norms.copy_(torch.where(first, torch.where(measured.bad, torch.nan, 0.0), bad_norms))
+        bad_ones.copy_(torch.where(first, measured.bad, bad_ones))
         bad_step.copy_(torch.where(first, step, bad_step))
         if not self.plan.stops:
             return
