@@ -38,11 +38,14 @@ class SNGM(BackendOptimizer):
     constant changes nothing. Learning rates of momentum SGD do not carry over.
 
     A gradient of zero adds nothing to the momentum, which goes on by itself.
-    A gradient that is not finite, on any replica, skips the step: weights,
+    A gradient with elements that are not finite, on any replica, skips the step: weights,
     momentum and moving averages stay as they are and `skipped_steps` goes up by
-    one; `iterations`, and with it a learning rate schedule, goes on.
+    one; `iterations`, and with it a learning rate schedule, goes on. All others are
+    normalized, whatever their magnitude. On TensorFlow and JAX elements below 1.2e-38, the
+    least normal float32, count as zeros where those do not compute with them.
 
-    On PyTorch with CUDA a step may overwrite the gradients that it is given.
+    On PyTorch with CUDA a step may overwrite the gradients that it is given, and one whose
+    norm is above the largest float32, 3.4e38, is skipped.
 
     Under a `tf.distribute` strategy the gradients of all replicas are added up
     before anything else is done with them, so that N replicas on shards of a
@@ -90,8 +93,8 @@ class SNGM(BackendOptimizer):
             variables are updated once every that many steps, with the mean of
             the gradients since the last update: the weights are those of one
             batch of all their samples. Replicas communicate once per update.
-            In functions that are compiled a variable takes part in an update if it
-            has a gradient, zero if need be, in the last of these steps.
+            A variable takes part in an update if it has a gradient in any of these steps.
+            In functions that are compiled the last of them decides: give zeros there.
             `iterations` counts updates; a learning rate schedule counts steps,
             as in Keras, and is read at the first step of each update.
         jit_compile: `True`, `False` or `"auto"`. Whether the update is compiled
@@ -124,7 +127,7 @@ class SNGM(BackendOptimizer):
     Attributes:
         gradient_norm: Variable, float32 scalar: the norm that the last gradient
             was divided by (unless `blockwise`), that is of the gradient summed over
-            replicas, after weight decay (if coupled) and clipping.
+            replicas, after weight decay (if coupled) and clipping. Infinite above 3.4e38.
         gradient_norms: Variable, float32 vector: the same per trainable
             variable, in the order the optimizer was built with; 0 where a
             variable had no gradient. Exists once the optimizer is built.
@@ -136,7 +139,8 @@ class SNGM(BackendOptimizer):
             larger ones waste samples, as far as the theory reaches. Numerator and
             denominator are estimated without bias and averaged before one is divided by
             the other. 0 before the first update, and the largest float32, 3.4e38, as long
-            as the average of the denominator is not positive. Checkpointed with its averages.
+            as the average of the denominator is not positive. Updates whose squares a float32
+            cannot hold do not count. Checkpointed with its averages.
 
     Raises:
         ValueError: if an argument is out of its range or unknown, if more than
