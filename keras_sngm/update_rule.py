@@ -12,6 +12,7 @@ large-batch training", https://arxiv.org/abs/2007.13985, Algorithm 1.)
 Nothing here holds state or knows where a tensor lives.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -80,7 +81,8 @@ def final_gradient(rule: Rule, gradient: Tensor, weight: Tensor, decays: bool) -
     return gradient
 
 
-def least_sums(sizes: Sequence[int], dtype: str, error: float | None = None) -> np.ndarray:
+@functools.lru_cache(maxsize=256)
+def least_sums(sizes: tuple[int, ...], dtype: str, error: float | None = None) -> np.ndarray:
     """The least sums of squares that underflow cannot have spoilt.
 
     Every square below the smallest normal number may have been lost.
@@ -115,7 +117,8 @@ def normalization_of(
     Returns:
         What `cond` makes of a `Normalization`.
     """
-    least = ops.convert_to_tensor(least_sums(sizes, backend.standardize_dtype(squares.dtype)))
+    dtype = backend.standardize_dtype(squares.dtype)
+    least = ops.convert_to_tensor(least_sums(tuple(sizes), dtype))
 
     def rescued() -> Normalization:
         factors = rescue_factors(squares, least)
@@ -165,12 +168,13 @@ def normalization(rule: Rule, squares: Tensor, factors: Tensor | None = None) ->
         factors: vector of powers of two. `None` if all are 1 and their sum is finite.
     """
     scaled = ops.sqrt(squares)
-    finite = ops.all(ops.isfinite(squares))
     if factors is None and not _clips_or_divides_each(rule):
         norm = ops.sqrt(ops.sum(squares))
+        finite = ops.isfinite(norm)
         return Normalization(
             ops.ones_like(norm), nonzero(norm), squares, scaled, norm, norm, finite, finite
         )
+    finite = ops.all(ops.isfinite(squares))
     if factors is None:
         factors = ops.ones_like(squares)
     norms = scaled / factors

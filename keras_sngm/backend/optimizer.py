@@ -266,7 +266,7 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
     def _least_total(self) -> float:
         """The least sum of squares that can be told from one of gradients too small to square."""
         size = sum(math.prod(variable.shape) for variable in self._trainable_variables)
-        return float(update_rule.least_sums([size], "float32", error=1e-3)[0])
+        return float(update_rule.least_sums((size,), "float32", error=1e-3)[0])
 
 
 def name_for(variable: Any, name: str) -> str:

@@ -22,16 +22,15 @@ def apart_from(
     gradients: list[torch.Tensor], weights: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
     """The gradients, copied where they are views of weights, which a step changes in place."""
-    begins = set(map(_begin, weights))
-    if begins.isdisjoint(map(_begin, gradients)):
+    begins = {weight.data_ptr() for weight in weights}
+    bases = [gradient._base for gradient in gradients]
+    wholes = gradients
+    if bases.count(None) < len(bases):
+        wholes = [g if base is None else base for g, base in zip(gradients, bases, strict=True)]
+    places = [whole.data_ptr() for whole in wholes]
+    if begins.isdisjoint(places):
         return gradients
-    return [g.clone() if _begin(g) in begins else g for g in gradients]
-
-
-def _begin(tensor: torch.Tensor) -> int:
-    """Return where the memory begins that a tensor is a view of."""
-    base = tensor._base
-    return tensor.data_ptr() if base is None else base.data_ptr()
+    return [g.clone() if place in begins else g for g, place in zip(gradients, places, strict=True)]
 
 
 def values(variables: Sequence[keras.Variable | None]) -> list[Any]:

@@ -79,13 +79,14 @@ def _squares_of_doubles(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 def _sums_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """One sum per tensor."""
-    short, long, order = _by_length(tuple(tensor.numel() for tensor in tensors))
+    lengths = tuple(tensor.numel() for tensor in tensors)
+    short, long, order = _by_length(lengths, tensors[0].device)
     parts = []
     if short:
         parts.append(torch.stack(torch._foreach_norm([tensors[k] for k in short])).square())
     if long:
         parts.append(torch.stack([_sum_of_long(tensors[k].reshape(-1)) for k in long]))
-    return torch.cat(parts)[order] if len(parts) > 1 else parts[0]
+    return torch.cat(parts).index_select(0, order) if len(parts) > 1 else parts[0]
 
 
 def _sum_of_long(vector: torch.Tensor) -> torch.Tensor:
@@ -95,9 +96,12 @@ def _sum_of_long(vector: torch.Tensor) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _by_length(lengths: tuple[int, ...]) -> tuple[list[int], list[int], list[int]]:
+def _by_length(
+    lengths: tuple[int, ...], device: torch.device
+) -> tuple[list[int], list[int], torch.Tensor]:
     """Return the places of short and of long tensors, and where to find each in both together."""
     short = [k for k, length in enumerate(lengths) if length <= _SHORT]
     long = [k for k, length in enumerate(lengths) if length > _SHORT]
     together = [*short, *long]
-    return short, long, sorted(range(len(together)), key=together.__getitem__)
+    order = sorted(range(len(together)), key=together.__getitem__)
+    return short, long, torch.tensor(order, device=device)
