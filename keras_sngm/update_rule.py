@@ -168,56 +168,78 @@ def normalization(rule: Rule, squares: Tensor, factors: Tensor | None = None) ->
         factors: vector of powers of two. `None` if all are 1 and their sum is finite.
     """
     scaled = ops.sqrt(squares)
-    if factors is None and not _clips_or_divides_each(rule):
+    clips_or_divides_each = rule.blockwise or rule.clipnorm or rule.global_clipnorm
+    if factors is None and not clips_or_divides_each:
         norm = ops.sqrt(ops.sum(squares))
-        finite = ops.isfinite(norm)
-        return Normalization(
-            ops.ones_like(norm), nonzero(norm), squares, scaled, norm, norm, finite, finite
-        )
-    finite = ops.all(ops.isfinite(squares))
+        one, finite = ops.ones_like(norm), ops.isfinite(norm)
+        return Normalization(one, nonzero(norm), squares, scaled, norm, norm, finite, finite)
     if factors is None:
         factors = ops.ones_like(squares)
+    finite = ops.all(ops.isfinite(squares))
     norms = scaled / factors
-    unit = _unit(factors < 1.0, factors > 1.0, norms)
-    in_unit = scaled * (unit / factors)
-    total = _norm_of_norms(in_unit)
-    prescale, divisor, unclipped = unit, nonzero(total), total / unit
+    unit = _unit(norms, factors < 1.0, factors > 1.0)
+    whole = _whole(scaled * (unit / factors), unit)
+    prescale, divisor, unclipped = unit, nonzero(whole.norm), whole.norm / unit
     if rule.clipnorm is not None:
-        limit = _filled(_in_range(rule.clipnorm, squares), norms)
-        over = ops.logical_and(norms > limit, ops.isfinite(squares))
-        norms = ops.where(over, limit, norms)
-        bound = _unit_bound(norms)
-        unit = _unit(norms > bound, norms < 1.0 / bound, norms)
-        in_unit = norms * unit
-        total = _norm_of_norms(in_unit)
-        prescale = ops.where(over, factors, _filled(unit, norms))
-        divisor = ops.where(over, scaled * (total / (limit * unit)), _filled(nonzero(total), norms))
-    norm = total / unit
+        over, norms, whole = _clipped_each(rule.clipnorm, norms, squares)
+        shrunk = scaled * (whole.norm / (_in_range(rule.clipnorm, squares) * whole.unit))
+        prescale = ops.where(over, factors, _filled(whole.unit, norms))
+        divisor = ops.where(over, shrunk, _filled(nonzero(whole.norm), norms))
+    norm = whole.norm / whole.unit
     if rule.global_clipnorm is not None:
-        # A factor common to all variables vanishes in g / norm(g): only the
-        # measured norms change.
-        limit = _filled(_in_range(rule.global_clipnorm, squares), norm)
-        over = ops.logical_and(norm > limit, finite)
-        norms = ops.where(over, in_unit / nonzero(total) * limit, norms)
-        norm = ops.where(over, limit, norm)
+        norms, norm = _clipped_together(rule.global_clipnorm, norms, norm, whole, finite)
     if rule.blockwise:  # which undoes all clipping of norms
         prescale, divisor = factors, nonzero(scaled)
     return Normalization(prescale, divisor, squares, norms, norm, unclipped, finite, finite)
 
 
-def _clips_or_divides_each(rule: Rule) -> bool:
-    return rule.blockwise or rule.clipnorm is not None or rule.global_clipnorm is not None
+class _Whole(NamedTuple):
+    """The norm of the whole gradient, and what it consists of, times a `unit`.
 
-
-def _unit(are_large: Tensor, are_small: Tensor, norms: Tensor) -> Tensor:
-    """A power of two, in units of whose inverse the norm of all variables is in range.
-
-    So is its reciprocal, which XLA multiplies by. That is 1 unless some norms are large or
-    all are small.
+    With that all of it is in range, and its reciprocal, too, which XLA multiplies by.
     """
+
+    unit: Tensor
+    norms: Tensor
+    norm: Tensor
+
+
+def _whole(norms: Tensor, unit: Tensor) -> _Whole:
+    """From the norms of all variables times the unit."""
+    return _Whole(unit, norms, _norm_of_norms(norms))
+
+
+def _unit(norms: Tensor, are_large: Tensor, are_small: Tensor) -> Tensor:
+    """A power of two for norms of which some are large, or all are small, or neither."""
     one = ops.ones_like(norms[0])
     unit = ops.where(ops.all(are_small), 2.0**32 * one, one)
     return ops.where(ops.any(are_large), 2.0**-32 * one, unit)
+
+
+def _clipped_each(limit: float, norms: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, _Whole]:
+    """Which norms are over the limit, and all norms and that of the whole gradient after it.
+
+    Norms of gradients that are not finite stay, so that they can be seen.
+    """
+    highest = _filled(_in_range(limit, norms), norms)
+    over = ops.logical_and(norms > highest, ops.isfinite(squares))
+    clipped = ops.where(over, highest, norms)
+    bound = _unit_bound(norms)
+    unit = _unit(clipped, clipped > bound, clipped < 1.0 / bound)
+    return over, clipped, _whole(clipped * unit, unit)
+
+
+def _clipped_together(
+    limit: float, norms: Tensor, norm: Tensor, whole: _Whole, finite: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The norms and the norm after `global_clipnorm`.
+
+    A factor common to all variables vanishes in g / norm(g), so nothing else changes.
+    """
+    highest = _filled(_in_range(limit, norm), norm)
+    over = ops.logical_and(norm > highest, finite)
+    shares = whole.norms / nonzero(whole.norm)
+    return ops.where(over, shares * highest, norms), ops.where(over, highest, norm)
 
 
 def directions(normalized: Normalization, gradients: Sequence[Tensor]) -> list[Tensor]:

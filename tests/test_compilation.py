@@ -71,9 +71,11 @@ def test_a_step_in_a_graph_contains_at_most_one_xla_program(jit_compile, shapes,
 @pytest.mark.parametrize("sparse", [False, True])
 def test_later_steps_add_no_trace(monkeypatch, jit_compile, sparse):
     traces = []
-    normalization = update_rule.normalization
+    normalization_of = update_rule.normalization_of
     monkeypatch.setattr(
-        update_rule, "normalization", lambda *args: traces.append(args) or normalization(*args)
+        update_rule,
+        "normalization_of",
+        lambda *args: traces.append(args) or normalization_of(*args),
     )
     variables = variables_of([np.zeros((9, 2))])
     optimizer = SNGM(jit_compile=jit_compile)
