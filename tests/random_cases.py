@@ -228,14 +228,14 @@ class Given(NamedTuple):
     layout: str
     known: bool = False
 
-    def dense(self, shape: tuple[int, ...]) -> np.ndarray:
-        """All elements in float64."""
-        array = self.array.astype("float64")
+    def dense(self, weight: Weight) -> np.ndarray:
+        """All elements as they are computed with, in float64."""
+        array = flushed(self.array.astype("float64"), weight.dtype)
         if self.rows is None:
             return array
-        total = np.zeros(shape)
+        total = np.zeros(weight.shape)
         np.add.at(total, self.rows, array)
-        return total
+        return flushed(total, weight.dtype)
 
 
 def numpy_dtype(name: str) -> Any:
@@ -358,7 +358,7 @@ class Expectation:
         for i, (gradient, weight) in enumerate(zip(gradients, self._weights)):
             if gradient is None:
                 continue
-            array = flushed(gradient.dense(weight.shape), weight.dtype)
+            array = gradient.dense(weight)
             scaled = array / self.options.get("loss_scale_factor", 1.0)
             scaled = flushed(scaled, weight.dtype)
             self._means[i] = self._means[i] + flushed(scaled / self._times, weight.dtype)
