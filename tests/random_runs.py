@@ -43,7 +43,7 @@ MODES = {
 SHARES = (
     sum(share for *_, share in MODES.values()) + {"tensorflow": 0, "jax": 2, "torch": 3}[BACKEND]
 )
-DEFAULT = {"tensorflow": 36, "jax": 40, "torch": 200}[BACKEND]
+DEFAULT = {"tensorflow": 30, "jax": 28, "torch": 200}[BACKEND]
 CASES = int(os.environ.get("KERAS_SNGM_RANDOM_CASES", DEFAULT))
 
 
