@@ -7,7 +7,7 @@ import keras
 
 
 class HostCount:
-    """What a variable counts. The host asks again if anybody else has assigned to it.
+    """Copy on the host of what a variable counts, renewed if anybody else has assigned to it.
 
     For backends on which an assignment leaves a trace: PyTorch, which counts them, and JAX,
     where each brings another array.
@@ -27,7 +27,7 @@ class HostCount:
         return self._count
 
     def is_own(self, variable: keras.Variable) -> bool:
-        """Whether nobody else has assigned to it."""
+        """Return whether nobody else has assigned to it."""
         value, (known, version) = variable.value, self._mark
         return known() is value and version == _version(value)
 

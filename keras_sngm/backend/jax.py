@@ -41,7 +41,7 @@ class BackendOptimizer(WholeModelOptimizer):
             self._iterations.assign(before)
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
-        """As on other backends, but weights and averages share no arrays.
+        """Replace the weights by their averages, so that they share no arrays.
 
         The next training step gives both away, and JAX gives away no array twice.
         """
@@ -63,13 +63,8 @@ class BackendOptimizer(WholeModelOptimizer):
             meter.check()
         own = [unscaled(dense(gradient), self.loss_scale_factor) for gradient in gradients]
         rate = ops.convert_to_tensor(self._learning_rate_of_update())
-        is_known = self._state_is_known([*own, rate])
-        counts = is_known and self.gradient_accumulation_steps is not None
-        calls = self._calls_so_far() if counts else None
-        if is_known:
+        if self._state_is_known([*own, rate]):
             self._take_compiled(active, own, rate)
-            if calls is not None:
-                self._calls.set(self._iterations, calls + 1)
         else:
             self._take(active, own, rate)
 
@@ -136,7 +131,7 @@ class BackendOptimizer(WholeModelOptimizer):
         rate: jax.Array,
         totals: list[jax.Array],
     ) -> None:
-        """One update.
+        """Take the step of one update.
 
         Args:
             active: positions of the variables that have a gradient.
@@ -172,7 +167,7 @@ class BackendOptimizer(WholeModelOptimizer):
     def _final_gradients(
         self, active: tuple[int, ...], gradients: list[jax.Array]
     ) -> list[jax.Array]:
-        """What is to be normalized."""
+        """Return what is to be normalized."""
         rule = self._rule()
         weights = [wide(self._trainable_variables[i].value) for i in active]
         gradients = [g.astype(w.dtype) for g, w in zip(gradients, weights, strict=True)]
@@ -257,7 +252,7 @@ class BackendOptimizer(WholeModelOptimizer):
 
 
 def dense(gradient: Any) -> jax.Array:
-    """Duplicate rows of a sparse gradient must be added before a norm is taken, not in 16 bits."""
+    """Return a gradient as an array, rows that are there twice added up, not in 16 bits."""
     if isinstance(gradient, sparse.BCOO):
         # Its own `astype` adds them up first.
         values = wide(gradient.data)

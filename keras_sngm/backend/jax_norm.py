@@ -10,7 +10,7 @@ from keras_sngm.update_rule import Normalization, Rule
 
 
 def sums_of_squares(gradients: Sequence[jax.Array]) -> jax.Array:
-    """One sum per variable."""
+    """Return one sum per variable."""
     return jnp.stack([jnp.sum(jnp.square(gradient)) for gradient in gradients])
 
 
@@ -31,5 +31,5 @@ def normalized_by(rule: Rule, gradients: Sequence[jax.Array]) -> Normalization:
 
 
 def sum_of_squares(gradients: Sequence[jax.Array]) -> jax.Array:
-    """Of all elements of some gradients, float32."""
+    """Return that of all elements of some gradients, float32."""
     return jnp.sum(sums_of_squares([gradient.astype("float32") for gradient in gradients]))

@@ -22,7 +22,7 @@ from keras_sngm.measurements import HISTOGRAM, details, histogram
 
 
 class Change(NamedTuple):
-    """What an update has changed.
+    """Weights and momenta around an update.
 
     Attributes:
         before: the weights before it.
@@ -63,7 +63,7 @@ class Recorder(RecorderBase):
         return variable
 
     def _copy(self, variable: keras.Variable) -> jax.Array:
-        """To be called in the thread that trains: its next step takes the original away."""
+        """Copy a value in the thread that trains: its next step takes the original away."""
         return jnp.copy(variable._value)
 
     @property
@@ -109,7 +109,7 @@ class Recorder(RecorderBase):
     # In a training step.
 
     def may_step(self) -> jax.Array:
-        """Whether a step may be taken. Asked only if the plan is to stop."""
+        """Return whether a step may be taken. Asked only if the plan is to stop."""
         return jnp.logical_not(self._halted.value & (self._held.value > 0))
 
     def record(
@@ -119,7 +119,7 @@ class Recorder(RecorderBase):
         change: Change,
         directions: Callable[[], Mapping[int, jax.Array]],
     ) -> None:
-        """To be called after an update.
+        """Record an update that was made.
 
         Args:
             step: integer scalar, its number.

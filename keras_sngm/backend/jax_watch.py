@@ -219,7 +219,7 @@ class _Watched(watch.Watched):
         return (before + gradient) / optimizer.gradient_accumulation_steps
 
     def _when(self, recorder: Recorder, measured: Measured) -> jax.Array | None:
-        """Whether there is something to record, `None` for always."""
+        """Return whether there is something to record, `None` for always."""
         times = self._optimizer.gradient_accumulation_steps
         if times is None:
             return None

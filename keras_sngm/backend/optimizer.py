@@ -148,6 +148,7 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
             gradients.append(ops.zeros_like(total))
             active.append(i)
         self._step(gradients, active)
+        self._calls.set(self._iterations, calls + 1)
         self._window.add(calls, times, own)
 
     def _calls_so_far(self) -> int:
