@@ -218,7 +218,8 @@ class Recording:
         steps, bad = parts[0].steps, _first_bad_step(parts)
         if not self._plan.stops or (self.fault is None and not bad):
             return len(steps)
-        return 0 if self.fault is not None else int(np.searchsorted(steps, bad, side="right"))
+        # Steps that are not taken have the number of the bad one, too.
+        return 0 if self.fault is not None else int(np.searchsorted(steps, bad)) + 1
 
     def _log_step(self, step: int, scalars: dict[str, float], parts: Sequence[Any]) -> None:
         if step in parts[0].details:

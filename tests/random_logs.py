@@ -155,7 +155,7 @@ def jobs() -> st.SearchStrategy[Job]:
         times=st.sampled_from([1, 1, 2, 3]),
         compile=compiled,
         loggers=st.lists(loggers(), min_size=1, max_size=3),
-        fits=st.tuples(st.lists(fits(), max_size=2), last_fits()).map(lambda of: [*of[0], of[1]]),
+        fits=some_fits(),
         bad_batch=st.none() | st.integers(0, MOST_BATCHES - 1),
         on_nonfinite=st.sampled_from(["warn", "stop", "ignore"]),
     )
@@ -199,25 +199,19 @@ def loggers() -> st.SearchStrategy[Logger]:
     )
 
 
-def fits() -> st.SearchStrategy[Fit]:
+def some_fits() -> st.SearchStrategy[list[Fit]]:
+    """Those of a job, of which the last is not interrupted."""
+    first = st.lists(fits(st.none() | st.integers(1, 2 * MOST_BATCHES)), max_size=2)
+    return st.tuples(first, fits(st.none())).map(lambda drawn: [*drawn[0], drawn[1]])
+
+
+def fits(interrupted: st.SearchStrategy[int | None]) -> st.SearchStrategy[Fit]:
     return st.builds(
         Fit,
         batches=st.integers(1, MOST_BATCHES),
         epochs=st.integers(1, 3),
-        interrupted=st.none() | st.integers(1, 2 * MOST_BATCHES),
+        interrupted=interrupted,
         by=st.sampled_from([KeyboardInterrupt, ArithmeticError]),
-        renewed=st.booleans(),
-    )
-
-
-def last_fits() -> st.SearchStrategy[Fit]:
-    """Those of a `fit` that is not interrupted."""
-    return st.builds(
-        Fit,
-        batches=st.integers(1, MOST_BATCHES),
-        epochs=st.integers(1, 3),
-        interrupted=st.none(),
-        by=st.just(KeyboardInterrupt),
         renewed=st.booleans(),
     )
 

@@ -1,15 +1,10 @@
-"""Runs random cases: as many as asked for, and each call of them beside the reference.
+"""Runs random cases, and follows each call of them beside the reference."""
 
-The number of cases of all tests together is `KERAS_SNGM_RANDOM_CASES`.
-"""
-
-import math
-import os
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 
 from problems import BACKEND
 from random_cases import (
@@ -21,6 +16,7 @@ from random_cases import (
     assert_within_the_bound,
 )
 from random_cases import given as gradients_of
+from random_settings import random_settings
 from random_steps import Steps
 
 # How a step is run, as in `problems.MODES`, and its share of the cases.
@@ -43,19 +39,7 @@ MODES = {
 SHARES = (
     sum(share for *_, share in MODES.values()) + {"tensorflow": 0, "jax": 2, "torch": 3}[BACKEND]
 )
-DEFAULT = {"tensorflow": 30, "jax": 28, "torch": 200}[BACKEND]
-CASES = int(os.environ.get("KERAS_SNGM_RANDOM_CASES", DEFAULT))
-
-
-def some(share: float) -> settings:
-    """Settings of a test that has a share of all cases, the same ones unless asked for more."""
-    return settings(
-        max_examples=math.ceil(CASES * share),
-        derandomize="KERAS_SNGM_RANDOM_CASES" not in os.environ,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
+USUAL_CASES = {"tensorflow": 30, "jax": 28, "torch": 200}[BACKEND]
 
 
 def follow(case: Case, steps: Steps, expectation: Expectation) -> None:
@@ -80,7 +64,7 @@ def follow(case: Case, steps: Steps, expectation: Expectation) -> None:
 def run(share: float, strategy: Any, test: Callable[[Case], None]) -> None:
     """Run a test with cases of a strategy."""
 
-    @some(share / SHARES)
+    @random_settings(USUAL_CASES * share / SHARES, share / SHARES)
     @given(strategy)
     def run_all(case):
         with np.errstate(all="ignore"):

@@ -721,20 +721,21 @@ def test_faults_can_be_ignored():
 
 @every_optimizer
 @pytest.mark.parametrize("kwargs", [{}, {"run_eagerly": True}, *SEVERAL_STEPS])
-def test_stopping_leaves_the_last_good_model(make, kwargs):
-    """The one before the bad step, whenever the news arrive."""
+def test_stopping_leaves_the_last_good_model(tmp_path, make, kwargs):
+    """The one before the bad step, which is the last to be logged, whenever the news arrive."""
     good = build_model(make(), **kwargs)
-    good.fit(X[:24], Y[:24], BATCH, verbose=0, shuffle=False)
+    good.fit(X[:16], Y[:16], BATCH, verbose=0, shuffle=False)
     model = build_model(make(), **kwargs)
-    logger = GradientNormLogger(on_nonfinite="stop")
+    logger = GradientNormLogger(filename=tmp_path / "log.jsonl", on_nonfinite="stop")
     if "loss scaled" in model.optimizer.name or hasattr(model.optimizer, "inner_optimizer"):
         # A step that a LossScaleOptimizer leaves out is no fault.
-        history = fit(model, logger, x=with_nan(25)).history
+        history = fit(model, logger, x=with_nan(17)).history
         assert len(history["loss"]) == 2
         return
-    with pytest.warns(UserWarning, match="step 4 is not finite.*as it was before that step"):
-        history = fit(model, logger, x=with_nan(25), epochs=5).history
+    with pytest.warns(UserWarning, match="step 3 is not finite.*as it was before that step"):
+        history = fit(model, logger, x=with_nan(17), epochs=5).history
     assert len(history["loss"]) == 1
+    assert list(lines_of(tmp_path / "log.jsonl")) == [1, 2, 3]
     for value, expected in zip(values_of(model.weights), values_of(good.weights)):
         np.testing.assert_array_equal(value, expected)
     assert history["grad_norm_max"][0] != pytest.approx(history["grad_norm"][0])

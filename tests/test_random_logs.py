@@ -1,36 +1,28 @@
 """Whatever loggers are asked for and whatever becomes of training, they log what is right.
 
-Compared with `linear_model.py`. `KERAS_SNGM_RANDOM_CASES=200` tries as many jobs.
+Compared with `linear_model.py`.
 """
 
-import os
 import pathlib
 import tempfile
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 
 import linear_model
 from linear_model import PATHS, Update
 from problems import BACKEND
 from random_logs import BATCH, OPTIMIZERS, PER_VARIABLE, jobs, run
+from random_settings import random_settings
 from reference import norm
 
 TOLERANCE = 2e-4
 # Compiling takes most of the time, and PyTorch does not.
 USUAL_JOBS = 30 if BACKEND == "torch" else 4
-JOBS = int(os.environ.get("KERAS_SNGM_RANDOM_CASES", USUAL_JOBS))
 
 
-@settings(
-    max_examples=JOBS,
-    derandomize=True,
-    database=None,
-    deadline=None,
-    report_multiple_bugs=False,
-    suppress_health_check=list(HealthCheck),
-)
+@random_settings(USUAL_JOBS)
 @given(job=jobs())
 def test_whatever_is_logged_is_right(job):
     with tempfile.TemporaryDirectory() as folder:
