@@ -7,7 +7,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import keras
 
 collect_ignore_glob = [
-    f"keras_sngm/backend/{backend}*.py"
+    f"keras_sngm/backend/{backend}/*.py"
     for backend in ("tensorflow", "jax", "torch")
     if backend != keras.backend.backend()
 ]

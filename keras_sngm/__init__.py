@@ -1,6 +1,6 @@
 """SNGM, an optimizer for training at large batch sizes, for Keras 3."""
 
-from keras_sngm.callbacks import GradientNormLogger
+from keras_sngm.monitoring import GradientNormLogger
 from keras_sngm.sngm import SNGM
 from keras_sngm.version import __version__
 

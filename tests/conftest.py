@@ -1,58 +1,29 @@
+"""Collects the tests of the backend in use, which the names of the folders tell.
+
+`on_jax_and_torch` has what is run on JAX and on PyTorch, `project` what is run once. `support`
+has no tests: what they share, and programs that they start as processes.
+"""
+
 import pathlib
 import sys
 
 import keras
 
-# Examples import each other by name, as scripts of one folder do.
-sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
+TESTS = pathlib.Path(__file__).parent
+# Examples and helpers import each other by name, as scripts of one folder do.
+sys.path += [str(TESTS / "support"), str(TESTS.parent / "examples")]
 
-# Files for some backends alone. All others run on every backend.
-ONLY_ON = {
-    "tensorflow": [
-        "backend_training.py",
-        "dying_worker.py",
-        "foreign_replicas.py",
-        "killed_training.py",
-        "replica_gradients.py",
-        "replica_training.py",
-        "stopped_training.py",
-        "test_backends.py",
-        "test_baselines.py",
-        "test_benchmarks.py",
-        "test_compilation.py",
-        "test_distribution.py",
-        "test_examples.py",
-        "test_float64.py",
-        "test_hooks.py",
-        "test_interruption.py",
-        "test_kernel.py",
-        "test_multi_worker.py",
-        "test_norm.py",
-        "test_order.py",
-        "test_package.py",
-        "test_strategies.py",
-        "test_study.py",
-        "test_study_page.py",
-        "test_tensorflow.py",
-    ],
-    "jax": [
-        "dying_jax_process.py",
-        "jax_training.py",
-        "test_jax.py",
-        "test_jax_distribution.py",
-        "test_jax_multi_worker.py",
-        "test_random_jax.py",
-        "test_stateless.py",
-    ],
-    "torch": [
-        "test_float64.py",
-        "test_random_torch.py",
-        "test_stateless.py",
-        "test_torch.py",
-        "torch_processes.py",
-    ],
-}
 
-collect_ignore = sorted(
-    {file for files in ONLY_ON.values() for file in files} - set(ONLY_ON[keras.backend.backend()])
-)
+def is_run_on(folder, backend):
+    """Return whether the tests of a folder are run on a backend."""
+    if folder.name == "project":
+        return backend == "tensorflow"
+    backends = folder.name.removeprefix("on_").split("_and_")
+    return folder.name != "support" and (folder.name.startswith("on_") <= (backend in backends))
+
+
+collect_ignore = [
+    folder.name
+    for folder in TESTS.iterdir()
+    if folder.is_dir() and not is_run_on(folder, keras.backend.backend())
+]

@@ -46,7 +46,7 @@ def known_step(optimizer, variables, magnitudes, jit_compile):
         return tf.function(apply, jit_compile=jit_compile)
     import jax
 
-    from keras_sngm.backend.jax_state import assign, pure
+    from keras_sngm.backend.jax.state import assign, pure
 
     state = [*variables, *optimizer.variables]
     compiled = jax.jit(pure(apply, state))

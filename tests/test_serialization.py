@@ -5,11 +5,11 @@ import pickle
 import keras
 import numpy as np
 import pytest
+from problems import random_arrays, random_gradients, train, values_of, variables_of
+from processes import SUPPORT, run_python
+from resumed_training import RESUMABLE, X, Y, build_model
 
 from keras_sngm import SNGM
-from problems import random_arrays, random_gradients, train, values_of, variables_of
-from processes import TESTS, run_python
-from resumed_training import RESUMABLE, X, Y, build_model
 
 EVERYTHING = {
     "learning_rate": 0.25,
@@ -185,8 +185,8 @@ def test_a_saved_exclusion_that_fits_two_variables_is_refused():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resumed")
-    run_python(TESTS / "resumed_training.py", "begin", folder)
-    run_python(TESTS / "resumed_training.py", "resume", folder)
+    run_python(SUPPORT / "resumed_training.py", "begin", folder)
+    run_python(SUPPORT / "resumed_training.py", "resume", folder)
     return folder
 
 

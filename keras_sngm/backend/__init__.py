@@ -14,14 +14,11 @@ import keras
 
 _backend = keras.backend.backend()
 if _backend == "tensorflow":
-    from keras_sngm.backend.tensorflow import BackendOptimizer
-    from keras_sngm.backend.tensorflow_watch import attach, detach, is_current
+    from keras_sngm.backend.tensorflow import BackendOptimizer, attach, detach, is_current
 elif _backend == "jax":
-    from keras_sngm.backend.jax import BackendOptimizer
-    from keras_sngm.backend.jax_watch import attach, detach, is_current
+    from keras_sngm.backend.jax import BackendOptimizer, attach, detach, is_current
 elif _backend == "torch":
-    from keras_sngm.backend.torch import BackendOptimizer
-    from keras_sngm.backend.torch_watch import attach, detach, is_current
+    from keras_sngm.backend.torch import BackendOptimizer, attach, detach, is_current
 else:
     from keras_sngm.backend.unsupported import BackendOptimizer, attach, detach, is_current
 

@@ -1,0 +1,323 @@
+"""What an optimizer of the whole model does on every backend around its step."""
+
+import collections
+import contextlib
+import itertools
+import math
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_sngm import update_rule
+from keras_sngm.backend.common.host_count import HostCount, Window
+from keras_sngm.backend.common.noise import NoiseMeter
+from keras_sngm.update_rule import Normalization, Rule, arithmetic_dtype
+
+
+class WholeModelOptimizer(keras.optimizers.Optimizer):
+    """Keras' optimizer with one update for the whole model instead of one per variable.
+
+    A backend supplies `_step`. An optimizer supplies `_rule`, `_decays`, the
+    hyper-parameters below and the variables read here: `momentums`, `gradient_norm`,
+    `gradient_norms` and `skipped_steps`, and `averaged_updates`, `gradient_noise_scale`
+    and `noise_moments`, which may be `None`. Of all of them `averaged_updates` is made last.
+    """
+
+    jit_compile: bool | str
+    noise_scale_batch_size: int | None
+    noise_scale_momentum: float
+    gradient_accumulation_steps: int | None
+    averaged_updates: keras.Variable | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._names = Cache()
+        self._calls = HostCount()
+        self._window = Window()
+
+    def build(self, variables: Sequence[Any]) -> None:
+        # Keras' accumulators would have the dtype of the variables, and under a
+        # strategy be saved from the first replica alone.
+        steps = self.gradient_accumulation_steps
+        self.gradient_accumulation_steps = None
+        super().build(variables)
+        self.gradient_accumulation_steps = steps
+        if steps is not None:
+            self._accumulated_gradients = [self._add_accumulator(v) for v in variables]
+        if steps is not None and self.noise_scale_batch_size is not None:
+            self._accumulated_squares = self._add_total((), "float32", "squares_accumulator")
+
+    def add_variable(self, shape: Any, *args: Any, name: str | None = None, **kwargs: Any) -> Any:
+        """Add a variable, under a name and so a path that no other of the optimizer has.
+
+        Variables that belong to variables of the model which share a path would share one, too.
+        """
+        return super().add_variable(shape, *args, name=self._unused_name(name), **kwargs)
+
+    def _unused_name(self, name: str | None) -> str | None:
+        candidates = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1)))
+        unused = next(candidate for candidate in candidates if candidate not in self._names)
+        if unused is not None:
+            self._names.get_or_make(unused, lambda: True)
+        return unused
+
+    def load_own_variables(self, store: Any) -> None:
+        """Set the state, also to one that was saved when averages were not counted."""
+        if self.averaged_updates is None or len(store.keys()) != len(self.variables) - 1:
+            super().load_own_variables(store)
+            return
+        for i, variable in enumerate(self.variables[:-1]):
+            variable.assign(store[str(i)])
+        self.averaged_updates.assign(ops.maximum(self.iterations - self.skipped_steps, 0))
+
+    def _add_accumulator(self, variable: Any) -> keras.Variable:
+        return self._add_total(
+            variable.shape,
+            arithmetic_dtype(variable.dtype),
+            name_for(variable, "gradient_accumulator"),
+            getattr(variable, "_layout", None),
+        )
+
+    def _add_total(
+        self, shape: tuple[int, ...], dtype: str, name: str, layout: Any = None
+    ) -> keras.Variable:
+        return self.add_variable(shape, dtype=dtype, name=name, layout=layout)
+
+    def _rule(self) -> Rule:
+        raise NotImplementedError
+
+    def _decays(self, variables: Sequence[Any]) -> Sequence[bool]:
+        raise NotImplementedError
+
+    def _step(self, gradients: Sequence[Any], active: Sequence[int]) -> None:
+        """Update the variables or accumulate the gradients, and count the call.
+
+        Args:
+            gradients: of some variables.
+            active: the positions of these.
+        """
+        raise NotImplementedError
+
+    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
+        """Replace the weights by their averages, unless no step has been taken yet."""
+        if self.averaged_updates is not None and self.averaged_updates.numpy() > 0:
+            super().finalize_variable_values(var_list)
+
+    def apply(self, grads: Iterable[Any], trainable_variables: Iterable[Any] | None = None) -> None:
+        """Update the variables, or accumulate their gradients.
+
+        Keras' own `apply` would divide by the loss scale in a way that fails
+        for sparse gradients, apply constraints after micro-batches and skipped
+        steps too, and count in a way that XLA on several GPUs forbids.
+
+        Args:
+            grads: gradients, as many as there are variables; `None` where there
+                is none.
+            trainable_variables: the variables that they belong to. May be left
+                out once the optimizer is built.
+
+        Raises:
+            ValueError: if gradients and variables do not fit each other or the
+                optimizer, or if no step can be taken here.
+        """
+        gradients = list(grads)
+        if not gradients:
+            return
+        with keras.name_scope(self.name, caller=self):
+            variables = self._variables_of(gradients, trainable_variables)
+            gradients, variables = self._filter_empty_gradients(gradients, variables)
+            gradients, variables = map(
+                list, self._overwrite_variables_directly_with_gradients(gradients, variables)
+            )
+            _check_shapes(gradients, variables)
+            active = [self._get_variable_index(variable) for variable in variables]
+            _check_each_is_there_once(active, variables)
+            times = self.gradient_accumulation_steps
+            if times is None or not self._state_is_known(gradients):
+                self._step(gradients, active)
+            else:
+                self._step_in_window(gradients, active, times)
+
+    def _step_in_window(self, gradients: list[Any], active: list[int], times: int) -> None:
+        """As `_step`, with zeros for variables that had a gradient in earlier micro-batches."""
+        calls, own = self._calls_so_far(), frozenset(active)
+        for i in self._idle_with_gradient(calls, times, own):
+            total = ops.convert_to_tensor(self._accumulated_gradients[i])
+            gradients.append(ops.zeros_like(total))
+            active.append(i)
+        self._step(gradients, active)
+        self._calls.set(self._iterations, calls + 1)
+        self._window.add(calls, times, own)
+
+    def _calls_so_far(self) -> int:
+        """How often the optimizer was called. To be asked where the state is known."""
+        if not self._calls.is_own(self._iterations):
+            self._window = Window()
+        return self._calls.of(self._iterations)
+
+    def _idle_with_gradient(self, calls: int, times: int, active: frozenset[int]) -> list[int]:
+        """The positions of variables that had a gradient in earlier micro-batches alone.
+
+        Args:
+            calls: how many calls there were before this one.
+            times: how many make up an update.
+            active: positions of the variables that have a gradient in this one.
+        """
+        known = self._window.positions(calls, times)
+        if known is not None:
+            return sorted(known - active)
+        return [i for i in self._idle(active) if self._has_accumulated(i)]
+
+    def _idle(self, active: frozenset[int]) -> list[int]:
+        return [i for i in range(len(self._trainable_variables)) if i not in active]
+
+    def _has_accumulated(self, position: int) -> bool:
+        """Whether what has accumulated for a variable is not zero. Waits for the device."""
+        total = ops.convert_to_tensor(self._accumulated_gradients[position])
+        return bool(ops.any(total != 0))
+
+    def _state_is_known(self, gradients: Sequence[Any]) -> bool:
+        """Whether variables have values to look at: not while a function is traced."""
+        return True
+
+    def _variables_of(
+        self, gradients: list[Any], trainable_variables: Iterable[Any] | None
+    ) -> list[Any]:
+        if trainable_variables is not None:
+            variables = list(trainable_variables)
+            if not self.built:
+                self.build(variables)
+            self._check_variables_are_known(variables)
+        elif self.built:
+            variables = self._trainable_variables
+        else:
+            raise ValueError(
+                "Gradients can be passed without variables once the optimizer is built. "
+                "Call `optimizer.build(trainable_variables)` first."
+            )
+        if len(gradients) != len(variables):
+            raise ValueError(
+                "There must be one gradient, or None, for every variable. "
+                f"Received: {len(gradients)} gradients for {len(variables)} variables"
+            )
+        return variables
+
+    def _learning_rate_of_update(self) -> Any:
+        schedule = self._learning_rate
+        if self.gradient_accumulation_steps and isinstance(
+            schedule, keras.optimizers.schedules.LearningRateSchedule
+        ):
+            # Schedules count micro-batches. At the first one of those that make
+            # up this update, a schedule k times as long as that for whole
+            # batches gives the same rates.
+            first = self._iterations - (self.gradient_accumulation_steps - 1)
+            with self._iterations_being(first):
+                return schedule(self._iterations)
+        return self.learning_rate
+
+    def _iterations_being(self, value: Any) -> contextlib.AbstractContextManager:
+        """Have the counter of calls read as another value, by a schedule that gets it."""
+        return keras.StatelessScope([(self._iterations, value)])
+
+    def _replicas(self) -> int:
+        """How many call the optimizer at a time, each with a gradient of its own."""
+        return 1
+
+    def _noise_meter(self) -> NoiseMeter | None:
+        if self.noise_scale_batch_size is None:
+            return None
+        return NoiseMeter(
+            self.noise_scale_batch_size,
+            self.noise_scale_momentum,
+            self._replicas(),
+            self.gradient_accumulation_steps or 1,
+        )
+
+    def _measure_noise(
+        self,
+        total: Any,
+        normalized: Normalization,
+        squares: Callable[[], Any],
+        local: Callable[[Any], Any] = lambda variable: variable,
+    ) -> None:
+        """Move the averages of the noise scale, if it is measured.
+
+        Args:
+            total: the sum of the squares of the gradients of all small batches.
+            normalized: how their sum is normalized.
+            squares: the sum of the squares of that sum, if `normalized` does not know.
+            local: what a variable is on the replica that asks.
+        """
+        meter = self._noise_meter()
+        if meter is None:
+            return
+        if update_rule.changes_gradient(self._rule()):
+            large = squares()
+        else:
+            large = ops.cast(normalized.unclipped, "float32") ** 2
+        meter.update(
+            local(self.noise_moments),
+            local(self.gradient_noise_scale),
+            meter.estimates(total, large),
+            ops.logical_and(normalized.taken, total >= self._least_total()),
+        )
+
+    def _least_total(self) -> float:
+        """The least sum of squares that can be told from one of gradients too small to square."""
+        size = sum(math.prod(variable.shape) for variable in self._trainable_variables)
+        return float(update_rule.least_sums((size,), "float32", error=1e-3)[0])
+
+
+def name_for(variable: Any, name: str) -> str:
+    """Return the name of an optimizer's variable that belongs to one of the model."""
+    path = getattr(variable, "path", variable.name)
+    return f"{path.replace('/', '_').replace(':', '_')}_{name}"
+
+
+def _check_each_is_there_once(positions: Sequence[int], variables: Sequence[Any]) -> None:
+    if len(set(positions)) < len(variables):
+        counts = collections.Counter(variable.path for variable in variables)
+        raise ValueError(
+            "A variable can have one gradient in a step. Received: several for "
+            + ", ".join(f"'{path}'" for path, count in counts.items() if count > 1)
+        )
+
+
+def _check_shapes(gradients: Sequence[Any], variables: Sequence[Any]) -> None:
+    for gradient, variable in zip(gradients, variables, strict=True):
+        # Not every `tf.IndexedSlices` knows its shape.
+        shape: Any = getattr(gradient, "shape", None)
+        if shape != variable.shape and not _may_be(shape, variable.shape):
+            raise ValueError(
+                "A gradient must have the shape of its variable. "
+                f"Received: gradient.shape={tuple(shape)} for "
+                f"variable '{variable.name}' of shape {tuple(variable.shape)}"
+            )
+
+
+def _may_be(shape: Any, wanted: Any) -> bool:
+    if shape is None:
+        return True
+    # In graphs of TensorFlow a shape may be known in part.
+    is_compatible = getattr(shape, "is_compatible_with", None)
+    return is_compatible is not None and is_compatible(wanted)
+
+
+class Cache:
+    """A dictionary that Keras and TensorFlow do not try to save with the optimizer."""
+
+    def __init__(self) -> None:
+        self._entries: dict[Hashable, Any] = {}
+
+    def get_or_make(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        if key not in self._entries:
+            self._entries[key] = make()
+        return self._entries[key]
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._entries
+
+    def drop(self, is_old: Callable[[Any], bool]) -> None:
+        self._entries = {k: entry for k, entry in self._entries.items() if not is_old(k)}

@@ -1,0 +1,6 @@
+"""Runs and records the steps of SNGM on JAX."""
+
+from keras_sngm.backend.jax.optimizer import BackendOptimizer
+from keras_sngm.backend.jax.watch import attach, detach, is_current
+
+__all__ = ["BackendOptimizer", "attach", "detach", "is_current"]

@@ -1,0 +1,270 @@
+"""How SNGM runs on JAX: pure functions of its state, which the function around them compiles.
+
+Keras' `fit` compiles the whole training step. An optimizer that is called outside of any
+compiled function compiles its own. Where arrays are sharded XLA sees to it that sums go
+over all shards.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import sparse
+from keras import ops
+
+from keras_sngm import update_rule
+from keras_sngm.backend.common.optimizer import Cache, WholeModelOptimizer
+from keras_sngm.backend.common.recorder import conditions_of_step, measured_by, ready
+from keras_sngm.backend.jax.norm import normalized_by, sum_of_squares
+from keras_sngm.backend.jax.recorder import Change
+from keras_sngm.backend.jax.state import assign, do_if, pure, wide
+from keras_sngm.update_rule import Coefficients, Normalization
+
+
+class BackendOptimizer(WholeModelOptimizer):
+    """Takes the step where it is called: while a function is traced, as a part of it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._steps = Cache()
+
+    @contextlib.contextmanager
+    def _iterations_being(self, value: Any) -> Iterator[None]:
+        # Another scope would hide the values of all other variables.
+        before = self._iterations.value
+        self._iterations.assign(value)
+        try:
+            yield
+        finally:
+            self._iterations.assign(before)
+
+    def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
+        """Replace the weights by their averages, so that they share no arrays.
+
+        The next training step gives both away, and JAX gives away no array twice.
+        """
+        calls = self._iterations._value
+        if calls is None or calls.is_deleted():
+            return  # a training step failed, whose state is lost; let its error be seen
+        super().finalize_variable_values(var_list)
+        for average in self._model_variables_moving_average if self.use_ema else ():
+            if average is not None:
+                average.assign(jnp.copy(average.value))
+
+    def forget(self, recorder: Any) -> None:
+        """Let go of the steps that were compiled with a recorder, and so of the recorder."""
+        self._steps.drop(lambda key: id(recorder) in key[2])
+
+    def _step(self, gradients: Sequence[Any], active: Sequence[int]) -> None:
+        active = tuple(active)
+        if active and (meter := self._noise_meter()) is not None:
+            meter.check()
+        own = [unscaled(dense(gradient), self.loss_scale_factor) for gradient in gradients]
+        rate = ops.convert_to_tensor(self._learning_rate_of_update())
+        if self._state_is_known([*own, rate]):
+            self._take_compiled(active, own, rate)
+        else:
+            self._take(active, own, rate)
+
+    def _state_is_known(self, gradients: Sequence[Any]) -> bool:
+        state = [*gradients, self._iterations.value]
+        return not any(isinstance(array, jax.core.Tracer) for array in state)
+
+    def _take_compiled(
+        self, active: tuple[int, ...], gradients: list[jax.Array], rate: jax.Array
+    ) -> None:
+        variables = [*self._trainable_variables, *self.variables]
+        recorders = ready(self)
+        # Hyper-parameters are part of the key, so that assigning to one of them takes
+        # effect; and so is what the state consists of.
+        how = (
+            self._rule(),
+            self.use_ema,
+            self.ema_overwrite_frequency,
+            self.gradient_accumulation_steps,
+            self._noise_meter(),
+        )
+        step = self._steps.get_or_make(
+            (how, active, tuple(map(id, recorders)), tuple(map(id, variables))),
+            lambda: jax.jit(
+                pure(lambda gradients, rate: self._take(active, gradients, rate), variables)
+            ),
+        )
+        assign(variables, step([v.value for v in variables], gradients, rate))
+
+    def _take(self, active: tuple[int, ...], gradients: list[jax.Array], rate: jax.Array) -> None:
+        if not active:
+            pass
+        elif self.gradient_accumulation_steps is None:
+            self._update(active, gradients, rate, [])
+        else:
+            self._accumulate(active, gradients)
+            count = self._iterations.value + 1
+            do_if(
+                count % self.gradient_accumulation_steps == 0,
+                lambda: self._update_with_accumulated(active, rate),
+                [*self._trainable_variables, *self.variables],
+            )
+        self._iterations.assign_add(1)
+
+    def _accumulate(self, active: tuple[int, ...], gradients: list[jax.Array]) -> None:
+        for i, gradient in zip(active, gradients, strict=True):
+            accumulator = self._accumulated_gradients[i]
+            mean = gradient.astype(accumulator.dtype) / self.gradient_accumulation_steps
+            accumulator.assign_add(mean)
+        if self.noise_scale_batch_size is not None:
+            self._accumulated_squares.assign_add(sum_of_squares(gradients))
+
+    def _update_with_accumulated(self, active: tuple[int, ...], rate: jax.Array) -> None:
+        totals = [] if self.noise_scale_batch_size is None else [self._accumulated_squares]
+        means = [self._accumulated_gradients[i].value for i in active]
+        self._update(active, means, rate, [total.value for total in totals])
+        for accumulator in [*self._accumulated_gradients, *totals]:
+            accumulator.assign(jnp.zeros_like(accumulator.value))
+
+    def _update(
+        self,
+        active: tuple[int, ...],
+        gradients: list[jax.Array],
+        rate: jax.Array,
+        totals: list[jax.Array],
+    ) -> None:
+        """Take the step of one update.
+
+        Args:
+            active: positions of the variables that have a gradient.
+            gradients: theirs, averaged over micro-batches.
+            rate: learning rate.
+            totals: the sum of the squares of all small batches, if it is measured.
+        """
+        recorders = ready(self)
+        rule, weights = self._rule(), [v.value for v in self._trainable_variables]
+        final = self._final_gradients(active, gradients)
+        normalized = normalized_by(rule, final)
+        if conditions := conditions_of_step(recorders):
+            taken = normalized.finite & jnp.all(jnp.stack(conditions))
+            normalized = normalized._replace(taken=taken)
+        self._descend(active, final, normalized, rate)
+        self._read(active, normalized)
+        for total in totals:
+            self._measure_noise(total, normalized, lambda: sum_of_squares(gradients))
+        for recorder in recorders:
+            recorder.record(
+                ops.convert_to_tensor(self.iterations) + 1,
+                measured_by(self, normalized, active),
+                Change(
+                    weights,
+                    [v.value for v in self._trainable_variables],
+                    [None if momentum is None else momentum.value for momentum in self.momentums],
+                ),
+                lambda: dict(
+                    zip(active, update_rule.whole_direction(rule, normalized, final), strict=True)
+                ),
+            )
+
+    def _final_gradients(
+        self, active: tuple[int, ...], gradients: list[jax.Array]
+    ) -> list[jax.Array]:
+        """Return what is to be normalized."""
+        rule = self._rule()
+        weights = [wide(self._trainable_variables[i].value) for i in active]
+        gradients = [g.astype(w.dtype) for g, w in zip(gradients, weights, strict=True)]
+        if not update_rule.changes_gradient(rule):
+            return gradients
+        decays = self._decays(self._trainable_variables)
+        return [
+            update_rule.final_gradient(rule, gradient, weight, decays[i])
+            for i, gradient, weight in zip(active, gradients, weights, strict=True)
+        ]
+
+    def _descend(
+        self,
+        active: tuple[int, ...],
+        final: list[jax.Array],
+        normalized: Normalization,
+        rate: jax.Array,
+    ) -> None:
+        rule, decays = self._rule(), self._decays(self._trainable_variables)
+        by = self._coefficients(rate, normalized.taken)
+        new = [wide(v.value) for v in self._trainable_variables]
+        for i, direction in zip(active, update_rule.directions(normalized, final), strict=True):
+            momentum = self.momentums[i].value if self.momentums else None
+            new[i], velocity = update_rule.descend(
+                rule,
+                by[new[i].dtype],
+                new[i],
+                None if momentum is None else wide(momentum),
+                direction,
+                decays[i],
+            )
+            if momentum is not None:
+                self.momentums[i].assign(velocity)
+        if self.use_ema:
+            new = self._averaged(new, by, normalized.taken)
+        for i, weight in enumerate(new):
+            variable = self._trainable_variables[i]
+            constraint = getattr(variable, "constraint", None) if i in active else None
+            if constraint is not None:
+                stored = weight.astype(variable.dtype)
+                weight = jnp.where(normalized.taken, constraint(stored), stored)
+            if i in active or self.use_ema:
+                variable.assign(weight)
+
+    def _coefficients(self, rate: jax.Array, taken: jax.Array) -> dict[Any, Coefficients]:
+        count = self.averaged_updates
+        first_average = None if count is None else jnp.equal(count.value, 0)
+        dtypes = {wide(v.value).dtype for v in self._trainable_variables}
+        return {
+            dtype: update_rule.coefficients(self._rule(), rate.astype(dtype), first_average, taken)
+            for dtype in dtypes
+        }
+
+    def _averaged(
+        self, weights: list[jax.Array], by: dict[Any, Coefficients], taken: jax.Array
+    ) -> list[jax.Array]:
+        """Move the averages. Returns the weights to go on with."""
+        overwrite: Any = False
+        if self.ema_overwrite_frequency:
+            updates = ops.convert_to_tensor(self.iterations) + 1
+            overwrite = (updates % self.ema_overwrite_frequency == 0) & taken
+        new = list(weights)
+        for i, average in enumerate(self._model_variables_moving_average):
+            if average is None:
+                continue
+            value = update_rule.moving_average(by[new[i].dtype], wide(average.value), new[i])
+            average.assign(value)
+            if overwrite is not False:
+                new[i] = jnp.where(overwrite, value, new[i])
+        return new
+
+    def _read(self, active: tuple[int, ...], normalized: Normalization) -> None:
+        """Write what the user may read."""
+        norms = update_rule.spread(normalized.norms, active, len(self._trainable_variables))
+        self.gradient_norm.assign(normalized.norm.astype("float32"))
+        self.gradient_norms.assign(norms.astype("float32"))
+        skipped = jnp.logical_not(normalized.taken)
+        self.skipped_steps.assign_add(skipped.astype(self.skipped_steps.dtype))
+        if self.averaged_updates is not None:
+            taken = normalized.taken.astype(self.averaged_updates.dtype)
+            self.averaged_updates.assign_add(taken)
+
+
+def dense(gradient: Any) -> jax.Array:
+    """Return a gradient as an array, rows that are there twice added up, not in 16 bits."""
+    if isinstance(gradient, sparse.BCOO):
+        # Its own `astype` adds them up first.
+        values = wide(gradient.data)
+        return sparse.BCOO((values, gradient.indices), shape=gradient.shape).todense()
+    if isinstance(gradient, sparse.JAXSparse):
+        return gradient.todense()
+    return jnp.asarray(gradient)
+
+
+def unscaled(gradient: jax.Array, loss_scale_factor: float | None) -> jax.Array:
+    """The gradient of the loss itself."""
+    if loss_scale_factor is None:
+        return gradient
+    # Not in 16 bits: there a small gradient would become zero.
+    return wide(gradient) / loss_scale_factor

@@ -1,0 +1,6 @@
+"""Runs and records the steps of SNGM on TensorFlow."""
+
+from keras_sngm.backend.tensorflow.optimizer import BackendOptimizer
+from keras_sngm.backend.tensorflow.watch import attach, detach, is_current
+
+__all__ = ["BackendOptimizer", "attach", "detach", "is_current"]

@@ -1,0 +1,91 @@
+"""Where an optimizer can take a step, and what to say where it cannot."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.python.framework.ops import get_default_graph
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+from tensorflow.python.ops.control_flow_v2_func_graphs import CondBranchFuncGraph
+
+from keras_sngm.backend.tensorflow.replicas import native_variable
+
+_SYNCHRONOUS = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy)
+_SUPPORTED = (*_SYNCHRONOUS, tf.distribute.OneDeviceStrategy)
+
+
+def must_leave_the_replica(optimizer: str, home: tf.distribute.Strategy) -> bool:
+    """Whether the step belongs in the cross-replica context, entered by `merge_call`.
+
+    Args:
+        optimizer: its name, for messages.
+        home: the strategy that it was created under.
+
+    Raises:
+        RuntimeError: outside of a replica context.
+        ValueError: where no step can be taken.
+    """
+    context = tf.distribute.get_replica_context()
+    if context is None:
+        raise RuntimeError(
+            f"`{optimizer}` must be applied in a replica context, "
+            "that is inside a function passed to `strategy.run`."
+        )
+    if context.strategy is not home:
+        raise ValueError(
+            f"`{optimizer}` must be created in the scope of the strategy that it is applied under: "
+            f"`with strategy.scope(): optimizer = {optimizer}(...)`. "
+            f"Received: created under {_name(home)}, applied under {_name(context.strategy)}"
+        )
+    if tf.__internal__.distribute.strategy_supports_no_merge_call():
+        if context.num_replicas_in_sync > 1 and isinstance(
+            get_default_graph(), CondBranchFuncGraph
+        ):
+            raise ValueError(
+                f"`{optimizer}` cannot be applied in a condition that every replica decides for "
+                "itself: if they disagreed, they would wait for each other for ever. Where "
+                "`jit_compile=True` compiles a training step on several devices, "
+                f"`LossScaleOptimizer` is such a condition. Set `{optimizer}(loss_scale_factor="
+                '...)` in its place, or `model.compile(jit_compile="auto")`.'
+            )
+        return False
+    if context.num_replicas_in_sync > 1 and GraphOrParentsInXlaContext(get_default_graph()):
+        raise ValueError(
+            "`jit_compile=True` cannot compile a training step on several devices unless all of "
+            'them are GPUs. Set `model.compile(jit_compile="auto")` or leave it out, or drop it '
+            f"from your own `tf.function`: `{optimizer}` compiles its update by itself. "
+            f"Received: jit_compile=True under {_name(context.strategy)}"
+        )
+    return True
+
+
+def check_strategy(optimizer: str, strategy: tf.distribute.Strategy) -> None:
+    """Refuse strategies that no step is known to be right under."""
+    if tf.distribute.has_strategy() and not isinstance(strategy, _SUPPORTED):
+        raise ValueError(
+            f"`{optimizer}` runs without a strategy and under `OneDeviceStrategy`, "
+            "`MirroredStrategy` and `MultiWorkerMirroredStrategy` of `tf.distribute`. "
+            f"Received: strategy={_name(strategy)}"
+        )
+
+
+def check_variables(
+    optimizer: str, strategy: tf.distribute.Strategy, variables: Sequence[Any]
+) -> None:
+    """Refuse variables that were not created under the optimizer's strategy."""
+    expected = strategy if isinstance(strategy, _SYNCHRONOUS) else None
+    for variable in variables:
+        owner = getattr(native_variable(variable), "distribute_strategy", None)
+        if owner is not expected:
+            raise ValueError(
+                f"`{optimizer}` and the variables it is built with must be created in the scope "
+                "of the same strategy: `with strategy.scope(): ...`. Received: an optimizer "
+                f"created under {_name(strategy)}, the variable '{variable.name}' created under "
+                f"{_name(owner)}"
+            )
+
+
+def _name(strategy: tf.distribute.Strategy | None) -> str:
+    if strategy is None or type(strategy).__name__ == "_DefaultDistributionStrategy":
+        return "no strategy"
+    return type(strategy).__name__

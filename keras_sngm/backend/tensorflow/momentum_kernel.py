@@ -1,0 +1,117 @@
+"""The update by TensorFlow's own kernels for momentum and descent, variable by variable.
+
+For small variables that is quicker than an XLA program, which takes some
+microseconds for each of its arguments, and nothing has to be compiled. The kernel
+wants the normalized gradient as a tensor, so for large variables XLA, which needs
+none, is the better choice, unless the gradient is changed before it is normalized:
+XLA would change it twice, for the norm and for the update, and is slow at that norm.
+"""
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from keras_sngm.backend.tensorflow.slot import Slot, arithmetic_dtype
+from keras_sngm.update_rule import Coefficients, Normalization, Rule, changes_gradient
+
+# In elements: up to where the kernel is as quick as XLA, without an average and
+# with one, which XLA updates in the same pass; and up to where copying several
+# gradients into one tensor is quicker than calling every operation for each of
+# them. Measured on two cores, see benchmarks/step_time.py.
+_LARGEST = 300_000
+_LARGEST_AVERAGED = 16_384
+_LARGEST_STACKED = 4096
+
+
+class Bundle(NamedTuple):
+    """One variable, or several small ones of the same shape, dtype and device."""
+
+    positions: tuple[int, ...]
+    slots: tuple[Slot, ...]
+
+    def joined(self, gradients: Sequence[tf.Tensor]) -> tf.Tensor:
+        """The gradients of its variables as one tensor, one row each if they are several."""
+        return tf.stack(gradients) if len(self.slots) > 1 else gradients[0]
+
+    def update(
+        self, rule: Rule, by: Coefficients, normalized: Normalization, joined: tf.Tensor
+    ) -> None:
+        """Take the step on its variables.
+
+        A step that is skipped multiplies the momentum by 1 and adds 0 to it, and
+        changes the weight by 0 times the momentum.
+
+        Args:
+            rule: the hyper-parameters.
+            by: what to multiply by.
+            normalized: with divisors for the variables of this bundle alone, and a
+                `prescale` of 1.
+            joined: what `joined` has made of their gradients.
+        """
+        divisor = tf.where(by.taken, normalized.divisor, tf.zeros_like(normalized.divisor))
+        several = len(self.slots) > 1
+        if divisor.shape.rank == 1:
+            rows = [-1] if several else []
+            divisor = tf.reshape(divisor, rows + [1] * self.slots[0].weight.shape.rank)
+        direction = tf.math.divide_no_nan(joined, divisor)
+        directions = tf.unstack(direction) if several else [direction]
+        for slot, own in zip(self.slots, directions, strict=True):
+            if slot.decays and rule.weight_decay is not None and rule.decoupled_weight_decay:
+                _descend(slot, by.learning_rate * rule.weight_decay, slot.weight)
+            if slot.momentum is None:
+                _descend(slot, by.learning_rate, own)
+            else:
+                tf.raw_ops.ResourceApplyMomentum(
+                    var=slot.weight.handle,
+                    accum=slot.momentum.handle,
+                    lr=by.learning_rate,
+                    grad=own,
+                    momentum=by.momentum,
+                    use_nesterov=rule.nesterov,
+                )
+
+
+def chosen(rule: Rule, slots: Sequence[Slot], jit_compile: bool | str) -> list[bool]:
+    """For each slot, whether the kernel is to update it.
+
+    For slots on a CPU. With `jit_compile=False` wherever it can; with `"auto"` where it is as quick
+    as XLA; never with `True`.
+    """
+    if len({arithmetic_dtype(slot.weight.dtype) for slot in slots}) > 1:
+        return [False] * len(slots)
+    choice = [_suits(slot) and slot.size <= _limit(rule, slot, jit_compile) for slot in slots]
+    if jit_compile and changes_gradient(rule) and not all(choice):
+        # Then XLA takes the norm, and there is one norm for all.
+        return [False] * len(slots)
+    return choice
+
+
+def bundled(slots: Sequence[Slot], positions: Sequence[int]) -> list[Bundle]:
+    """The slots at these positions: first those that stay alone, then the stacks."""
+    groups: dict[Hashable, list[int]] = {}
+    for i in positions:
+        weight = slots[i].weight
+        alike = (tuple(weight.shape), weight.dtype, weight.device)
+        groups.setdefault(alike if slots[i].size <= _LARGEST_STACKED else i, []).append(i)
+    bundles = [Bundle(tuple(group), tuple(slots[i] for i in group)) for group in groups.values()]
+    return sorted(bundles, key=lambda bundle: len(bundle.slots) > 1)
+
+
+def _limit(rule: Rule, slot: Slot, jit_compile: bool | str) -> float:
+    """Up to how many elements a variable like this is left to the kernel."""
+    if jit_compile is True:
+        return 0
+    if jit_compile is False or changes_gradient(rule):
+        return math.inf
+    return _LARGEST if slot.average is None else _LARGEST_AVERAGED
+
+
+def _suits(slot: Slot) -> bool:
+    """Whether the kernels, which compute in the dtype of the weight, are precise enough."""
+    return slot.weight.dtype == arithmetic_dtype(slot.weight.dtype)
+
+
+def _descend(slot: Slot, rate: tf.Tensor, direction: Any) -> None:
+    tf.raw_ops.ResourceApplyGradientDescent(var=slot.weight.handle, alpha=rate, delta=direction)

@@ -1,0 +1,350 @@
+"""How SNGM runs on TensorFlow: one update for the whole model, on any number of replicas.
+
+Keras calls the optimizer once per replica. A step there is to
+
+1. undo the loss scale,
+2. accumulate, where that is asked for: k - 1 of k calls end here and communicate nothing,
+3. sum up the gradients of all replicas,
+4. update the variables of each device, see `tensorflow_step`.
+"""
+
+import functools
+import itertools
+import platform
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+from tensorflow.python.eager.context import context
+from tensorflow.python.framework.config import is_op_determinism_enabled
+from tensorflow.python.framework.ops import get_default_graph
+from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
+
+from keras_sngm.backend.common.optimizer import Cache, WholeModelOptimizer, name_for
+from keras_sngm.backend.common.recorder import conditions_of_step, measured_by, ready
+from keras_sngm.backend.tensorflow.checks import (
+    check_strategy,
+    check_variables,
+    must_leave_the_replica,
+)
+from keras_sngm.backend.tensorflow.noise import sum_of_squares
+from keras_sngm.backend.tensorflow.recorder import Local
+from keras_sngm.backend.tensorflow.replicas import (
+    Agreement,
+    AllReplicas,
+    OwnReplica,
+    Replicas,
+    native_variable,
+)
+from keras_sngm.backend.tensorflow.slot import Slot, arithmetic_dtype, of_known_shape
+from keras_sngm.backend.tensorflow.step import LocalStep, Moment, Readings
+from keras_sngm.update_rule import Normalization, Rule
+
+
+class BackendOptimizer(WholeModelOptimizer):
+    """Takes the step on all replicas that this process has."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        check_strategy(type(self).__name__, tf.distribute.get_strategy())
+        super().__init__(*args, **kwargs)
+        self._local_steps = Cache()
+        self._agreement = Agreement()
+
+    def build(self, variables: Sequence[Any]) -> None:
+        check_variables(type(self).__name__, self._distribution_strategy, variables)
+        super().build(variables)
+
+    @tf.autograph.experimental.do_not_convert
+    def apply(self, grads: Iterable[Any], trainable_variables: Iterable[Any] | None = None) -> None:
+        super().apply(grads, trainable_variables)
+
+    def _add_accumulator(self, variable: Any) -> keras.Variable:
+        native = native_variable(variable)
+        with self._distribution_strategy.extended.colocate_vars_with(native):
+            return self._add_total(
+                tuple(variable.shape),
+                arithmetic_dtype(native.dtype).name,
+                name_for(variable, "gradient_accumulator"),
+            )
+
+    def _add_total(
+        self, shape: tuple[int, ...], dtype: str, name: str, layout: Any = None
+    ) -> keras.Variable:
+        """Every replica's own sum; their total is what is read and saved."""
+        with self._distribution_strategy.scope(), keras.name_scope(self.name, caller=self):
+            variable = keras.Variable(
+                keras.initializers.Zeros(),
+                shape=shape,
+                dtype=dtype,
+                trainable=False,
+                aggregation="sum",
+                synchronization="on_read",
+                name=self._unused_name(name),
+            )
+        self._track_variable(variable)
+        return variable
+
+    def _step(self, gradients: Sequence[Any], active: Sequence[int]) -> None:
+        given: list[Any] = [None] * len(self._trainable_variables)
+        for gradient, i in zip(gradients, active, strict=True):
+            shape = self._trainable_variables[i].shape
+            given[i] = self._unscaled(of_known_shape(gradient, shape))
+        if must_leave_the_replica(type(self).__name__, self._distribution_strategy):
+            tf.distribute.get_replica_context().merge_call(
+                tf.autograph.experimental.do_not_convert(
+                    lambda strategy, given: self._step_on(AllReplicas(strategy), given)
+                ),
+                args=(given,),
+            )
+        else:
+            context = tf.distribute.get_replica_context()
+            self._agreement.check(context, [gradient is not None for gradient in given])
+            self._step_on(OwnReplica(context), given)
+
+    def _state_is_known(self, gradients: Sequence[Any]) -> bool:
+        return tf.executing_eagerly() and self._replicas() == 1
+
+    def _calls_so_far(self) -> int:
+        return int(self._iterations)
+
+    def _idle_with_gradient(self, calls: int, times: int, active: frozenset[int]) -> list[int]:
+        # What others assign to TensorFlow's variables leaves no trace on the host.
+        known = self._window.positions(calls, times) or frozenset()
+        return [i for i in self._idle(active) if i in known or self._has_accumulated(i)]
+
+    def _unscaled(self, gradient: Any) -> Any:
+        if self.loss_scale_factor is None:
+            return gradient
+        # Not in 16 bits: there a small gradient would become zero.
+        gradient = tf.cast(gradient, arithmetic_dtype(gradient.dtype))
+        if isinstance(gradient, tf.IndexedSlices):
+            values = gradient.values / self.loss_scale_factor
+            return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
+        return gradient / self.loss_scale_factor
+
+    def _step_on(self, replicas: Replicas, given: Sequence[Any]) -> None:
+        """Take the step.
+
+        Args:
+            replicas: where.
+            given: the gradients of all variables, `None` for a variable that has none.
+        """
+        active = tuple(i for i, gradient in enumerate(given) if gradient is not None)
+        gradients = [replicas.completed(given[i], self._trainable_variables[i]) for i in active]
+        squares = []
+        if active and (meter := self._noise_meter()) is not None:
+            meter.check()
+            squares = [self._squares(replicas, active, gradients)]
+        if not active:
+            pass
+        elif self.gradient_accumulation_steps is None:
+            self._reduce_and_update(replicas, active, gradients, squares)
+        else:
+            times = self.gradient_accumulation_steps
+            self._accumulate(replicas, active, gradients, squares, times)
+            is_last = (self._iterations + 1) % times == 0
+            tf.cond(is_last, lambda: self._update_with_accumulated(replicas, active), lambda: None)
+        for replica, part in enumerate(replicas.parts(self._iterations)):
+            with (
+                tf.device(part.device),
+                tf.control_dependencies(_first(replicas, replica, gradients)),
+            ):
+                part.assign_add(1)
+
+    def _replicas(self) -> int:
+        return self._distribution_strategy.num_replicas_in_sync
+
+    def _squares(self, replicas: Replicas, active: tuple[int, ...], gradients: list[Any]) -> Any:
+        """Each replica's sum of squares of its own gradient."""
+        weight = self._trainable_variables[active[0]]
+        sums: list[tf.Tensor] = []
+        for parts in zip(*map(replicas.parts, gradients), strict=True):
+            device = replicas.parts(weight)[len(sums)].device
+            with tf.device(device):
+                sums.append(self._local_squares(active, parts, device))
+        return replicas.joined(sums)
+
+    def _accumulate(
+        self,
+        replicas: Replicas,
+        active: tuple[int, ...],
+        gradients: list[Any],
+        squares: list[Any],
+        times: int,
+    ) -> None:
+        means = [self._accumulated_gradients[i] for i in active]
+        sums = [self._accumulated_squares] if squares else []
+        shares = [1.0 / times] * len(means) + [1.0] * len(sums)
+        parts = zip([*means, *sums], [*gradients, *squares], shares, strict=True)
+        for variable, gradient, share in parts:
+            accumulators = replicas.parts(variable)
+            for accumulator, part in zip(accumulators, replicas.parts(gradient), strict=True):
+                with tf.device(accumulator.device):
+                    _add(accumulator, part, share)
+
+    def _update_with_accumulated(self, replicas: Replicas, active: tuple[int, ...]) -> None:
+        measures = self.noise_scale_batch_size is not None
+        squares = [self._accumulated_squares] if measures else []
+        sums = []
+        for variable in [*(self._accumulated_gradients[i] for i in active), *squares]:
+            parts = []
+            for accumulator in replicas.parts(variable):
+                with tf.device(accumulator.device):
+                    parts.append(tf.identity(accumulator))
+            sums.append(replicas.joined(parts))
+        self._reduce_and_update(replicas, active, sums[: len(active)], sums[len(active) :])
+        variables = [*self._accumulated_gradients, *squares]
+        for part in itertools.chain(*map(replicas.parts, variables)):
+            with tf.device(part.device):
+                part.assign(tf.zeros_like(part))
+
+    def _reduce_and_update(
+        self,
+        replicas: Replicas,
+        active: tuple[int, ...],
+        gradients: list[Any],
+        squares: list[Any],
+    ) -> None:
+        sums = [replicas.parts(summed) for summed in replicas.sums([*gradients, *squares])]
+        per_variable, of_squares = sums[: len(active)], sums[len(active) :]
+        recorders = ready(self)
+        moment = self._moment(conditions_of_step(recorders, _on(replicas, 0)))
+        for replica, local_gradients in enumerate(zip(*per_variable, strict=True)):
+            step = self._local_step(replicas, replica, active)
+            with tf.device(step.device):
+                local = _on(replicas, replica)
+                # All replicas measure the same.
+                number = tf.cast(self.iterations, tf.int64) + 1
+                recording = recorders if replica == 0 else []
+                for recorder in recording:
+                    recorder.before(local, number)
+                normalized = step(local_gradients, moment)
+                for total in of_squares:
+                    self._measure_noise(
+                        total[replica],
+                        normalized,
+                        functools.partial(
+                            self._local_squares, active, local_gradients, step.device
+                        ),
+                        local,
+                    )
+                for recorder in recording:
+                    # A variable that is read does not wait for data.
+                    with tf.control_dependencies([normalized.norm]):
+                        recorder.after(
+                            local,
+                            number,
+                            measured_by(self, normalized, step.positions, local),
+                            functools.partial(_directions, step, local_gradients, normalized),
+                        )
+
+    def _local_squares(
+        self, active: tuple[int, ...], gradients: Sequence[Any], device: str
+    ) -> tf.Tensor:
+        """The sum of the squares of the gradients that one replica has."""
+        return sum_of_squares(gradients, [self._trainable_variables[i] for i in active], device)
+
+    def _moment(self, conditions: Sequence[tf.Tensor]) -> Moment:
+        updates = tf.convert_to_tensor(self.iterations)
+        overwrite = None
+        if self.use_ema and self.ema_overwrite_frequency:
+            overwrite = (updates + 1) % self.ema_overwrite_frequency == 0
+        return Moment(
+            learning_rate=tf.convert_to_tensor(self._learning_rate_of_update()),
+            first_average=None
+            if self.averaged_updates is None
+            else tf.equal(tf.convert_to_tensor(self.averaged_updates), 0),
+            overwrite_with_average=overwrite,
+            may_step=tf.reduce_all(conditions) if conditions else None,
+        )
+
+    def _local_step(self, replicas: Replicas, replica: int, active: tuple[int, ...]) -> LocalStep:
+        local = _on(replicas, replica)
+        # Hyper-parameters are part of the key, so that assigning to one of
+        # them takes effect as it does in Keras: when Python runs again.
+        rule, jit_compile = self._rule(), self.jit_compile
+        if jit_compile == "auto" and not _xla_is_supported():
+            jit_compile = False
+        device = local(self._trainable_variables[active[0]]).device
+        in_xla = GraphOrParentsInXlaContext(get_default_graph())
+        return self._local_steps.get_or_make(
+            (rule, jit_compile, active, device, in_xla),
+            lambda: self._make_local_step(rule, jit_compile, active, local, in_xla),
+        )
+
+    def _make_local_step(
+        self,
+        rule: Rule,
+        jit_compile: bool | str,
+        active: tuple[int, ...],
+        local: Local,
+        in_xla: bool,
+    ) -> LocalStep:
+        count = len(self._trainable_variables)
+        slots = [
+            Slot(
+                local(weight),
+                local(momentum),
+                local(average),
+                decays,
+                getattr(weight, "constraint", None),
+            )
+            for weight, momentum, average, decays in zip(
+                self._trainable_variables,
+                self.momentums or [None] * count,
+                self._model_variables_moving_average if self.use_ema else [None] * count,
+                self._decays(self._trainable_variables),
+                strict=True,
+            )
+        ]
+        readings = Readings(
+            local(self.gradient_norm),
+            local(self.gradient_norms),
+            local(self.skipped_steps),
+            local(self.averaged_updates),
+        )
+        one_device = len({slot.weight.device for slot in slots}) == 1
+        if jit_compile == "auto" and not one_device:
+            jit_compile = False
+        return LocalStep(rule, slots, active, readings, jit_compile, in_xla)
+
+
+def _directions(
+    step: LocalStep, gradients: Sequence[Any], normalized: Normalization, weights: Sequence[Any]
+) -> dict[int, tf.Tensor]:
+    return step.directions(gradients, weights, normalized)
+
+
+def _on(replicas: Replicas, replica: int) -> Local:
+    """What a variable is on one of the replicas."""
+    return lambda variable: None if variable is None else replicas.parts(variable)[replica]
+
+
+def _first(replicas: Replicas, replica: int, gradients: Sequence[Any]) -> list[tf.Tensor]:
+    """Return a tensor that one replica has only if there were data, or none.
+
+    At the end of a dataset of unknown length TensorFlow runs whatever does not wait for data.
+    """
+    first = [replicas.parts(gradient)[replica] for gradient in gradients[:1]]
+    return [g.values if isinstance(g, tf.IndexedSlices) else g for g in first]
+
+
+def _add(accumulator: tf.Variable, gradient: Any, share: float) -> None:
+    """Add a part of the gradient, without a tensor for that part."""
+    gradient = tf.cast(gradient, accumulator.dtype)
+    if isinstance(gradient, tf.IndexedSlices):
+        values = gradient.values * tf.cast(share, accumulator.dtype)
+        accumulator.scatter_add(tf.IndexedSlices(values, gradient.indices, gradient.dense_shape))
+    else:
+        tf.raw_ops.ResourceApplyGradientDescent(
+            var=accumulator.handle, alpha=tf.cast(-share, accumulator.dtype), delta=gradient
+        )
+
+
+def _xla_is_supported() -> bool:
+    # A callback for every operation, as `tf.debugging.enable_check_numerics()` has one, adds
+    # operations that XLA cannot compile.
+    if is_op_determinism_enabled() or context().op_callbacks:
+        return False
+    return not (platform.system() == "Darwin" and tf.config.list_physical_devices("GPU"))

@@ -1,0 +1,6 @@
+"""Runs and records the steps of SNGM on PyTorch."""
+
+from keras_sngm.backend.torch.optimizer import BackendOptimizer
+from keras_sngm.backend.torch.watch import attach, detach, is_current
+
+__all__ = ["BackendOptimizer", "attach", "detach", "is_current"]

@@ -1,0 +1,107 @@
+"""Sums of squares that cost one pass over the gradient and survive any magnitude."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+
+from keras_sngm import update_rule
+from keras_sngm.backend.torch.lists import converted, scaled
+from keras_sngm.update_rule import Normalization, Rule
+
+# In elements. PyTorch's norm adds up squares in a few sums, which for long tensors gathers
+# rounding errors, so these are left to the dot product of BLAS, piece by piece: of equal
+# elements 1e-5 of the norm, where it was 2e-4.
+_SHORT = 2**14
+_PIECE = 2**16
+
+
+def normalized_by(rule: Rule, gradients: Sequence[torch.Tensor]) -> Normalization:
+    """Measure gradients of one device."""
+    if not host_decides(gradients[0]):
+        # Without a condition, for which the host would have to wait.
+        of_doubles = update_rule.normalization(rule, _squares_of_doubles(gradients))
+        in_range = _is_in_range(of_doubles.unclipped, gradients)
+        finite = of_doubles.finite & in_range
+        return of_doubles._replace(finite=finite, taken=finite)
+    doubles = any(gradient.dtype == torch.float64 for gradient in gradients)
+    widest = converted(gradients, torch.float64 if doubles else torch.float32)
+    squares = _sums_of_squares(widest)
+    sizes = tuple(gradient.numel() for gradient in gradients)
+
+    def rescaled_squares(factors: torch.Tensor) -> torch.Tensor:
+        places = [k for k, factor in enumerate(factors.tolist()) if factor != 1.0]
+        if not places:
+            return squares
+        some = scaled([widest[k] for k in places], torch.stack([factors[k] for k in places]))
+        new = list(squares.unbind())
+        for k, own in zip(places, _sums_of_squares(some).unbind(), strict=True):
+            new[k] = own
+        return torch.stack(new)
+
+    return update_rule.normalization_of(rule, squares, sizes, rescaled_squares, _cond)
+
+
+def _cond(
+    condition: torch.Tensor, usual: Callable[[], Normalization], rare: Callable[[], Normalization]
+) -> Normalization:
+    return usual() if condition else rare()
+
+
+def host_decides(tensor: torch.Tensor) -> bool:
+    """Whether the host asks for the norm and all that a step depends on.
+
+    On CPUs that costs nothing. CUDA, which is ROCm's name, too, has no need of it. Others
+    may have: kernels for Apple's GPUs ignored `found_inf` and `grad_scale`
+    (https://github.com/pytorch/pytorch/pull/186360), and not all have float64.
+    """
+    return tensor.device.type != "cuda"
+
+
+def _is_in_range(norm: torch.Tensor, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Whether the gradients can be divided by their norm where the host does not decide."""
+    if all(gradient.dtype == torch.float64 for gradient in gradients):
+        return torch.isfinite(norm)
+    return torch.isfinite(norm.float())
+
+
+def sum_of_squares(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Of all elements of some gradients, float32."""
+    if not host_decides(gradients[0]):
+        return _squares_of_doubles(gradients).sum().float()
+    return _sums_of_squares(converted(gradients, torch.float32)).sum()
+
+
+def _squares_of_doubles(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One sum per tensor, float64."""
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float64)).square()
+
+
+def _sums_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """One sum per tensor."""
+    lengths = tuple(tensor.numel() for tensor in tensors)
+    short, long, order = _by_length(lengths, tensors[0].device)
+    parts = []
+    if short:
+        parts.append(torch.stack(torch._foreach_norm([tensors[k] for k in short])).square())
+    if long:
+        parts.append(torch.stack([_sum_of_long(tensors[k].reshape(-1)) for k in long]))
+    return torch.cat(parts).index_select(0, order) if len(parts) > 1 else parts[0]
+
+
+def _sum_of_long(vector: torch.Tensor) -> torch.Tensor:
+    if vector.numel() <= _PIECE:
+        return torch.dot(vector, vector)
+    return torch.stack([torch.dot(piece, piece) for piece in vector.split(_PIECE)]).sum()
+
+
+@functools.lru_cache(maxsize=64)
+def _by_length(
+    lengths: tuple[int, ...], device: torch.device
+) -> tuple[list[int], list[int], torch.Tensor]:
+    """Return the places of short and of long tensors, and where to find each in both together."""
+    short = [k for k, length in enumerate(lengths) if length <= _SHORT]
+    long = [k for k, length in enumerate(lengths) if length > _SHORT]
+    together = [*short, *long]
+    order = sorted(range(len(together)), key=together.__getitem__)
+    return short, long, torch.tensor(order, device=device)

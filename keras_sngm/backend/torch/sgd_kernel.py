@@ -1,0 +1,155 @@
+"""The update by PyTorch's fused kernel for momentum SGD, one call for all variables.
+
+The kernel reads gradient, momentum and weight once and writes the last two. It wants the
+normalized gradient. Dividing by the norm is left to it, too: on CPUs, where the host
+knows the norm, by its `dampening`, which leaves the gradients as they are; on CUDA by
+its `grad_scale`, a tensor on the device, which overwrites them. On other devices, where
+it heeds no tensors and computes in float32, they are divided before.
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from keras_sngm.backend.torch.lists import converted, scaled
+from keras_sngm.backend.torch.norm import host_decides
+from keras_sngm.update_rule import Coefficients, Normalization, Rule, nonzero
+
+# Up to here 1 - (1 - 1 / norm) is 1 / norm to far below float32's rounding, and down to here
+# 1 / norm is a float32.
+_LARGEST_DIVISOR = 2.0**20
+_LEAST_DIVISOR = 2.0**-100
+
+# The kernel takes no momenta if the coefficient is 0. By this one they vanish as well.
+_NO_MOMENTUM = 2.0**-1000
+
+
+def update(
+    rule: Rule,
+    by: Coefficients,
+    normalized: Normalization,
+    weights: Sequence[torch.Tensor],
+    momentums: Sequence[torch.Tensor],
+    gradients: Sequence[torch.Tensor],
+) -> None:
+    """Take the step in place. Where the host knows that it is skipped, it must not be called.
+
+    Args:
+        rule: the hyper-parameters.
+        by: what to multiply by.
+        normalized: how to normalize.
+        weights: of one dtype, float32 or float64.
+        momentums: one for each, or none at all.
+        gradients: one for each.
+    """
+    if not host_decides(weights[0]):
+        gradients, how = _told_by_tensors(by, normalized, gradients)
+    elif is_on_cpu(weights[0]):
+        gradients, how = _told_by_numbers(rule, by, normalized, gradients, bool(momentums))
+    else:
+        gradients, how = _divided(gradients, normalized), {"lr": by.learning_rate.item()}
+    if not is_on_cpu(weights[0]):
+        gradients, momentums = _aligned(gradients, weights), _aligned(momentums, weights)
+    torch._fused_sgd_(
+        weights,
+        gradients,
+        momentums,
+        weight_decay=0.0,
+        momentum=(rule.momentum or _NO_MOMENTUM) if momentums else 0.0,
+        nesterov=rule.nesterov and bool(momentums),
+        maximize=False,
+        is_first_step=False,
+        **{"dampening": 0.0, **how},
+    )
+    # The kernel does not: a backward pass through weights that have changed must be noticed.
+    for weight in weights:
+        torch.autograd.graph.increment_version(weight)
+
+
+def is_on_cpu(tensor: torch.Tensor) -> bool:
+    """Whether the kernel is the one for CPUs, which takes 1 - `dampening` in float64."""
+    return tensor.device.type == "cpu"
+
+
+def _told_by_numbers(
+    rule: Rule,
+    by: Coefficients,
+    normalized: Normalization,
+    gradients: Sequence[torch.Tensor],
+    has_momentum: bool,
+) -> tuple[Sequence[torch.Tensor], dict[str, Any]]:
+    """Gradients for the kernel, and what to tell it."""
+    rate = by.learning_rate.item()
+    divided = normalized.divisor.ndim > 0 or gradients[0].dtype == torch.float64 or rule.nesterov
+    if divided or normalized.prescale.item() != 1.0:
+        return _divided(gradients, normalized), {"lr": rate}
+    divisor = normalized.divisor.item()
+    if not _LEAST_DIVISOR <= divisor <= _LARGEST_DIVISOR:
+        return _divided(gradients, normalized), {"lr": rate}
+    if has_momentum:
+        return gradients, {"lr": rate, "dampening": 1.0 - 1.0 / divisor}
+    return gradients, {"lr": rate / divisor}
+
+
+def _told_by_tensors(
+    by: Coefficients, normalized: Normalization, gradients: Sequence[torch.Tensor]
+) -> tuple[Sequence[torch.Tensor], dict[str, Any]]:
+    """Gradients for the kernel, and what to tell it: float32, for it reads nothing else."""
+    how = {
+        "lr": by.learning_rate.float(),
+        "found_inf": torch.logical_not(by.taken).float(),
+    }
+    divided = normalized.divisor.ndim > 0 or gradients[0].dtype == torch.float64
+    if divided or _share_memory(gradients):
+        return _divided(gradients, normalized), how
+    # Where float32 cannot hold how small the norm is, it holds no such gradient either.
+    how["grad_scale"] = nonzero((normalized.divisor / normalized.prescale).float())
+    return gradients, how
+
+
+def _aligned(
+    tensors: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """The same memory with the strides of the weights.
+
+    Row by row as they all are, strides of dimensions of size 1 may differ, which PyTorch 2.4
+    refuses (https://github.com/pytorch/pytorch/pull/134546).
+    """
+    return [
+        tensor
+        if tensor.stride() == weight.stride()
+        else tensor.as_strided(weight.size(), weight.stride())
+        for tensor, weight in zip(tensors, weights, strict=False)
+    ]
+
+
+def _share_memory(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether memory of one tensor belongs to another, too, as where weights are added."""
+    places = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t.numel())
+    return any(end > begin for (_, end), (begin, _) in itertools.pairwise(places))
+
+
+def _unit(divisor: torch.Tensor) -> torch.Tensor:
+    """Return powers of two that bring divisors, float64, into the range of a float32."""
+    one = torch.ones_like(divisor)
+    unit = torch.where(divisor < 2.0**-64, one * 2.0**32, one)
+    return torch.where(divisor > 2.0**64, one * 2.0**-32, unit)
+
+
+def _divided(
+    gradients: Sequence[torch.Tensor], normalized: Normalization
+) -> Sequence[torch.Tensor]:
+    own = gradients[0].dtype
+    prescale, divisor = normalized.prescale, normalized.divisor
+    if host_decides(gradients[0]):
+        # A divisor may be out of the range of a float32.
+        dtype = divisor.dtype
+    else:
+        dtype, unit = own, _unit(divisor)
+        prescale, divisor = prescale * unit, divisor * unit
+    directions = scaled(converted(gradients, dtype), prescale.to(dtype))
+    divisor = nonzero(divisor.to(dtype))
+    torch._foreach_div_(directions, list(divisor.unbind()) if divisor.ndim else divisor)
+    return converted(directions, own)

@@ -1,0 +1,78 @@
+"""Keeps a full disk from ending a training run: whatever cannot be written is given up."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from keras_sngm.monitoring.sinks import ColumnsError, Sink
+
+
+class ResilientSink:
+    """A sink that is given up at its first error, while training and other sinks go on.
+
+    The error is kept for `warn`, as it happens in a thread whose warnings nobody may see.
+
+    Args:
+        make: makes the sink.
+        name: of the file or the directory, for the warning.
+        must_open: whether to raise what goes wrong in `make`.
+    """
+
+    def __init__(self, make: Callable[[], Sink], name: str, must_open: bool) -> None:
+        self._name = name
+        self._sink: Sink | None = None
+        self._error: Exception | None = None
+        self._has_warned = False
+        try:
+            self._sink = make()
+        except Exception as error:
+            if must_open:
+                raise
+            self._error = error
+
+    def begin(self, columns: Sequence[str]) -> None:
+        """Begin the sink.
+
+        Raises:
+            ColumnsError: if it has other columns.
+        """
+        self._attempt("begin", columns)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._attempt("write", step, scalars)
+
+    def write_histograms(self, step: int, histograms: Mapping[str, np.ndarray]) -> None:
+        self._attempt("write_histograms", step, histograms)
+
+    def flush(self) -> None:
+        self._attempt("flush")
+
+    def close(self) -> None:
+        """Close the sink, after an error too: it may have a file open."""
+        if self._sink is not None:
+            try:
+                self._sink.close()
+            except Exception as error:
+                self._error = self._error or error
+
+    def warn(self) -> None:
+        """Warn of the error, if there is one and that was not done before."""
+        if self._error is not None and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"{self._name} is no longer written, while training and the logs of epochs go "
+                f"on. {type(self._error).__name__}: {self._error}",
+                stacklevel=2,
+            )
+
+    def _attempt(self, name: str, *arguments: Any) -> None:
+        if self._error is not None:
+            return
+        try:
+            getattr(self._sink, name)(*arguments)
+        except ColumnsError:
+            raise
+        except Exception as error:  # TensorFlow and remote file systems have errors of their own
+            self._error = error

@@ -1,0 +1,104 @@
+"""Names of what is logged, and how it follows from what was recorded."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_sngm.measurements import DETAILS, Rows, named_details
+from keras_sngm.monitoring.variable_groups import PerVariable, groups_of
+
+DESCRIPTIONS = {
+    "grad_norm": (
+        "Norm of the gradient, summed over replicas and averaged over micro-batches. With SNGM as "
+        "it was normalized, after coupled weight decay and clipping; with other optimizers before "
+        "them."
+    ),
+    "gradient_noise_scale": "Smoothed tr(covariance of the gradient) / norm(gradient)^2, samples.",
+    "update_ratio": "Norm of the change of the weights in this step / norm of the weights before.",
+    "update_norm": "Norm of the change of the weights in this step.",
+    "weight_norm": "Norm of the weights before this step.",
+    "momentum_norm": "Norm of the momentum u after this step.",
+    "momentum_cosine": "Cosine between the momentum u after this step and the gradient.",
+    "gradients": "Elements of the gradient whose norm is `grad_norm`.",
+    "momenta": "Elements of the momentum u after this step.",
+}
+"""By the first part of a name."""
+
+
+class LoggedValues:
+    """Turns what was recorded of a model into named values.
+
+    Args:
+        recorders: those of its optimizers. Their variables follow each other.
+        per_variable: as `groups_of` takes it.
+        model: the model.
+    """
+
+    def __init__(
+        self, recorders: Sequence[Any], per_variable: PerVariable, model: keras.Model
+    ) -> None:
+        plan = recorders[0].plan
+        variables = [variable for recorder in recorders for variable in recorder.variables]
+        momenta = [recorder.has_momentum for recorder in recorders for _ in recorder.variables]
+        self._has_momentum = np.array(momenta)
+        self._with_details = plan.details_every is not None
+        self._with_noise_scale = any(recorder.keeps_noise_scale for recorder in recorders)
+        self._groups = groups_of(variables, per_variable, model)
+        single = per_variable if callable(per_variable) else True
+        names = groups_of(variables, single, model)
+        self._names = {i: name for name, (i,) in names.items()}
+        self.paths = [variable.path for variable in variables]
+
+    def columns(self) -> list[str]:
+        """The names of all scalars of a step."""
+        count = len(self._has_momentum)
+        names = [*self.of_updates(self._no_rows())]
+        if self._with_details:
+            names += self.of_details(np.zeros((count, len(DETAILS))))
+        return names
+
+    def columns_of_epoch(self) -> list[str]:
+        """Return the names of those scalars that `logs` of an epoch have statistics of."""
+        names = [*self.of_updates(self._no_rows())]
+        if self._with_details:
+            names += named_details(np.zeros((1, len(DETAILS))), self._has_momentum)
+        return names
+
+    def of_updates(self, rows: Rows) -> dict[str, np.ndarray]:
+        """Vectors, one element for each update."""
+        values = {"grad_norm": rows.norm}
+        if self._with_noise_scale:
+            values["gradient_noise_scale"] = rows.noise_scale
+        for name, members in self._groups.items():
+            squares = rows.norms[:, members] ** 2
+            values[f"grad_norm/{name}"] = np.sqrt(np.sum(squares, axis=1))
+        return values
+
+    def of_details(self, table: np.ndarray) -> dict[str, float]:
+        """Those of one update, for all variables and for each group."""
+        values = named_details(table, self._has_momentum)
+        for name, members in self._groups.items():
+            own = named_details(table[members], self._has_momentum[members])
+            values |= {f"{key}/{name}": value for key, value in own.items()}
+        return values
+
+    def of_histograms(self, histograms: np.ndarray, first: int) -> dict[str, np.ndarray]:
+        """Those of one update.
+
+        Args:
+            histograms: for each variable of one recorder, of its gradient and, if it has
+                one, its momentum.
+            first: position of the first of these variables among all.
+        """
+        return {
+            f"{kind}/{self._names[i]}": histogram
+            for i, kinds in enumerate(histograms, start=first)
+            if i in self._names
+            for kind, histogram in zip(("gradients", "momenta"), kinds, strict=False)
+            if np.isfinite(histogram).all()
+        }
+
+    def _no_rows(self) -> Rows:
+        return Rows(np.zeros(0), np.zeros(0), np.zeros((0, len(self._has_momentum))))

@@ -1,0 +1,39 @@
+"""A training process may be killed at any moment."""
+
+import signal
+import subprocess
+import sys
+
+import numpy as np
+from processes import SUPPORT, importing_project
+
+SCRIPT = SUPPORT / "killed_training.py"
+
+
+def train(*arguments):
+    """Returns the exit status."""
+    process = subprocess.run(
+        [sys.executable, SCRIPT, *map(str, arguments)],
+        env=importing_project(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode in (0, -signal.SIGKILL), process.stderr
+    return process.returncode
+
+
+def test_killed_training_resumes_to_the_same_weights(tmp_path):
+    """Killed in the first epoch, inside a window that began in the epoch before, and at the end."""
+    backup, undisturbed, resumed = (tmp_path / name for name in ("backup", "0.npz", "1.npz"))
+    assert train(tmp_path / "other", undisturbed) == 0
+    for batch in (3, 6, 17):
+        assert train(backup, resumed, batch) == -signal.SIGKILL
+        assert not resumed.exists()
+        assert backup.exists() == (batch > 3)
+    assert train(backup, resumed) == 0
+    with np.load(undisturbed) as expected, np.load(resumed) as got:
+        assert len(got.files) == len(expected.files) > 10
+        for name in expected.files:
+            error = np.linalg.norm(got[name] - expected[name])
+            assert error <= 1e-6 * np.linalg.norm(expected[name])

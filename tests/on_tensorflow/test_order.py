@@ -1,0 +1,110 @@
+"""Large variables go through XLA in portions; here portions are small."""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from problems import (
+    FAR_FROM_ZERO,
+    TWICE,
+    assert_follows_the_reference,
+    random_arrays,
+    random_gradients,
+    train,
+    values_of,
+    variables_of,
+)
+from processes import run_python
+
+from keras_sngm import SNGM
+from keras_sngm.backend.tensorflow import xla_order as tensorflow_order
+
+
+@pytest.fixture(autouse=True)
+def portion(monkeypatch):
+    monkeypatch.setattr(tensorflow_order, "_PORTION", 24)
+
+
+def test_portions_are_as_small_as_may_be():
+    slices = tensorflow_order.portions([1, 3, 20, 24, 30, 5, 6])
+    assert slices == [slice(0, 3), slice(3, 4), slice(4, 5), slice(5, 7)]
+
+
+@pytest.mark.parametrize("sizes", [[], [0], [1], [24], [0, 24, 0], [24] * 5, [5] * 100], ids=str)
+def test_portions_are_all_there_is(sizes):
+    slices = tensorflow_order.portions(sizes)
+    assert list(itertools.chain(*(sizes[portion] for portion in slices))) == sizes
+    assert all(sum(sizes[portion]) >= 24 for portion in slices[:-1])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"nesterov": True}, {"momentum": 0.0}, {"clipnorm": 1.5}, {"clipvalue": 0.3}],
+    ids=str,
+)
+def test_a_step_in_portions_agrees_with_the_reference(options):
+    gradients = random_gradients(TWICE, 12)
+    assert_follows_the_reference(FAR_FROM_ZERO, gradients, None, jit_compile=True, **options)
+
+
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_mixed_dtypes_are_updated_in_portions(monkeypatch, use_ema):
+    def trained():
+        dtypes = ["float32", "float64", "bfloat16", "float16", "float32"] * 2
+        variables = variables_of(FAR_FROM_ZERO, dtypes)
+        optimizer = SNGM(0.1, use_ema=use_ema, jit_compile=True)
+        train(optimizer, variables, random_gradients(TWICE, 5))
+        return values_of(variables) + values_of(optimizer.momentums)
+
+    in_portions = trained()
+    monkeypatch.setattr(tensorflow_order, "_PORTION", 10**9)
+    for value, expected in zip(in_portions, trained(), strict=True):
+        np.testing.assert_array_equal(value, expected)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 0.0, -0.0])
+def test_what_a_portion_waits_for_may_be_any_number(value):
+    """Were it used, a weight that is not finite would spoil the weights after it."""
+    start = [np.full_like(array, value) for array in FAR_FROM_ZERO[:5]] + FAR_FROM_ZERO[5:]
+    variables = variables_of(start)
+    others = variables_of(FAR_FROM_ZERO)
+    for each in (variables, others):
+        train(SNGM(0.1, jit_compile=True), each, random_gradients(TWICE, 3))
+    for variable, expected in zip(variables[5:], others[5:], strict=True):
+        np.testing.assert_array_equal(variable, expected)
+
+
+def test_a_skipped_step_in_portions_changes_no_bit():
+    start = [*random_arrays(TWICE[:-1]), np.full(TWICE[-1], -0.0)]
+    variables = variables_of(start)
+    optimizer = SNGM(0.1, jit_compile=True)
+    train(optimizer, variables, random_gradients(TWICE, 2))
+    before = [value.tobytes() for value in values_of(variables + optimizer.momentums)]
+    (gradients,) = random_gradients(TWICE, 1)
+    gradients[0] = np.array(np.inf)
+    optimizer.apply([tf.constant(g, tf.float32) for g in gradients], variables)
+    assert [value.tobytes() for value in values_of(variables + optimizer.momentums)] == before
+
+
+def test_xla_keeps_the_order(tmp_path):
+    """Momentum and weight of a variable are computed before the next but one begins."""
+    shapes = [(1000, 1000 + i) for i in range(6)]
+    run_python(
+        "-c",
+        f"""
+import tensorflow as tf
+from keras_sngm import SNGM
+variables = [tf.Variable(tf.ones(shape)) for shape in {shapes}]
+SNGM().apply([variable + 1.0 for variable in variables], variables)
+""",
+        XLA_FLAGS=f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text",
+    )
+    (path,) = tmp_path.glob("*after_optimizations.txt")
+    entry = path.read_text().split("ENTRY")[1]
+    loops = re.findall(r"= f32\[1000,(\d+)\]\S* (?:fusion|call)\(", entry)
+    assert len(loops) == 2 * len(shapes)
+    for i in range(len(shapes) - 2):
+        weight_is_updated = loops.index(str(1000 + i), loops.index(str(1000 + i)) + 1)
+        assert weight_is_updated < loops.index(str(1002 + i))

@@ -1,0 +1,26 @@
+"""Random trainings agree with the reference in the steps that accelerators take, on CPUs."""
+
+import numpy as np
+import pytest
+from random_cases import Expectation, cases
+from random_runs import follow, run, skips_above
+from random_steps import Steps
+
+from keras_sngm.backend.torch import norm as torch_norm
+from keras_sngm.backend.torch import sgd_kernel as torch_kernel
+from keras_sngm.backend.torch import step as torch_step
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+@pytest.mark.parametrize("accelerator", ["CUDA", "others"])
+def test_the_steps_of_accelerators_do_what_the_reference_does(accelerator, monkeypatch):
+    if accelerator == "CUDA":
+        for module in (torch_kernel, torch_norm, torch_step):
+            monkeypatch.setattr(module, "host_decides", lambda tensor: False)
+    monkeypatch.setattr(torch_kernel, "is_on_cpu", lambda tensor: False)
+
+    def follow_one(case):
+        most = skips_above(case) if accelerator == "CUDA" else np.inf
+        follow(case, Steps(case), Expectation(case, True, most))
+
+    run(1.5, cases(True), follow_one)

@@ -1,0 +1,414 @@
+"""What only PyTorch has: its compiler, its accelerators, its way to several processes."""
+
+import pickle
+
+import keras
+import numpy as np
+import pytest
+import torch
+from problems import (
+    assert_close,
+    compare_with_reference,
+    random_arrays,
+    random_gradients,
+    tensors_of,
+    train,
+    trained_table,
+    values_of,
+    variables_of,
+)
+from processes import SUPPORT, run_python
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from keras_sngm import SNGM, GradientNormLogger
+from keras_sngm.backend.common.host_count import HostCount
+from keras_sngm.backend.common.watch import AS_IT_IS
+from keras_sngm.backend.torch import norm as torch_norm
+from keras_sngm.backend.torch import sgd_kernel as torch_kernel
+from keras_sngm.backend.torch import step as torch_step
+from keras_sngm.backend.torch.recorder import Recorder, segment_sum
+from keras_sngm.measurements import histogram
+
+X = np.random.default_rng(0).standard_normal((48, 6)).astype("float32")
+Y = np.tanh(X.sum(axis=1, keepdims=True))
+AVERAGED = {"use_ema": True, "ema_momentum": 0.8, "ema_overwrite_frequency": 7}
+
+
+@pytest.fixture(params=["CUDA", "others"])
+def accelerator(request, monkeypatch):
+    """The steps of accelerators, which run on CPUs, too."""
+    if request.param == "CUDA":
+        for module in (torch_kernel, torch_norm, torch_step):
+            monkeypatch.setattr(module, "host_decides", lambda tensor: False)
+    monkeypatch.setattr(torch_kernel, "is_on_cpu", lambda tensor: False)
+    kernel = torch._fused_sgd_
+
+    def strict(weights, gradients, momentums, **how):
+        """What the kernels of accelerators demand. The one of CPUs demands less."""
+        assert len({tensor.dtype for tensor in [*weights, *gradients, *momentums]}) == 1
+        for tensors in (gradients, momentums or weights):
+            assert [t.stride() for t in tensors] == [w.stride() for w in weights]
+        told = {name: how[name] for name in ("lr", "found_inf", "grad_scale") if name in how}
+        if request.param == "CUDA":
+            for value in told.values():
+                assert value.dtype == torch.float32
+                assert value.ndim == 0
+        else:
+            assert list(told) == ["lr"]
+            assert isinstance(told["lr"], float)
+        kernel(weights, gradients, momentums, **how)
+
+    monkeypatch.setattr(torch, "_fused_sgd_", strict)
+
+
+def fitted(optimizer, *callbacks, **compile_options):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(5), keras.layers.Dense(1)])
+    model.compile(optimizer, "mse", **compile_options)
+    model.fit(X, Y, 8, 2, shuffle=False, verbose=0, callbacks=list(callbacks))
+    return model
+
+
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"nesterov": True},
+        {"clipnorm": 1.5, "weight_decay": 0.5, "decoupled_weight_decay": False},
+        {"clipvalue": 0.5, "weight_decay": 0.5},
+        {"blockwise": True},
+        {"scale": 1e30},
+        {"scale": 1e-30},
+        {"dtypes": "float64", "rate": 0.125},
+    ],
+    ids=str,
+)
+def test_the_step_of_accelerators_agrees_with_the_reference(options):
+    compare_with_reference("eager", **options)
+
+
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize("options", [{}, AVERAGED, {**AVERAGED, "weight_decay": 0.1}], ids=str)
+def test_accelerators_skip_steps_to_the_bit(options):
+    variables = variables_of(random_arrays())
+    optimizer = SNGM(0.1, **options)
+    first, poisoned = random_gradients(steps=2)
+    train(optimizer, variables, [first])
+    poisoned[2][1, 1] = np.nan
+    kept = [*variables, *optimizer.momentums]
+    if optimizer.use_ema:
+        kept += optimizer._model_variables_moving_average
+    before = values_of(kept)
+    train(optimizer, variables, [poisoned])
+    for now, then in zip(values_of(kept), before):
+        assert now.tobytes() == then.tobytes()
+    assert int(optimizer.skipped_steps) == 1
+
+
+class Waits(TorchDispatchMode):
+    """Counts how often the host asks for a number, or makes a tensor of one of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        waits = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.lift_fresh.default)
+        self.count += function in waits
+        return function(*args, **(kwargs or {}))
+
+
+def counted_by(waits, function):
+    def counted(*args, **kwargs):
+        with waits:
+            return function(*args, **kwargs)
+
+    return counted
+
+
+ON_CUDA = pytest.mark.parametrize("accelerator", ["CUDA"], indirect=True)
+
+
+@ON_CUDA
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize("options", [{}, {"nesterov": True}, {"blockwise": True}], ids=str)
+@pytest.mark.parametrize("dtypes", [("float32",) * 2, ("float64", "float32")], ids=str)
+@pytest.mark.parametrize("magnitude", [3e38, 1e60, 1e-60, 1e-42])
+def test_norms_out_of_range_do_no_harm_on_cuda(magnitude, dtypes, options):
+    """The step is right, or skipped and counted."""
+    variables = variables_of([np.zeros(4), np.zeros(4)], dtypes)
+    wide = torch.full((4,), magnitude, dtype=torch.float64)
+    gradients = [wide.to(variable.value.dtype) for variable in variables]
+    expected = np.array([gradient.double().numpy() for gradient in gradients])
+    norms = np.linalg.norm(expected, axis=1 if "blockwise" in options else None, keepdims=True)
+    optimizer = SNGM(0.5, **options)
+    optimizer.build(variables)
+    optimizer.apply(gradients)
+    if int(optimizer.skipped_steps):
+        assert norms.max() > 3e38
+        expected = np.zeros_like(expected)
+    else:
+        expected = -0.5 * (1.9 if "nesterov" in options else 1.0) * expected
+        expected = np.divide(expected, norms, out=expected, where=norms > 0.0)
+    np.testing.assert_allclose(values_of(variables), expected, rtol=1e-3)
+
+
+@ON_CUDA
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"blockwise": True, "clipnorm": 1.5},
+        {"weight_decay": 0.1, **AVERAGED},
+        {"gradient_accumulation_steps": 2, "noise_scale_batch_size": 4},
+        {"clipvalue": 0.5, "loss_scale_factor": 4.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "dtypes", ["float32", ["float32", "float64", "float16", "float32", "float64"]], ids=str
+)
+def test_the_host_does_not_wait_for_cuda(options, dtypes):
+    variables = variables_of(random_arrays(), dtypes)
+    optimizer = SNGM(0.1, **options)
+    train(optimizer, variables, random_gradients(steps=2))
+    gradients = tensors_of(random_gradients(steps=1)[0], variables)
+    with Waits() as waits:
+        for _ in range(4):
+            optimizer.apply(gradients, variables)
+        for _ in range(2):  # one variable has no gradient
+            optimizer.apply(gradients[1:], variables[1:])
+    assert waits.count == 0
+
+
+@pytest.mark.parametrize("make", [SNGM, lambda: keras.optimizers.SGD(0.05)], ids=["SNGM", "SGD"])
+def test_nor_does_it_for_a_logger(monkeypatch, tmp_path, make):
+    waits = Waits()
+    monkeypatch.setattr(Recorder, "record", counted_by(waits, Recorder.record))
+    logger = GradientNormLogger(tmp_path, log_every=2, update_ratio=True, histogram_every=3)
+    fitted(make(), logger)
+    assert waits.count == 0
+
+
+@ON_CUDA
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize("on_nonfinite", ["warn", "stop"])
+@pytest.mark.parametrize("make", [SNGM, lambda: keras.optimizers.SGD(0.05)], ids=["SNGM", "SGD"])
+def test_nor_does_it_for_a_logger_between_steps(monkeypatch, make, on_nonfinite):
+    totals = []
+    for callbacks in ([], [GradientNormLogger(on_nonfinite=on_nonfinite)]):
+        waits = Waits()
+        with monkeypatch.context() as patch:
+            for of, name in ((keras.Sequential, "train_step"), (Recorder, "hold")):
+                patch.setattr(of, name, counted_by(waits, getattr(of, name)))
+            fitted(make(), *callbacks)
+        totals.append(waits.count)
+    # With an optimizer of Keras once for the number of the first step, and to stop it in each.
+    expected = 0 if make is SNGM else {"warn": 1, "stop": 1 + 12}[on_nonfinite]
+    assert totals[1] - totals[0] == expected
+
+
+def test_histograms_count_further_than_float32_does():
+    """By ones, that is, as Keras' `segment_sum` counts."""
+    size = 2**24 + 2**10
+    assert histogram(torch.zeros(size), segment_sum)[2:].tolist() == [size] + [0] * 29
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.0}, {"use_ema": True}], ids=str)
+def test_a_backward_pass_through_weights_that_have_changed_is_noticed(options):
+    weight = keras.Variable(np.ones(3))
+    loss = torch.square(weight.value).sum()
+    optimizer = SNGM(**options)
+    optimizer.build([weight])
+    optimizer.apply(torch.autograd.grad(loss, [weight.value], retain_graph=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, [weight.value])
+
+
+def test_gradients_stay_as_they_are_on_cpus():
+    variables = variables_of(random_arrays())
+    gradients = tensors_of(random_gradients(steps=1)[0], variables)
+    before = [gradient.clone() for gradient in gradients]
+    for options in ({}, {"nesterov": True}, {"momentum": 0.0}, {"clipvalue": 0.1}):
+        optimizer = SNGM(0.1, **options)
+        optimizer.build(variables)
+        optimizer.apply(gradients, variables)
+    for gradient, expected in zip(gradients, before):
+        assert torch.equal(gradient, expected)
+
+
+@pytest.mark.parametrize("size", [2**14, 2**14 + 1, 2**18, 2**18 + 1, 5_000_000])
+def test_norms_of_long_tensors_are_precise(size):
+    """PyTorch's own norm is off by 2e-4 where all elements are equal."""
+    numbers = np.random.default_rng(0).standard_normal(size).astype("float32")
+    for tensor in (torch.from_numpy(numbers), torch.full((size,), 0.7)):
+        measured = torch_norm.normalized_by(AS_IT_IS, [tensor, torch.ones(3)])
+        expected = [tensor.double().square().sum().item(), 3.0]
+        np.testing.assert_allclose(measured.squares, expected, rtol=2e-5)
+
+
+LAYOUTS = {
+    "row by row": lambda tensor: tensor,
+    "column by column": lambda tensor: tensor.transpose(0, 3).contiguous().transpose(0, 3),
+    "channels last": lambda tensor: tensor.to(memory_format=torch.channels_last),
+    "every second row": lambda tensor: tensor.repeat_interleave(2, dim=0)[::2],
+}
+OPTIONS = [
+    {},
+    {"nesterov": True},
+    {"gradient_accumulation_steps": 2},
+    {"blockwise": True, **AVERAGED},
+    {"weight_decay": 0.1, "decoupled_weight_decay": False},
+]
+
+
+def trained_in(weight_layout, gradient_layout, options):
+    """Variables after three steps, and all that the optimizer keeps."""
+    generator = torch.Generator().manual_seed(0)
+    start, *gradients = torch.randn((5, 4, 3, 2, 6), generator=generator)
+    variables = [keras.Variable(weight_layout(start)), keras.Variable(np.ones(3))]
+    assert variables[0].value.stride() == weight_layout(start).stride()
+    optimizer = SNGM(0.1, **options)
+    optimizer.build(variables)
+    for gradient in gradients:
+        optimizer.apply([gradient_layout(gradient), torch.ones(3)])
+    return [v.numpy() for v in [*variables, *optimizer.variables]]
+
+
+def assert_layouts_do_not_matter(weights, gradients, options):
+    got = trained_in(LAYOUTS[weights], LAYOUTS[gradients], options)
+    for value, expected in zip(got, trained_in(LAYOUTS["row by row"], lambda g: g, options)):
+        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
+
+
+layouts = pytest.mark.parametrize("weights", [name for name in LAYOUTS if name[0] != "e"])
+
+
+@layouts
+@pytest.mark.parametrize("gradients", LAYOUTS)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_how_tensors_lie_in_memory_does_not_matter(weights, gradients, options):
+    assert_layouts_do_not_matter(weights, gradients, options)
+
+
+@layouts
+@pytest.mark.parametrize("gradients", LAYOUTS)
+@pytest.mark.usefixtures("accelerator")
+def test_nor_does_it_on_accelerators(weights, gradients):
+    assert_layouts_do_not_matter(weights, gradients, {})
+
+
+@pytest.mark.usefixtures("accelerator")
+def test_strides_that_mean_nothing_do_not_matter_on_accelerators():
+    """Those of dimensions of size 1."""
+    column = torch.arange(1.0, 7.0).reshape(6, 1)
+    odd = column.reshape(1, 6).t()
+    assert column.stride() != odd.stride()
+    tables = []
+    for weight, gradient in ((column, column), (column, odd), (odd, column)):
+        variable = keras.Variable(weight.clone())
+        optimizer = SNGM()
+        optimizer.build([variable])
+        optimizer.apply([gradient.clone()])
+        optimizer.apply([gradient.clone()])
+        tables.append(variable.numpy())
+    np.testing.assert_array_equal(tables[1], tables[0])
+    np.testing.assert_array_equal(tables[2], tables[0])
+
+
+def test_a_gradient_may_be_one_number_many_times():
+    tables = [trained_table(g) for g in (torch.ones(()).expand(5, 3), torch.ones(5, 3))]
+    np.testing.assert_allclose(*tables, rtol=1e-6)
+
+
+def alike(way):
+    """Two equal gradients."""
+    if way == "one tensor":
+        return [torch.full((3,), 2.0)] * 2
+    if way == "one memory in part":  # as gradients of the parts of concatenations are
+        memory = torch.full((5,), 2.0)
+        return [memory[:3], memory[2:]]
+    return [torch.full((3,), 2.0) for _ in range(2)]
+
+
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize("way", ["one tensor", "one memory in part"])
+@pytest.mark.parametrize("options", [{}, {"nesterov": True}, {"blockwise": True}], ids=str)
+def test_weights_may_share_a_gradient_on_accelerators(options, way):
+    results = []
+    for gradients in map(alike, (way, "apart")):
+        variables = variables_of([np.ones(3), np.ones(3)])
+        optimizer = SNGM(0.5, **options)
+        optimizer.build(variables)
+        optimizer.apply(gradients)
+        results.append(np.array(values_of(variables)))
+    np.testing.assert_allclose(*results, rtol=1e-6)
+
+
+def test_the_host_knows_when_a_count_was_assigned():
+    variable = keras.Variable(3, dtype="int64", trainable=False)
+    count = HostCount()
+    assert count.of(variable) == 3
+    variable.assign(5)
+    assert count.of(variable) == 5
+    count.set(variable, 7)
+    assert count.of(variable) == 7
+    replaced = keras.Variable(9, dtype="int64", trainable=False)
+    assert count.of(replaced) == 9
+
+
+def test_sparse_gradients_train_like_dense_ones():
+    """Duplicate rows are added before the norm is taken."""
+    rows = torch.from_numpy(np.random.default_rng(0).standard_normal((4, 3)).astype("float32"))
+    sparse = torch.sparse_coo_tensor(torch.tensor([[2, 0, 2, 2]]), rows, (5, 3))
+    trained = [trained_table(gradient) for gradient in (sparse, sparse.to_dense())]
+    np.testing.assert_array_equal(*trained)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        SNGM,
+        lambda: SNGM(gradient_accumulation_steps=2, weight_decay=0.1, **AVERAGED),
+        lambda: keras.optimizers.SGD(0.05),
+    ],
+    ids=["SNGM", "SNGM, options", "SGD"],
+)
+def test_a_compiled_training_step_trains_the_same(make):
+    """And is logged the same."""
+    compiled, plain = fitted(make(), jit_compile=True), fitted(make())
+    assert_close(compiled.weights, values_of(plain.weights), 1e-5)
+    compiled.fit(X, Y, 8, shuffle=False, verbose=0, callbacks=[GradientNormLogger()])
+    plain.fit(X, Y, 8, shuffle=False, verbose=0, callbacks=[GradientNormLogger()])
+    for key, values in plain.history.history.items():
+        np.testing.assert_allclose(compiled.history.history[key], values, rtol=1e-5)
+    assert_close(compiled.weights, values_of(plain.weights), 1e-5)
+
+
+def test_the_host_is_asked_once():
+    """Not for the number of every step, unless somebody else has changed it."""
+    optimizer = SNGM(gradient_accumulation_steps=2)
+    variables = variables_of(random_arrays())
+    optimizer.build(variables)
+    asked = []
+    of = torch.Tensor.__int__
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "__int__", lambda self: asked.append(1) or of(self))
+        train(optimizer, variables, random_gradients(steps=6))
+        assert len(asked) == 1
+        optimizer._iterations.assign(1)
+        train(optimizer, variables, random_gradients(steps=1))
+        assert len(asked) == 2
+    assert int(optimizer.iterations) == 1
+
+
+def test_two_processes_train_like_one(tmp_path):
+    """In a loop of one's own, with DistributedDataParallel."""
+    run_python(SUPPORT / "torch_processes.py", tmp_path / "one", 1)
+    run_python(SUPPORT / "torch_processes.py", tmp_path / "two", 2)
+    one, two = (pickle.loads((tmp_path / name).read_bytes()) for name in ("one", "two"))
+    for value, expected in zip(two, one, strict=True):
+        np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,49 @@
+"""Every option trains alike on every backend, and goes on with files of every other one."""
+
+import itertools
+import pickle
+
+import numpy as np
+import pytest
+from processes import run_python
+from replica_options import FAULTS, OPTIONS
+
+JOBS = {**OPTIONS, **FAULTS}
+BACKENDS = ("tensorflow", "jax", "torch")
+PAIRS = list(itertools.permutations(BACKENDS, 2))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """By backend, and by a pair of them: the one that wrote the files, the one that went on."""
+    folders = {backend: tmp_path_factory.mktemp(backend) for backend in BACKENDS}
+    results = {}
+    for backend, folder in folders.items():
+        run(backend, f"begin({str(folder)!r})")
+        results[backend] = pickle.loads((folder / "results").read_bytes())
+    for first, second in PAIRS:
+        output = folders[second] / f"after-{first}"
+        run(second, f"resume({str(folders[first])!r}, {str(output)!r})")
+        results[first, second] = pickle.loads(output.read_bytes())
+    return results
+
+
+def run(backend, call):
+    run_python("-c", f"import backend_training; backend_training.{call}", KERAS_BACKEND=backend)
+
+
+def assert_alike(got, expected, tolerance):
+    for value, wanted in zip(got, expected, strict=True):
+        assert np.linalg.norm(value - wanted) <= tolerance * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize("name", JOBS)
+def test_backends_train_alike(trained, name, backend):
+    assert_alike(trained[backend][name], trained["tensorflow"][name], JOBS[name].tolerance)
+
+
+@pytest.mark.parametrize("first, second", PAIRS)
+@pytest.mark.parametrize("name", JOBS)
+def test_training_goes_on_with_files_of_another_backend(trained, name, first, second):
+    assert_alike(trained[first, second][name], trained["tensorflow"][name], JOBS[name].tolerance)

@@ -1,0 +1,125 @@
+"""Benchmarks run, and the README's figures are those they have measured. No time is asserted."""
+
+import json
+import pathlib
+import sys
+
+import pytest
+from processes import run_python
+
+ROOT = pathlib.Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+RESULTS = ROOT / "docs" / "step_time"
+BACKENDS = ("tensorflow", "jax", "torch")
+STEP_TIMES = [f"step_time_{backend}" for backend in BACKENDS]
+
+
+@pytest.fixture
+def report(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import report
+
+    yield report
+    del sys.modules["report"]
+
+
+def test_every_way_of_logging_is_timed():
+    run_python(
+        "-c",
+        """
+import sys
+sys.path.insert(0, sys.argv[1])
+import logging_cost
+samples = logging_cost.times("tiny", 0.0)
+assert len(samples) == len(logging_cost.VARIANTS)
+assert all(seconds > 0 for values in samples.values() for seconds in values)
+results = dict.fromkeys(("tiny", "batch"), logging_cost.costs(samples))
+assert len(logging_cost.table(results)) == 1 + len(logging_cost.LOGGERS) + 1
+""",
+        BENCHMARKS,
+    )
+
+
+def test_the_readme_shows_what_logging_costs():
+    printed = run_python(BENCHMARKS / "logging_cost.py", "--report")
+    rows = [line for line in printed.splitlines() if line.startswith("| S")]
+    assert len(rows) == 5
+    readme = (ROOT / "README.md").read_text()
+    assert all(row in readme for row in rows)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_contestant_of_a_backend_takes_steps_and_imports_no_other(backend):
+    """What Keras imports by itself does not count."""
+    run_python(
+        "-c",
+        """
+import sys
+import keras
+before = set(sys.modules)
+sys.path.insert(0, sys.argv[1])
+import bandwidth
+from modes import CONTESTANTS, samplers
+# First the one that splits the CPU into two devices.
+for mode in sorted(CONTESTANTS, key=lambda mode: mode != "mirrored"):
+    for name, sampler in samplers(mode, [(3,), (3,), (200, 2)]).items():
+        assert all(seconds > 0 for seconds in sampler()), (mode, name)
+bandwidth.FLOATS = 16
+assert bandwidth.measured(calls=1).bytes_per_second > 0
+others = {"tensorflow", "jax", "torch"} - {keras.backend.backend()}
+assert not {name.partition(".")[0] for name in set(sys.modules) - before} & others
+""",
+        BENCHMARKS,
+        KERAS_BACKEND=backend,
+    )
+
+
+def test_contestants_of_other_libraries_have_processes_of_their_own():
+    run_python(
+        "-c",
+        """
+import sys
+sys.path.insert(0, sys.argv[1])
+from step_time import CONTESTANTS, model_times, others
+assert others("eager") == {"PyTorch": "torch"}
+assert others("function") == {"PyTorch": "torch", "Optax": "jax"}
+measured = model_times([(3,), (200, 2)], "function", 0.0)
+names = set(CONTESTANTS["function"])
+assert set(measured["times_ms"]) == set(measured["samples"]) == names
+assert set(measured["over_sngm"]) == names - {"SNGM", "PyTorch", "Optax"}
+assert measured["limit_ms"] > 0
+assert "torch" not in sys.modules
+""",
+        BENCHMARKS,
+    )
+
+
+def test_whole_training_steps_are_taken():
+    run_python(
+        "-c",
+        """
+import sys
+sys.path.insert(0, sys.argv[1])
+from train_step import train_times
+measured = train_times("embedding", "graph", 0.0, quick=True)
+assert set(measured["times_ms"]) == {"SNGM", "SGD", "Adam"}
+""",
+        BENCHMARKS,
+    )
+
+
+@pytest.mark.parametrize(
+    "name, rows", [*((name, "summary") for name in STEP_TIMES), ("train_step", "training")]
+)
+def test_the_readme_shows_what_was_measured(report, name, rows):
+    results = json.loads((RESULTS / f"{name}.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    for row in getattr(report, rows)(results):
+        assert f"| {' | '.join(row)} |" in readme
+
+
+@pytest.mark.parametrize("name", STEP_TIMES)
+def test_the_picture_is_drawn_from_the_results(report, tmp_path, name):
+    results = json.loads((RESULTS / f"{name}.json").read_text())
+    report.draw(results, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000

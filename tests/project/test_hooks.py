@@ -1,0 +1,154 @@
+"""A canary for the private parts of Keras, TensorFlow and PyTorch that the backend stands on.
+
+When one is renamed, this says what no longer works, before anything else fails
+in a way that is hard to read.
+"""
+
+import ast
+import importlib
+import pathlib
+import re
+
+import keras
+import pytest
+import tensorflow as tf
+from processes import run_python
+from tensorflow.python.distribute.cross_device_ops import CollectiveAllReduce
+
+BACKEND = pathlib.Path(__file__).parents[2] / "keras_sngm" / "backend"
+
+OF_KERAS = {
+    "_accumulated_gradients": "Keras cannot accumulate what overwrites a float8 variable.",
+    "_check_variables_are_known": "Variables the optimizer was not built with are not refused.",
+    "_distribution_strategy": "An optimizer does not know the strategy it was created under.",
+    "_filter_empty_gradients": "Variables without a gradient are not left out.",
+    "_get_variable_index": "A gradient is not matched with its momentum.",
+    "_iterations": "Calls are not counted: accumulation and schedules stand still.",
+    "_learning_rate": "The schedule of accumulated micro-batches is not found.",
+    "_model_variables_moving_average": "The averages of `use_ema` are not found.",
+    "_overwrite_variables_directly_with_gradients": "float8 scales are updated as if weights.",
+    "_track_variable": "Accumulated gradients are not saved.",
+    "_untrack_variable": "On JAX a recorder stays in the state of the optimizer for ever.",
+    "_trainable_variables": "The variables the optimizer was built with are not found.",
+}
+IMPORTED = {
+    ("keras.src.backend.common.stateless_scope", "in_stateless_scope"): (
+        "On PyTorch `stateless_apply` changes the variables."
+    ),
+    ("tensorflow.python.distribute.cross_device_ops", "CollectiveAllReduce"): (
+        "Replicas on the CPUs of one machine send gradients to each other that all can read."
+    ),
+    ("tensorflow.python.distribute.distribute_utils", "regroup"): (
+        "Accumulated gradients of several replicas cannot be reduced."
+    ),
+    ("tensorflow.python.distribute.values_util", "get_current_replica_id_as_int"): (
+        "A replica under XLA does not find its own part of a variable."
+    ),
+    ("tensorflow.compiler.tf2xla.python.xla", "optimization_barrier"): (
+        "XLA makes NaN of gradients that it knows and that are too small to square."
+    ),
+    ("tensorflow.python.eager.context", "context"): (
+        '`jit_compile="auto"` does not know where operations have callbacks that XLA cannot '
+        "compile."
+    ),
+    ("tensorflow.python.framework.config", "is_op_determinism_enabled"): (
+        '`jit_compile="auto"` does not know where XLA is forbidden.'
+    ),
+    ("tensorflow.python.framework.ops", "get_default_graph"): (
+        "A step does not know whether it is inside of XLA."
+    ),
+    ("tensorflow.python.ops.control_flow_util", "GraphOrParentsInXlaContext"): (
+        "Inside of XLA a step calls what XLA cannot compile, and on several devices "
+        "`compile(jit_compile=True)` gets no readable error."
+    ),
+    ("tensorflow.python.ops.control_flow_v2_func_graphs", "CondBranchFuncGraph"): (
+        "Under XLA on several GPUs, replicas that decide differently wait for ever."
+    ),
+}
+
+
+OF_TORCH = {
+    "_foreach_add",
+    "_foreach_add_",
+    "_foreach_clamp_max",
+    "_foreach_clamp_min_",
+    "_foreach_copy_",
+    "_foreach_div",
+    "_foreach_div_",
+    "_foreach_lerp_",
+    "_foreach_mul",
+    "_foreach_mul_",
+    "_foreach_norm",
+    "_foreach_zero_",
+    "_fused_sgd_",
+}
+
+
+def built_optimizer():
+    optimizer = keras.optimizers.SGD(use_ema=True, gradient_accumulation_steps=2)
+    optimizer.build([keras.Variable([0.0])])
+    return optimizer
+
+
+@pytest.mark.parametrize("name, broken", OF_KERAS.items())
+def test_keras_still_has(name, broken):
+    assert hasattr(built_optimizer(), name), broken
+
+
+@pytest.mark.parametrize("module, name, broken", [(*k, v) for k, v in IMPORTED.items()])
+def test_its_module_still_has(module, name, broken):
+    assert hasattr(importlib.import_module(module), name), broken
+
+
+def test_a_strategy_still_has_its_reduction():
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    assert isinstance(strategy.extended._cross_device_ops, CollectiveAllReduce), (
+        "Whether a user chose a reduction is not known: gradients take the slower one."
+    )
+
+
+@pytest.fixture(scope="module")
+def names_of_torch():
+    """The names in `torch`, from a process of its own: beside TensorFlow PyTorch can crash."""
+    return run_python("-c", "import torch; print(*dir(torch))").split()
+
+
+@pytest.mark.parametrize("name", sorted(OF_TORCH))
+def test_torch_still_has(names_of_torch, name):
+    assert name in names_of_torch, "Lists of tensors would have to be updated one by one."
+
+
+def test_a_variable_still_holds_its_value():
+    variable = keras.Variable(0.0)
+    assert variable._value is variable.value, (
+        "Small variables take longer on PyTorch, and errors of a training step on JAX are hidden."
+    )
+
+
+def test_a_tensor_still_knows_its_version():
+    version = run_python("-c", "import torch; print(torch.zeros(()).add_(1)._version)")
+    assert int(version) == 1, "The host asks the device in every step."
+
+
+def nodes_of(kind):
+    trees = [ast.parse(path.read_text()) for path in BACKEND.rglob("*.py")]
+    return [node for tree in trees for node in ast.walk(tree) if isinstance(node, kind)]
+
+
+def test_no_hook_of_keras_is_missing_here():
+    private = {name for name in dir(built_optimizer()) if re.match("_[a-z]", name)}
+    assert {node.attr for node in nodes_of(ast.Attribute)} & private == set(OF_KERAS)
+
+
+def test_no_private_import_is_missing_here():
+    private = [
+        n for n in nodes_of(ast.ImportFrom) if n.module.startswith(("keras.src", "tensorflow."))
+    ]
+    imported = {(node.module, alias.name) for node in private for alias in node.names}
+    assert imported == set(IMPORTED)
+
+
+def test_no_hook_of_torch_is_missing_here():
+    attributes = [node for node in nodes_of(ast.Attribute) if isinstance(node.value, ast.Name)]
+    used = {n.attr for n in attributes if n.value.id == "torch" and n.attr.startswith("_")}
+    assert used == OF_TORCH

@@ -1,0 +1,162 @@
+"""The rooms of the house, its programs, and what the README promises of the package."""
+
+import ast
+import graphlib
+import importlib.metadata
+import json
+import pathlib
+import re
+
+import keras
+import pytest
+from processes import run_python
+from replica_options import FAULTS, OPTIONS
+from support_table import TESTS_OF_COLUMNS
+
+from keras_sngm import __version__
+
+ROOT = pathlib.Path(__file__).parents[2]
+PACKAGE = ROOT / "keras_sngm"
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+OUTSIDE_BACKEND = {
+    name: path for name, path in MODULES.items() if not name.startswith("keras_sngm.backend")
+}
+
+ARITHMETIC = {"keras_sngm.update_rule", "keras_sngm.measurements"}
+BACKENDS = {f"keras_sngm.backend.{name}" for name in ("tensorflow", "jax", "torch")}
+# What the modules of each room may import of this package, besides those of the same room:
+# arrows point one way, and no backend knows another.
+ARROWS = {
+    "keras_sngm": {"keras_sngm.monitoring", "keras_sngm.sngm", "keras_sngm.version"},
+    "keras_sngm.sngm": {"keras_sngm.backend", "keras_sngm.update_rule", "keras_sngm.weight_decay"},
+    "keras_sngm.monitoring": {"keras_sngm.backend", "keras_sngm.measurements"},
+    "keras_sngm.backend": {*BACKENDS, "keras_sngm.measurements"},
+    "keras_sngm.backend.common": ARITHMETIC,
+    **{backend: {"keras_sngm.backend.common", *ARITHMETIC} for backend in BACKENDS},
+    **{f"keras_sngm.{name}": set() for name in ("update_rule", "measurements", "version")},
+    "keras_sngm.weight_decay": set(),
+}
+
+# The backend that each program needs, and the arguments that it must have.
+PROGRAMS = {
+    "benchmarks/logging_cost.py": ("tensorflow",),
+    "benchmarks/logging_memory.py": (None,),
+    "benchmarks/step_time.py": (None,),
+    "benchmarks/train_step.py": ("tensorflow",),
+    "examples/cifar10_resnet.py": ("tensorflow",),
+    "examples/gradient_norms.py": (None,),
+    "examples/large_batch.py": ("tensorflow",),
+    "examples/multi_worker.py": ("tensorflow",),
+    "examples/multi_worker_jax.py": ("jax",),
+    "examples/report.py": (None,),
+    "examples/study.py": ("tensorflow", "--task", "mnist1d"),
+}
+
+
+def imports_of(path):
+    """Yield the names of the modules that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                yield name if name in MODULES else node.module
+
+
+def room_of(module):
+    """Return the room that a module of the package belongs to."""
+    return max((room for room in ARROWS if f"{module}.".startswith(f"{room}.")), key=len)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_arrows_between_rooms_point_one_way(module):
+    rooms = {room_of(name) for name in imports_of(MODULES[module]) if name in MODULES}
+    assert rooms <= {room_of(module), *ARROWS[room_of(module)]}
+
+
+def test_no_two_modules_import_each_other():
+    imports = {name: set(imports_of(path)) & set(MODULES) for name, path in MODULES.items()}
+    graphlib.TopologicalSorter(imports).prepare()  # raises a CycleError
+
+
+def test_no_room_is_left_over():
+    assert {room_of(module) for module in MODULES} == set(ARROWS)
+
+
+def test_long_modules_say_why():
+    """Those above 300 lines, in the first docstring."""
+    for path in MODULES.values():
+        text = path.read_text()
+        assert text.count("\n") <= 300 or "in one file" in ast.get_docstring(ast.parse(text)), path
+
+
+@pytest.mark.parametrize("path", OUTSIDE_BACKEND.values(), ids=OUTSIDE_BACKEND)
+def test_private_names_of_keras_stay_in_the_backend(path):
+    private = {name for name in dir(keras.optimizers.SGD()) if re.match("_[a-z]", name)}
+    used = {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
+    assert not used & private
+    assert not any(name.startswith("tensorflow") for name in imports_of(path))
+
+
+def test_the_package_depends_on_keras_alone():
+    required = importlib.metadata.requires("keras-sngm")
+    assert [needed for needed in required if "extra" not in needed] == ["keras>=3.10"]
+    assert __version__ in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_readme_has_a_row_for_every_option():
+    cells = "".join(rf" \| \[.*\]\(tests/{test}.py\)" for test in TESTS_OF_COLUMNS)
+    readme = (ROOT / "README.md").read_text()
+    rows = re.findall(rf"^\| (.+){cells} \| .+ \|$", readme, re.MULTILINE)
+    assert rows == [*OPTIONS, *FAULTS]
+
+
+def test_links_in_the_readme_lead_somewhere():
+    targets = re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / "README.md").read_text())
+    assert targets
+    assert all((ROOT / target).exists() for target in targets)
+
+
+def test_every_program_is_in_the_table():
+    files = [path for folder in ("benchmarks", "examples") for path in (ROOT / folder).glob("*.py")]
+    programs = [path for path in files if 'if __name__ == "__main__":' in path.read_text()]
+    assert {str(path.relative_to(ROOT)) for path in programs} == set(PROGRAMS)
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
+def test_programs_have_help_on_every_backend_and_say_which_one_they_need(backend):
+    run_python(
+        "-c",
+        """
+import contextlib, io, json, pathlib, runpy, sys
+
+
+def end_of(program, *arguments):
+    sys.argv = [program, *arguments]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        try:
+            runpy.run_path(program, run_name="__main__")
+        except SystemExit as end:
+            return end.code, printed.getvalue()
+
+
+root, backend, programs = sys.argv[1:]
+for program, (needed, *arguments) in json.loads(programs).items():
+    path = pathlib.Path(root, program)
+    sys.path.insert(0, str(path.parent))
+    code, printed = end_of(str(path), "--help")
+    assert code == 0 and printed.startswith(f"usage: {path.name}"), (program, printed)
+    if needed not in (None, backend):
+        code, printed = end_of(str(path), *arguments)
+        assert code == 2 and f"set KERAS_BACKEND={needed}" in printed, (program, printed)
+""",
+        ROOT,
+        backend,
+        json.dumps(PROGRAMS),
+        KERAS_BACKEND=backend,
+    )

@@ -1,0 +1,194 @@
+"""Training jobs in which a logger logs all it can."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+from problems import BACKEND
+from replica_options import FEATURES, TOKENS, sequence
+
+from keras_sngm import SNGM
+
+BATCH, STEPS_PER_EPOCH, EPOCHS = 8, 6, 2
+LOG_EVERY, HISTOGRAM_EVERY = 2, 3
+RATE = 0.05
+
+
+class Case(NamedTuple):
+    """One training job.
+
+    Attributes:
+        make: makes the optimizer.
+        options: of SNGM, as the reference takes them; `None` for other optimizers.
+        times: how many micro-batches make up an update.
+        sparse: whether the model has an embedding.
+        sequence: whether it is one over sequences of unknown length.
+        compile: arguments of `model.compile`.
+        strategies: names of those it is to run under, see `logged_training.py`.
+        noise: whether the noise scale is measured, averaged with momentum 0.9.
+    """
+
+    make: Callable[[], keras.optimizers.Optimizer]
+    options: dict[str, Any] | None = None
+    times: int = 1
+    sparse: bool = False
+    sequence: bool = False
+    compile: dict[str, Any] = {}  # noqa: RUF012
+    strategies: tuple[str, ...] = ("0", "2")
+    noise: bool = False
+
+    def model(self) -> keras.Model:
+        keras.utils.set_random_seed(0)
+        if self.sequence:
+            return keras.Sequential(sequence())
+        first = [keras.layers.Dense(5, activation="tanh", name="hidden")]
+        inputs = keras.Input((FEATURES,))
+        if self.sparse:
+            inputs = keras.Input((FEATURES,), dtype="int32")
+            first = [keras.layers.Embedding(TOKENS, 3, name="table"), keras.layers.Flatten()]
+        return keras.Sequential([inputs, *first, keras.layers.Dense(1, name="head")])
+
+    def data(self) -> tuple[np.ndarray, np.ndarray]:
+        generator = np.random.default_rng(0)
+        x = generator.standard_normal((BATCH * STEPS_PER_EPOCH, FEATURES)).astype("float32")
+        y = 2.0 + np.sin(x.sum(axis=1, keepdims=True))
+        if self.sparse or self.sequence:
+            x = generator.integers(0, TOKENS, x.shape).astype("int32")
+        return x, y
+
+
+def sngm(**options: Any) -> Callable[[], keras.optimizers.Optimizer]:
+    return lambda: SNGM(RATE, **options)
+
+
+def sgd(**options: Any) -> Callable[[], keras.optimizers.Optimizer]:
+    return lambda: keras.optimizers.SGD(RATE, momentum=0.9, **options)
+
+
+CHANGED = {"weight_decay": 0.5, "decoupled_weight_decay": False, "clipvalue": 0.3, "nesterov": True}
+NOISE = {"noise_scale_batch_size": BATCH, "noise_scale_momentum": 0.9}
+WITHOUT_STRATEGY = ("0",)
+ALL = ("0", "1", "2", "2-in-replicas")
+# Those of the backend in use.
+STRATEGIES = ALL if BACKEND == "tensorflow" else WITHOUT_STRATEGY
+
+CASES = {
+    "SNGM": Case(sngm(), {}, strategies=ALL),
+    "SNGM, eager": Case(sngm(), {}, compile={"run_eagerly": True}),
+    "SNGM, XLA": Case(sngm(), {}, compile={"jit_compile": True}, strategies=WITHOUT_STRATEGY),
+    "SNGM, update in XLA": Case(sngm(jit_compile=True), {}),
+    "SNGM, no momentum": Case(sngm(momentum=0.0), {"momentum": 0.0}),
+    "SNGM, gradient changed": Case(sngm(**CHANGED), CHANGED, strategies=ALL),
+    "SNGM, gradient changed, XLA": Case(
+        sngm(**CHANGED), CHANGED, compile={"jit_compile": True}, strategies=WITHOUT_STRATEGY
+    ),
+    "SNGM, decay": Case(sngm(weight_decay=0.5), {"weight_decay": 0.5}),
+    "SNGM, clipped": Case(sngm(clipnorm=0.2), {"clipnorm": 0.2}),
+    "SNGM, blockwise": Case(
+        sngm(blockwise=True, **CHANGED), {"blockwise": True, **CHANGED}, strategies=ALL
+    ),
+    "SNGM, accumulated": Case(sngm(gradient_accumulation_steps=2), {}, times=2, strategies=ALL),
+    "SNGM, accumulated, eager": Case(
+        sngm(gradient_accumulation_steps=2), {}, times=2, compile={"run_eagerly": True}
+    ),
+    "SNGM, accumulated, gradient changed": Case(
+        sngm(gradient_accumulation_steps=2, **CHANGED), CHANGED, times=2
+    ),
+    "SNGM, embedding": Case(sngm(), {}, sparse=True),
+    "SNGM, sequence": Case(sngm(), {}, sequence=True, strategies=ALL),
+    "SNGM, sequence, XLA": Case(
+        sngm(), {}, sequence=True, compile={"jit_compile": True}, strategies=WITHOUT_STRATEGY
+    ),
+    "SNGM, loss scaled": Case(sngm(loss_scale_factor=64.0), {}),
+    "SNGM, LossScaleOptimizer": Case(
+        lambda: keras.optimizers.LossScaleOptimizer(SNGM(RATE), initial_scale=64.0), {}
+    ),
+    "SNGM, noise scale": Case(sngm(**NOISE), {}, strategies=("2", "2-in-replicas"), noise=True),
+    "SNGM, noise scale, clipped": Case(
+        sngm(clipnorm=0.2, **NOISE), {"clipnorm": 0.2}, strategies=("2",), noise=True
+    ),
+    "SNGM, noise scale, gradient changed": Case(
+        sngm(**NOISE, **CHANGED), CHANGED, strategies=("2",), noise=True
+    ),
+    "SNGM, noise scale, accumulated": Case(
+        sngm(gradient_accumulation_steps=2, **NOISE), {}, times=2, strategies=ALL, noise=True
+    ),
+    "SNGM, noise scale, accumulated, gradient changed": Case(
+        sngm(gradient_accumulation_steps=2, **NOISE, **CHANGED), CHANGED, times=2, noise=True
+    ),
+    "SNGM, noise scale, embedding, accumulated": Case(
+        sngm(gradient_accumulation_steps=2, **NOISE), {}, times=2, sparse=True, noise=True
+    ),
+    "SNGM, noise scale, LossScaleOptimizer": Case(
+        lambda: keras.optimizers.LossScaleOptimizer(sngm(**NOISE)(), initial_scale=64.0),
+        {},
+        strategies=("2",),
+        noise=True,
+    ),
+    "SNGM, noise scale, eager": Case(
+        sngm(gradient_accumulation_steps=3, **NOISE),
+        {},
+        times=3,
+        compile={"run_eagerly": True},
+        noise=True,
+    ),
+    "SNGM, noise scale, XLA": Case(
+        sngm(gradient_accumulation_steps=2, **NOISE),
+        {},
+        times=2,
+        compile={"jit_compile": True},
+        strategies=WITHOUT_STRATEGY,
+        noise=True,
+    ),
+    "SGD": Case(sgd(), strategies=("0", "1", "2")),
+    "SGD, eager": Case(sgd(), compile={"run_eagerly": True}),
+    "SGD, XLA": Case(sgd(), compile={"jit_compile": True}, strategies=WITHOUT_STRATEGY),
+    "SGD, accumulated": Case(
+        sgd(gradient_accumulation_steps=2), times=2, strategies=WITHOUT_STRATEGY
+    ),
+    "SGD, accumulated, eager": Case(
+        sgd(gradient_accumulation_steps=2),
+        times=2,
+        compile={"run_eagerly": True},
+        strategies=WITHOUT_STRATEGY,
+    ),
+    "SGD, accumulated, embedding": Case(
+        sgd(gradient_accumulation_steps=2), times=2, sparse=True, strategies=WITHOUT_STRATEGY
+    ),
+    "SGD, embedding": Case(sgd(), sparse=True),
+    "SGD, sequence": Case(sgd(), sequence=True),
+    "SGD, sequence, accumulated": Case(
+        sgd(gradient_accumulation_steps=2), times=2, sequence=True, strategies=WITHOUT_STRATEGY
+    ),
+    "SGD, loss scaled": Case(sgd(loss_scale_factor=64.0)),
+    "SGD, LossScaleOptimizer": Case(
+        lambda: keras.optimizers.LossScaleOptimizer(sgd()(), initial_scale=64.0)
+    ),
+    "SGD, averaged": Case(sgd(use_ema=True, ema_momentum=0.9, clipnorm=0.1)),
+    "Adam": Case(lambda: keras.optimizers.Adam(RATE)),
+}
+if BACKEND == "torch":  # where Keras compiles by `torch.compile`, not XLA
+    CASES = {name: case for name, case in CASES.items() if "jit_compile" not in case.compile}
+
+
+class Logged(NamedTuple):
+    """What one job has logged, and what it was at.
+
+    Attributes:
+        weights: before each batch, and after the last.
+        momenta: after each batch; empty lists if there are none.
+        lines: of the JSON lines file.
+        scalars: of TensorBoard, by step and name.
+        histograms: of TensorBoard, by step and name.
+        history: of `fit`.
+        paths: of the variables.
+    """
+
+    weights: list[list[np.ndarray]]
+    momenta: list[list[np.ndarray]]
+    lines: list[dict[str, float]]
+    scalars: dict[int, dict[str, float]]
+    histograms: dict[int, dict[str, np.ndarray]]
+    history: dict[str, list[float]]
+    paths: list[str]

@@ -1,0 +1,139 @@
+"""Takes steps in which replicas have gradients of different kinds, or for different variables.
+
+Run by `test_distribution.py`, as devices must be configured before TensorFlow starts.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from replica_training import forbid_merge_call, make_strategy
+
+from keras_sngm import SNGM
+from reference import ReferenceSNGM
+
+SHAPES = [(3, 2), (3, 2), (4,)]
+Give: TypeAlias = Callable[[], list[Any]]  # the gradients of one replica
+MODES: dict[str, Callable[[Callable[[], None]], Callable[[], None]]] = {
+    "eager": lambda step: step,
+    "function": tf.function,
+}
+SHARED = np.full((3, 2), 0.5, "float32")
+# TensorFlow takes functions of the same code for one that is traced again and again, and warns of
+# it unless each is called several times.
+UPDATES = 4
+
+
+def rows(values: np.ndarray, *indices: int) -> tf.IndexedSlices:
+    """Slices that do not know their shape."""
+    return tf.IndexedSlices(tf.constant(values, "float32"), tf.constant(indices))
+
+
+def ones(shape: tuple[int, ...], value: float = 1.0) -> tf.Tensor:
+    return tf.fill(shape, value)
+
+
+# What each of two replicas gives.
+GRADIENTS: dict[str, list[Give]] = {
+    "other variables": [
+        lambda: [ones((3, 2)), None, None],
+        lambda: [None, ones((3, 2), 2.0), None],
+    ],
+    "other shapes": [
+        lambda: [ones((3, 2)), None, None],
+        lambda: [None, None, ones((4,), 2.0)],
+    ],
+    "slices and nothing": [
+        lambda: [rows(np.ones((2, 2)), 1, 1), None, ones((4,))],
+        lambda: [None, ones((3, 2)), ones((4,))],
+    ],
+    "slices and a tensor": [
+        lambda: [rows(np.ones((2, 2)), 2, 0), ones((3, 2)), None],
+        lambda: [ones((3, 2)), rows(np.ones((1, 2)), 1), None],
+    ],
+}
+
+
+def in_replica(give: list[Give]) -> list[Any]:
+    """What the replica that asks gives."""
+    number = tf.distribute.get_replica_context().replica_id_in_sync_group
+    return give[number if isinstance(number, int) else int(tf.get_static_value(number))]()
+
+
+def dense(gradient: Any, shape: tuple[int, ...]) -> np.ndarray:
+    total = np.zeros(shape)
+    if isinstance(gradient, tf.IndexedSlices):
+        np.add.at(total, gradient.indices.numpy(), gradient.values.numpy())
+    elif gradient is not None:
+        total += gradient.numpy()
+    return total
+
+
+def stepping(
+    strategy: tf.distribute.Strategy, mode: str, give: list[Give], **options: Any
+) -> tuple[list[keras.Variable], Callable[[], None]]:
+    """Weights, and a function that takes a step with what each replica gives."""
+    with strategy.scope():
+        variables = [keras.Variable(np.ones(shape, "float32")) for shape in SHAPES]
+        optimizer = SNGM(0.1, **options)
+        optimizer.build(variables)
+
+    def step() -> None:
+        strategy.run(lambda: optimizer.apply(in_replica(give), variables))
+
+    return variables, MODES[mode](step)
+
+
+def check(strategy: tf.distribute.Strategy, name: str, mode: str, times: int | None) -> None:
+    give = GRADIENTS[name]
+    variables, step = stepping(strategy, mode, give, gradient_accumulation_steps=times)
+    sums = [
+        dense(a, shape) + dense(b, shape)
+        for a, b, shape in zip(give[0](), give[1](), SHAPES, strict=True)
+    ]
+    active = [any(give[k]()[i] is not None for k in range(2)) for i in range(len(SHAPES))]
+    reference = ReferenceSNGM([np.ones(shape) for shape in SHAPES])
+    for _ in range(UPDATES):
+        for _ in range(times or 1):
+            step()
+        reference.step(sums, 0.1)
+    for variable, weight, moves in zip(variables, reference.w, active, strict=True):
+        assert moves or (weight == 1.0).all()
+        for part in strategy.experimental_local_results(variable.value):
+            np.testing.assert_allclose(part, weight, rtol=1e-5, err_msg=f"{name}, {mode}, {times}")
+
+
+def check_one_tensor_of_all(strategy: tf.distribute.Strategy, mode: str) -> None:
+    """Each replica gives the same object, which is made outside of them."""
+    constant = tf.constant(SHARED)
+    variables, step = stepping(strategy, mode, 2 * [lambda: [constant, None, None]])
+    step()
+    moved = 0.1 * SHARED / np.linalg.norm(SHARED)
+    for part in strategy.experimental_local_results(variables[0].value):
+        np.testing.assert_allclose(part, 1.0 - moved, rtol=1e-5)
+
+
+def check_refusal(strategy: tf.distribute.Strategy) -> None:
+    """Where replicas act for themselves nobody knows what the others have."""
+    _, step = stepping(strategy, "function", GRADIENTS["other variables"])
+    with pytest.raises(ValueError, match="All replicas must have gradients for the same var"):
+        step()
+
+
+def main() -> None:
+    strategy = make_strategy(2)
+    for name in GRADIENTS:
+        for mode in MODES:
+            for times in (None, 2):
+                check(strategy, name, mode, times)
+    for mode in MODES:
+        check_one_tensor_of_all(strategy, mode)
+    forbid_merge_call()
+    check_refusal(strategy)
+
+
+if __name__ == "__main__":
+    main()
