@@ -93,16 +93,16 @@ def histogram(tensor: Tensor, segment_sum: Callable[..., Tensor] = ops.segment_s
         return ops.zeros((HISTOGRAM,), "float32")
     vector = ops.cast(ops.reshape(tensor, (-1,)), "float32")
     least, greatest = ops.min(vector), ops.max(vector)
-    finite = ops.isfinite(least) & ops.isfinite(greatest)
+    is_finite = ops.isfinite(least) & ops.isfinite(greatest)
     # Halves, as the difference of two float32 numbers need not be one.
     width = (greatest / 2 - least / 2) / BUCKETS
     # Numbers from the host would have to be copied.
     one, zero = ops.ones_like(width), ops.zeros_like(width)
     offsets = (vector / 2 - least / 2) / ops.where(width > 0, width, one)
-    offsets = ops.where(finite, offsets, zero)
+    offsets = ops.where(is_finite, offsets, zero)
     last = (BUCKETS - 1) * one
     places = ops.cast(ops.where(offsets < last, offsets, last), "int32")
-    ones = ops.ones_like(places) * ops.cast(finite, "int32")
+    ones = ops.ones_like(places) * ops.cast(is_finite, "int32")
     counts = segment_sum(ones, places, num_segments=BUCKETS)
     return ops.concatenate([ops.stack([least, greatest]), ops.cast(counts, "float32")])
 

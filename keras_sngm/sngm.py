@@ -1,4 +1,7 @@
-"""SNGM: stochastic normalized gradient descent with momentum."""
+"""SNGM: stochastic normalized gradient descent with momentum.
+
+The arguments, their documentation and their checks are in one file, as in Keras' optimizers.
+"""
 
 import math
 import numbers

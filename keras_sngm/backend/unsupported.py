@@ -14,7 +14,7 @@ class BackendOptimizer(keras.optimizers.Optimizer):
         raise _not_yet(type(self).__name__)
 
 
-def attach(model: keras.Model, plan: Plan, fit: Any) -> Any:
+def attach(model: keras.Model, plan: Plan, fit_params: Any) -> Any:
     """Refuses to record."""
     raise _not_yet("GradientNormLogger")
 

@@ -1,4 +1,7 @@
-"""Callbacks that show what the optimizer measured."""
+"""The callback that logs gradient norms.
+
+Its arguments, their documentation and all methods that Keras calls are in one file.
+"""
 
 import contextlib
 import math
@@ -191,7 +194,7 @@ class GradientNormLogger(keras.callbacks.Callback):
         self._recording: Any = None
         self._sinks: list[ResilientSink] = []
         self._must_open = True
-        self._told = False
+        self._has_warned = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies begin with: the arguments, but nothing of a `fit` that goes on."""
@@ -248,7 +251,9 @@ class GradientNormLogger(keras.callbacks.Callback):
     def _has_begun(self) -> bool:
         """In this `fit`, not in one that was interrupted."""
         # Keras gives all callbacks of a `fit` the same `params`.
-        return bool(self.params) and self._watch is not None and self._watch.fit is self.params
+        return (
+            bool(self.params) and self._watch is not None and self._watch.fit_params is self.params
+        )
 
     def _follow(self) -> bool:
         """Log the new optimizer of a model that was compiled anew. Returns whether it was."""
@@ -265,7 +270,7 @@ class GradientNormLogger(keras.callbacks.Callback):
                 "`GradientNormLogger` needs a model compiled with a Keras optimizer. "
                 f"Received: model.optimizer={model.optimizer}"
             )
-        self._told = False
+        self._has_warned = False
         plan = self._plan(model)
         self._watched = model
         self._watch = attach(model, plan, self.params)
@@ -327,8 +332,8 @@ class GradientNormLogger(keras.callbacks.Callback):
         for sink in self._sinks:
             sink.warn()
         fault = self._recording.fault
-        if fault is not None and not self._told and self.on_nonfinite != "ignore":
-            self._told = True
+        if fault is not None and not self._has_warned and self.on_nonfinite != "ignore":
+            self._has_warned = True
             warnings.warn(self._message(fault), stacklevel=2)
 
     def _message(self, fault: Fault) -> str:

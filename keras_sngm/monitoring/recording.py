@@ -145,7 +145,7 @@ class Recording:
         return self._epoch.end()
 
     def _tell_of_no_updates(self) -> None:
-        times = [
+        micro_batches = [
             recorder.optimizer().gradient_accumulation_steps or 1
             for recorder in self._watch.recorders
         ]
@@ -154,7 +154,7 @@ class Recording:
                 "`GradientNormLogger` has nothing to log: the model has no trainable weights.",
                 stacklevel=4,
             )
-        elif self._steps >= max(times, default=1):
+        elif self._steps >= max(micro_batches, default=1):
             warnings.warn(
                 "`GradientNormLogger` has seen no update by `model.optimizer`. Those by other "
                 "optimizers are not logged.",
@@ -215,11 +215,11 @@ class Recording:
 
     def _until_the_stop(self, parts: Sequence[Any]) -> int:
         """How many of the updates came before steps were no longer taken."""
-        steps, bad = parts[0].steps, _first_bad_step(parts)
-        if not self._plan.stops or (self.fault is None and not bad):
+        steps, nonfinite = parts[0].steps, _first_nonfinite_step(parts)
+        if not self._plan.stops or (self.fault is None and not nonfinite):
             return len(steps)
         # Steps that are not taken have the number of the bad one, too.
-        return 0 if self.fault is not None else int(np.searchsorted(steps, bad)) + 1
+        return 0 if self.fault is not None else int(np.searchsorted(steps, nonfinite)) + 1
 
     def _log_step(self, step: int, scalars: dict[str, float], parts: Sequence[Any]) -> None:
         if step in parts[0].details:
@@ -238,21 +238,23 @@ class Recording:
         histograms: dict[str, np.ndarray] = {}
         for rows in parts:
             histograms |= self._values.of_histograms(rows.histograms[step], first)
-            first += len(rows.bad)
+            first += len(rows.nonfinite)
         for sink in self._sinks:
             sink.write_histograms(step, histograms)
 
     def _note_fault(self, parts: Sequence[Any]) -> None:
-        step = _first_bad_step(parts)
+        step = _first_nonfinite_step(parts)
         if self.fault is not None or not step:
             return
-        bad = np.concatenate([rows.bad & (rows.bad_step == step) for rows in parts])
-        paths = [path for path, is_bad in zip(self._values.paths, bad, strict=True) if is_bad]
+        nonfinite = np.concatenate(
+            [rows.nonfinite & (rows.nonfinite_step == step) for rows in parts]
+        )
+        paths = [path for path, is_bad in zip(self._values.paths, nonfinite, strict=True) if is_bad]
         self.fault = Fault(step, paths)
         if self._plan.stops and not self._recorders[0].one_of_several:
             self._model.stop_training = True
 
 
-def _first_bad_step(parts: Sequence[Any]) -> int:
+def _first_nonfinite_step(parts: Sequence[Any]) -> int:
     """Return the first update whose gradient was not finite, or 0."""
-    return min((rows.bad_step for rows in parts if rows.bad_step), default=0)
+    return min((rows.nonfinite_step for rows in parts if rows.nonfinite_step), default=0)

@@ -34,15 +34,15 @@ def groups_of(
     """
     if per_variable is False:
         return {}
-    positions = range(len(variables))
+    indices = range(len(variables))
     if per_variable is True:
-        return _named([(i, variables[i].path) for i in positions])
+        return _named([(i, variables[i].path) for i in indices])
     if per_variable == "layer":
         return _by_layer(variables, model)
     if callable(per_variable):
-        return _named([(i, variables[i].path) for i in positions if per_variable(variables[i])])
+        return _named([(i, variables[i].path) for i in indices if per_variable(variables[i])])
     groups: dict[str, list[int]] = {}
-    for i in positions:
+    for i in indices:
         name = "/".join(variables[i].path.split("/")[:per_variable])
         groups.setdefault(name, []).append(i)
     return groups
@@ -81,6 +81,6 @@ def _layers(model: keras.Model) -> Iterator[keras.layers.Layer]:
             yield layer
 
 
-def _unused(name: str, taken: dict[str, Any]) -> str:
-    names = [name, *(f"{name}_{k}" for k in range(1, len(taken) + 1))]
-    return next(candidate for candidate in names if candidate not in taken)
+def _unused(name: str, used: dict[str, Any]) -> str:
+    names = [name, *(f"{name}_{k}" for k in range(1, len(used) + 1))]
+    return next(candidate for candidate in names if candidate not in used)

@@ -9,7 +9,7 @@ from problems import SHAPES, random_arrays, random_gradients, tensors_of, variab
 from processes import run_python
 from tensorflow.python.eager import context
 
-from keras_sngm import SNGM, update_rule
+from keras_sngm import SNGM, normalization
 
 
 def function_names():
@@ -71,11 +71,11 @@ def test_a_step_in_a_graph_contains_at_most_one_xla_program(jit_compile, shapes,
 @pytest.mark.parametrize("sparse", [False, True])
 def test_later_steps_add_no_trace(monkeypatch, jit_compile, sparse):
     traces = []
-    normalization_of = update_rule.normalization_of
+    safe_normalization = normalization.safe_normalization
     monkeypatch.setattr(
-        update_rule,
-        "normalization_of",
-        lambda *args: traces.append(args) or normalization_of(*args),
+        normalization,
+        "safe_normalization",
+        lambda *args: traces.append(args) or safe_normalization(*args),
     )
     variables = variables_of([np.zeros((9, 2))])
     optimizer = SNGM(jit_compile=jit_compile)

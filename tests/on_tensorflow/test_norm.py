@@ -15,7 +15,7 @@ from problems import (
 )
 
 from keras_sngm import SNGM
-from keras_sngm.backend.common.watch import AS_IT_IS
+from keras_sngm.backend.common.watch import PLAIN_RULE
 from keras_sngm.backend.tensorflow import norm as tensorflow_norm
 from reference import ReferenceSNGM
 
@@ -48,7 +48,7 @@ def test_squares_of_any_magnitude(monkeypatch, dtype, scale):
     for in_xla in (False, True):
         sums = tensorflow_norm.sums_on(on_accelerator=False, in_xla=in_xla)
         measure = tf.function(
-            functools.partial(tensorflow_norm.normalized_by, *sums, AS_IT_IS, sizes=sizes),
+            functools.partial(tensorflow_norm.normalized_by, *sums, PLAIN_RULE, sizes=sizes),
             jit_compile=in_xla,
         )
         normalized = measure(tensors)
@@ -66,7 +66,7 @@ def test_no_magnitude_hides_what_is_not_finite(size, scale, bad):
     vector[size - 7] = bad
     sums = tensorflow_norm.sums_on(on_accelerator=False, in_xla=True)
     normalized = tf.function(
-        lambda vector: tensorflow_norm.normalized_by(*sums, AS_IT_IS, [vector], [size]),
+        lambda vector: tensorflow_norm.normalized_by(*sums, PLAIN_RULE, [vector], [size]),
         jit_compile=True,
     )(vector)
     assert not normalized.finite

@@ -28,13 +28,13 @@ def portion(monkeypatch):
 
 
 def test_portions_are_as_small_as_may_be():
-    slices = tensorflow_order.portions([1, 3, 20, 24, 30, 5, 6])
+    slices = tensorflow_order.chunks([1, 3, 20, 24, 30, 5, 6])
     assert slices == [slice(0, 3), slice(3, 4), slice(4, 5), slice(5, 7)]
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [1], [24], [0, 24, 0], [24] * 5, [5] * 100], ids=str)
 def test_portions_are_all_there_is(sizes):
-    slices = tensorflow_order.portions(sizes)
+    slices = tensorflow_order.chunks(sizes)
     assert list(itertools.chain(*(sizes[portion] for portion in slices))) == sizes
     assert all(sum(sizes[portion]) >= 24 for portion in slices[:-1])
 

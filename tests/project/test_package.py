@@ -25,7 +25,9 @@ OUTSIDE_BACKEND = {
     name: path for name, path in MODULES.items() if not name.startswith("keras_sngm.backend")
 }
 
-ARITHMETIC = {"keras_sngm.update_rule", "keras_sngm.measurements"}
+ARITHMETIC = {
+    f"keras_sngm.{name}" for name in ("update_rule", "normalization", "noise_scale", "measurements")
+}
 BACKENDS = {f"keras_sngm.backend.{name}" for name in ("tensorflow", "jax", "torch")}
 # What the modules of each room may import of this package, besides those of the same room:
 # arrows point one way, and no backend knows another.
@@ -36,8 +38,13 @@ ARROWS = {
     "keras_sngm.backend": {*BACKENDS, "keras_sngm.measurements"},
     "keras_sngm.backend.common": ARITHMETIC,
     **{backend: {"keras_sngm.backend.common", *ARITHMETIC} for backend in BACKENDS},
+    "keras_sngm.normalization": {"keras_sngm.update_rule"},
+    "keras_sngm.noise_scale": {"keras_sngm.update_rule"},
     **{f"keras_sngm.{name}": set() for name in ("update_rule", "measurements", "version")},
     "keras_sngm.weight_decay": set(),
+    # Where pickles of earlier versions look.
+    "keras_sngm.callbacks": {"keras_sngm.monitoring"},
+    "keras_sngm.outputs": {"keras_sngm.monitoring"},
 }
 
 # The backend that each program needs, and the arguments that it must have.

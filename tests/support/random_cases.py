@@ -12,7 +12,7 @@ import numpy as np
 from hypothesis import strategies as st
 from problems import BACKEND, DTYPES
 
-from keras_sngm.update_rule import least_sums
+from keras_sngm.normalization import least_reliable_sums
 from reference import ReferenceSNGM, norm
 
 LARGEST = float(np.finfo("float32").max)
@@ -429,7 +429,7 @@ class Expectation:
             return before.moments, before.noise_scale
         self.knows_noise = 1e-20 < self._parts < 1e33 or self._parts == 0.0
         size = sum(int(np.prod(weight.shape)) for weight in self._weights)
-        least = float(least_sums((size,), "float32", error=1e-3)[0])
+        least = float(least_reliable_sums((size,), "float32", error=1e-3)[0])
         if self._parts < least or self._parts > LARGEST:
             return before.moments, before.noise_scale
         times, samples = self._times, self.options["noise_scale_batch_size"]

@@ -37,25 +37,25 @@ class HostCount:
         self._count, self._mark = count, (weakref.ref(value), _version(value))
 
 
-class Window:
+class AccumulationCycle:
     """Which variables had a gradient in those micro-batches of an update that there were."""
 
     def __init__(self) -> None:
         self._calls = -1
         self._positions: frozenset[int] = frozenset()
 
-    def positions(self, calls: int, times: int) -> frozenset[int] | None:
+    def indices(self, calls: int, micro_batches: int) -> frozenset[int] | None:
         """Return the positions of these variables, `None` if that is not known.
 
         Args:
             calls: how many calls there were.
             times: how many make up an update.
         """
-        if calls % times == 0:
+        if calls % micro_batches == 0:
             return frozenset()
         return self._positions if calls == self._calls else None
 
-    def add(self, calls: int, times: int, positions: frozenset[int]) -> None:
+    def add(self, calls: int, micro_batches: int, indices: frozenset[int]) -> None:
         """Note whose gradients are in the next call.
 
         Args:
@@ -63,9 +63,9 @@ class Window:
             times: how many make up an update.
             positions: of these variables.
         """
-        known = self.positions(calls, times)
+        known = self.indices(calls, micro_batches)
         if known is not None:
-            self._calls, self._positions = calls + 1, known | positions
+            self._calls, self._positions = calls + 1, known | indices
 
 
 def _version(value: Any) -> int:

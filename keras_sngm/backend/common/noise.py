@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from keras_sngm import update_rule
+from keras_sngm.noise_scale import noise_averages, noise_moments
 from keras_sngm.update_rule import Tensor
 
 
@@ -22,11 +22,11 @@ class NoiseMeter(NamedTuple):
     batch_size: int
     momentum: float
     replicas: int
-    times: int
+    micro_batches: int
 
     def check(self) -> None:
         """Refuse a single small batch, which does not differ from anything."""
-        if self.replicas * self.times < 2:
+        if self.replicas * self.micro_batches < 2:
             raise ValueError(
                 "`noise_scale_batch_size` needs several batches in each update, to compare them: "
                 "set `gradient_accumulation_steps`, or on TensorFlow train on several replicas, "
@@ -43,12 +43,12 @@ class NoiseMeter(NamedTuple):
                 calls. Keras has divided their losses by the number of replicas.
             large: the squared norm of the gradient of the update.
         """
-        count = self.replicas * self.times
+        count = self.replicas * self.micro_batches
         small = total * self.replicas**2 / count
-        return update_rule.noise_moments(small, large, count, self.batch_size / self.replicas)
+        return noise_moments(small, large, count, self.batch_size / self.replicas)
 
     def update(
-        self, moments: Any, noise_scale: Any, estimates: Sequence[Tensor], taken: Tensor
+        self, moments: Any, noise_scale: Any, estimates: Sequence[Tensor], is_taken: Tensor
     ) -> None:
         """Move the averages of numerator and denominator, and divide them.
 
@@ -61,12 +61,12 @@ class NoiseMeter(NamedTuple):
             taken: whether the update was; else it does not count. Nor does it if a
                 square overflowed.
         """
-        moved, quotient = update_rule.noise_averages(
+        moved, quotient = noise_averages(
             self.momentum,
             ops.convert_to_tensor(moments),
             ops.convert_to_tensor(noise_scale),
             estimates,
-            taken,
+            is_taken,
         )
         moments.assign(moved)
         noise_scale.assign(quotient)

@@ -1,19 +1,21 @@
 """What an optimizer of the whole model does on every backend around its step."""
 
-import collections
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import keras
 from keras import ops
 
-from keras_sngm import update_rule
-from keras_sngm.backend.common.host_count import HostCount, Window
+from keras_sngm import normalization, update_rule
+from keras_sngm.backend.common.cache import Cache
+from keras_sngm.backend.common.checks import check_each_variable_is_given_once, check_shapes
+from keras_sngm.backend.common.host_count import AccumulationCycle, HostCount
 from keras_sngm.backend.common.noise import NoiseMeter
-from keras_sngm.update_rule import Normalization, Rule, arithmetic_dtype
+from keras_sngm.normalization import Normalization
+from keras_sngm.update_rule import Rule, arithmetic_dtype
 
 
 class WholeModelOptimizer(keras.optimizers.Optimizer):
@@ -35,7 +37,7 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
         super().__init__(*args, **kwargs)
         self._names = Cache()
         self._calls = HostCount()
-        self._window = Window()
+        self._cycle = AccumulationCycle()
 
     def build(self, variables: Sequence[Any]) -> None:
         # Keras' accumulators would have the dtype of the variables, and under a
@@ -131,33 +133,35 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
             gradients, variables = map(
                 list, self._overwrite_variables_directly_with_gradients(gradients, variables)
             )
-            _check_shapes(gradients, variables)
+            check_shapes(gradients, variables)
             active = [self._get_variable_index(variable) for variable in variables]
-            _check_each_is_there_once(active, variables)
-            times = self.gradient_accumulation_steps
-            if times is None or not self._state_is_known(gradients):
+            check_each_variable_is_given_once(active, variables)
+            micro_batches = self.gradient_accumulation_steps
+            if micro_batches is None or not self._state_is_known(gradients):
                 self._step(gradients, active)
             else:
-                self._step_in_window(gradients, active, times)
+                self._step_in_cycle(gradients, active, micro_batches)
 
-    def _step_in_window(self, gradients: list[Any], active: list[int], times: int) -> None:
+    def _step_in_cycle(self, gradients: list[Any], active: list[int], micro_batches: int) -> None:
         """As `_step`, with zeros for variables that had a gradient in earlier micro-batches."""
         calls, own = self._calls_so_far(), frozenset(active)
-        for i in self._idle_with_gradient(calls, times, own):
+        for i in self._idle_with_gradient(calls, micro_batches, own):
             total = ops.convert_to_tensor(self._accumulated_gradients[i])
             gradients.append(ops.zeros_like(total))
             active.append(i)
         self._step(gradients, active)
         self._calls.set(self._iterations, calls + 1)
-        self._window.add(calls, times, own)
+        self._cycle.add(calls, micro_batches, own)
 
     def _calls_so_far(self) -> int:
         """How often the optimizer was called. To be asked where the state is known."""
         if not self._calls.is_own(self._iterations):
-            self._window = Window()
+            self._cycle = AccumulationCycle()
         return self._calls.of(self._iterations)
 
-    def _idle_with_gradient(self, calls: int, times: int, active: frozenset[int]) -> list[int]:
+    def _idle_with_gradient(
+        self, calls: int, micro_batches: int, active: frozenset[int]
+    ) -> list[int]:
         """The positions of variables that had a gradient in earlier micro-batches alone.
 
         Args:
@@ -165,7 +169,7 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
             times: how many make up an update.
             active: positions of the variables that have a gradient in this one.
         """
-        known = self._window.positions(calls, times)
+        known = self._cycle.indices(calls, micro_batches)
         if known is not None:
             return sorted(known - active)
         return [i for i in self._idle(active) if self._has_accumulated(i)]
@@ -173,9 +177,9 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
     def _idle(self, active: frozenset[int]) -> list[int]:
         return [i for i in range(len(self._trainable_variables)) if i not in active]
 
-    def _has_accumulated(self, position: int) -> bool:
+    def _has_accumulated(self, index: int) -> bool:
         """Whether what has accumulated for a variable is not zero. Waits for the device."""
-        total = ops.convert_to_tensor(self._accumulated_gradients[position])
+        total = ops.convert_to_tensor(self._accumulated_gradients[index])
         return bool(ops.any(total != 0))
 
     def _state_is_known(self, gradients: Sequence[Any]) -> bool:
@@ -261,63 +265,16 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
             local(self.noise_moments),
             local(self.gradient_noise_scale),
             meter.estimates(total, large),
-            ops.logical_and(normalized.taken, total >= self._least_total()),
+            ops.logical_and(normalized.is_taken, total >= self._least_total()),
         )
 
     def _least_total(self) -> float:
         """The least sum of squares that can be told from one of gradients too small to square."""
         size = sum(math.prod(variable.shape) for variable in self._trainable_variables)
-        return float(update_rule.least_sums((size,), "float32", error=1e-3)[0])
+        return float(normalization.least_reliable_sums((size,), "float32", error=1e-3)[0])
 
 
 def name_for(variable: Any, name: str) -> str:
     """Return the name of an optimizer's variable that belongs to one of the model."""
     path = getattr(variable, "path", variable.name)
     return f"{path.replace('/', '_').replace(':', '_')}_{name}"
-
-
-def _check_each_is_there_once(positions: Sequence[int], variables: Sequence[Any]) -> None:
-    if len(set(positions)) < len(variables):
-        counts = collections.Counter(variable.path for variable in variables)
-        raise ValueError(
-            "A variable can have one gradient in a step. Received: several for "
-            + ", ".join(f"'{path}'" for path, count in counts.items() if count > 1)
-        )
-
-
-def _check_shapes(gradients: Sequence[Any], variables: Sequence[Any]) -> None:
-    for gradient, variable in zip(gradients, variables, strict=True):
-        # Not every `tf.IndexedSlices` knows its shape.
-        shape: Any = getattr(gradient, "shape", None)
-        if shape != variable.shape and not _may_be(shape, variable.shape):
-            raise ValueError(
-                "A gradient must have the shape of its variable. "
-                f"Received: gradient.shape={tuple(shape)} for "
-                f"variable '{variable.name}' of shape {tuple(variable.shape)}"
-            )
-
-
-def _may_be(shape: Any, wanted: Any) -> bool:
-    if shape is None:
-        return True
-    # In graphs of TensorFlow a shape may be known in part.
-    is_compatible = getattr(shape, "is_compatible_with", None)
-    return is_compatible is not None and is_compatible(wanted)
-
-
-class Cache:
-    """A dictionary that Keras and TensorFlow do not try to save with the optimizer."""
-
-    def __init__(self) -> None:
-        self._entries: dict[Hashable, Any] = {}
-
-    def get_or_make(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        if key not in self._entries:
-            self._entries[key] = make()
-        return self._entries[key]
-
-    def __contains__(self, key: Hashable) -> bool:
-        return key in self._entries
-
-    def drop(self, is_old: Callable[[Any], bool]) -> None:
-        self._entries = {k: entry for k, entry in self._entries.items() if not is_old(k)}

@@ -14,7 +14,8 @@ import numpy as np
 from keras_sngm.backend.common.optimizer import WholeModelOptimizer
 from keras_sngm.backend.common.ring import Ring
 from keras_sngm.measurements import DETAILS, HISTOGRAM, NOISE_MOMENTS, Plan, Rows, rows_from
-from keras_sngm.update_rule import Normalization, Tensor, spread
+from keras_sngm.normalization import Normalization
+from keras_sngm.update_rule import Tensor, scatter
 
 _attached: weakref.WeakKeyDictionary[Any, list[Any]] = weakref.WeakKeyDictionary()
 
@@ -50,16 +51,16 @@ class Measured(NamedTuple):
     """One per variable, 0 where there was no gradient."""
     noise_moments: Tensor | None
     """The averages that the noise scale is the quotient of."""
-    finite: Tensor
+    is_finite: Tensor
     """Whether all elements of the gradient are."""
-    bad: Tensor
+    nonfinite: Tensor
     """Per variable, whether elements of its gradient are not finite."""
 
 
 def measured_by(
     optimizer: Any,
     normalized: Normalization,
-    positions: Sequence[int],
+    indices: Sequence[int],
     local: Callable[[Any], Any] = lambda variable: variable,
 ) -> Measured:
     """What SNGM has measured in its last update.
@@ -74,11 +75,11 @@ def measured_by(
     norm, norms, moments = (
         None if v is None else keras.ops.convert_to_tensor(local(v)) for v in kept
     )
-    bad = bad_of(normalized, positions, len(optimizer._trainable_variables))
-    return Measured(norm, norms, moments, normalized.finite, bad)
+    nonfinite = nonfinite_mask(normalized, indices, len(optimizer._trainable_variables))
+    return Measured(norm, norms, moments, normalized.is_finite, nonfinite)
 
 
-def bad_of(normalized: Normalization, positions: Sequence[int], count: int) -> Tensor:
+def nonfinite_mask(normalized: Normalization, indices: Sequence[int], count: int) -> Tensor:
     """Return for each of `count` variables whether its gradient has elements that are not finite.
 
     Args:
@@ -86,8 +87,8 @@ def bad_of(normalized: Normalization, positions: Sequence[int], count: int) -> T
         positions: of which.
         count: how many there are.
     """
-    bad = keras.ops.logical_not(keras.ops.isfinite(normalized.squares))
-    return spread(bad, positions, count)
+    nonfinite = keras.ops.logical_not(keras.ops.isfinite(normalized.squares))
+    return scatter(nonfinite, indices, count)
 
 
 class Progress(NamedTuple):
@@ -114,8 +115,8 @@ class NewRows(NamedTuple):
     rows: Rows
     details: Mapping[int, np.ndarray]
     histograms: Mapping[int, np.ndarray]
-    bad_step: int
-    bad: np.ndarray
+    nonfinite_step: int
+    nonfinite: np.ndarray
 
 
 class RecorderBase:
@@ -129,17 +130,17 @@ class RecorderBase:
     """
 
     def __init__(
-        self, optimizer: Any, plan: Plan, guarded: Callable[[], Sequence[keras.Variable]]
+        self, optimizer: Any, plan: Plan, restorable: Callable[[], Sequence[keras.Variable]]
     ) -> None:
         self.plan = plan
         self.optimizer: Callable[[], Any] = weakref.ref(optimizer)
-        self.fit: Any = None
+        self.fit_params: Any = None
         """By what the `fit` is known that this was attached in last."""
         self.is_open = False
         """Whether the variables are made."""
         self.begun_at: Progress | None = None
         """How far the rings were when recording began; `None` while it has not."""
-        self._find_guarded = guarded
+        self._find_guarded = restorable
         self._to_hold = 0
 
     def open(self) -> None:
@@ -258,7 +259,7 @@ class RecorderBase:
         Raises:
             RowsLostError: if more did than can be kept.
         """
-        *of_rings, bad_step, bad = snapshot
+        *of_rings, nonfinite_step, nonfinite = snapshot
         steps, rows = zip(
             *(
                 ring.since(begin, copy)
@@ -272,8 +273,8 @@ class RecorderBase:
             rows_from(rows[0], self.keeps_noise_scale),
             _by_step(steps[1], rows[1], (count, len(DETAILS))),
             _by_step(steps[2], rows[2], (count, -1, HISTOGRAM)),
-            int(keras.ops.convert_to_numpy(bad_step)),
-            keras.ops.convert_to_numpy(bad),
+            int(keras.ops.convert_to_numpy(nonfinite_step)),
+            keras.ops.convert_to_numpy(nonfinite),
         )
 
     def latest_norm(self) -> Any:

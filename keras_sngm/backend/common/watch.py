@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
-from keras_sngm import update_rule
+from keras_sngm import normalization, update_rule
 from keras_sngm.backend.common.optimizer import WholeModelOptimizer
-from keras_sngm.backend.common.recorder import Measured, attached, bad_of
+from keras_sngm.backend.common.recorder import Measured, attached, nonfinite_mask
 from keras_sngm.measurements import Plan
-from keras_sngm.update_rule import Normalization, Tensor
+from keras_sngm.normalization import Normalization
+from keras_sngm.update_rule import Tensor
 
-AS_IT_IS = update_rule.Rule(0.0, False, False, None, True, None, None, None, 0.0)
+PLAIN_RULE = update_rule.Rule(0.0, False, False, None, True, None, None, None, 0.0)
 """Measures the gradient before anything is done to it."""
 
 Wrap = Callable[[Any], Callable[..., None]]
@@ -34,10 +35,10 @@ class Watch:
         fit: what this `fit` has in common with no other.
     """
 
-    def __init__(self, model: keras.Model, fit: Any) -> None:
+    def __init__(self, model: keras.Model, fit_params: Any) -> None:
         self.recorders: list[Any] = []
         self.root = model.optimizer
-        self.fit = fit
+        self.fit_params = fit_params
 
     def begin(self, make: Callable[[Any], Any], wrap: Wrap) -> None:
         """Attach a recorder to each optimizer.
@@ -55,7 +56,7 @@ class Watch:
         else:
             if "build" not in vars(container):
                 container.build = _Build(container)
-            container.build.wait(self.fit, lambda: self._attach_inside(make, wrap))
+            container.build.wait(self.fit_params, lambda: self._attach_inside(make, wrap))
 
     def _attach_inside(self, make: Callable[[Any], Any], wrap: Wrap) -> None:
         if not self.recorders:
@@ -64,7 +65,7 @@ class Watch:
     def _attach(self, optimizers: Sequence[Any], make: Callable[[Any], Any], wrap: Wrap) -> None:
         for optimizer in optimizers:
             recorder = make(optimizer)
-            recorder.fit = self.fit
+            recorder.fit_params = self.fit_params
             attached(optimizer).append(recorder)
             if not isinstance(optimizer, WholeModelOptimizer) and "apply" not in vars(optimizer):
                 optimizer.apply = wrap(optimizer)
@@ -97,9 +98,13 @@ def maker(model: keras.Model, plan: Plan, recorder: Callable[..., Any]) -> Calla
     return lambda optimizer: recorder(optimizer, plan, lambda: owner().non_trainable_weights)
 
 
-def left_over(model: keras.Model, fit: Any) -> list[Any]:
+def left_over(model: keras.Model, fit_params: Any) -> list[Any]:
     """The recorders that another `fit` than this one has not detached."""
-    return [recorder for recorder in recorders_of(model.optimizer) if recorder.fit is not fit]
+    return [
+        recorder
+        for recorder in recorders_of(model.optimizer)
+        if recorder.fit_params is not fit_params
+    ]
 
 
 def recorders_of(optimizer: Any) -> list[Any]:
@@ -114,11 +119,11 @@ def updating(optimizer: Any) -> list[Any]:
         ValueError: if these do not accumulate over the same number of steps.
     """
     optimizers = _inside(optimizer)
-    times = [one.gradient_accumulation_steps for one in optimizers]
-    if len(set(times)) > 1:
+    micro_batches = [one.gradient_accumulation_steps for one in optimizers]
+    if len(set(micro_batches)) > 1:
         raise ValueError(
             "The optimizers of a `MultiOptimizer` can be logged together if they have the same "
-            f"`gradient_accumulation_steps`. Received: {times}"
+            f"`gradient_accumulation_steps`. Received: {micro_batches}"
         )
     return optimizers
 
@@ -155,10 +160,10 @@ class _Build:
         self._build = optimizer.build
         self._waiting: list[tuple[Any, Callable[[], None]]] = []
 
-    def wait(self, fit: Any, attach: Callable[[], None]) -> None:
+    def wait(self, fit_params: Any, attach: Callable[[], None]) -> None:
         """Call `attach` once the optimizer is built. Forgets those of any other `fit`."""
-        self._waiting = [one for one in self._waiting if one[0] is fit]
-        self._waiting.append((fit, attach))
+        self._waiting = [one for one in self._waiting if one[0] is fit_params]
+        self._waiting.append((fit_params, attach))
 
     def __call__(self, variables: Sequence[Any]) -> None:
         self._build(variables)
@@ -177,7 +182,7 @@ class Given(NamedTuple):
 
     gradients: list[Any]
     variables: list[Any]
-    positions: list[int]
+    indices: list[int]
 
 
 class Watched:
@@ -248,7 +253,7 @@ def _build_as_keras(optimizer: Any, variables: Sequence[Any]) -> None:
 def measured(
     normalized: Normalization,
     gradients: Sequence[Tensor],
-    positions: Sequence[int],
+    indices: Sequence[int],
     count: int,
 ) -> tuple[Measured, Callable[[], dict[int, Tensor]]]:
     """The norms of a gradient, and a function that divides it by its norm.
@@ -259,9 +264,9 @@ def measured(
         positions: where they are among all variables of the optimizer.
         count: how many these are.
     """
-    norms = ops.cast(update_rule.spread(normalized.norms, positions, count), "float32")
-    bad = bad_of(normalized, positions, count)
+    norms = ops.cast(update_rule.scatter(normalized.norms, indices, count), "float32")
+    nonfinite = nonfinite_mask(normalized, indices, count)
     norm = ops.cast(normalized.norm, "float32")
-    return Measured(norm, norms, None, normalized.finite, bad), lambda: dict(
-        zip(positions, update_rule.directions(normalized, list(gradients)), strict=True)
+    return Measured(norm, norms, None, normalized.is_finite, nonfinite), lambda: dict(
+        zip(indices, normalization.directions(normalized, list(gradients)), strict=True)
     )

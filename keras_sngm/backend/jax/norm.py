@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from keras_sngm import update_rule
-from keras_sngm.update_rule import Normalization, Rule
+from keras_sngm import normalization
+from keras_sngm.normalization import Normalization
+from keras_sngm.update_rule import Rule
 
 
 def sums_of_squares(gradients: Sequence[jax.Array]) -> jax.Array:
@@ -17,16 +18,16 @@ def sums_of_squares(gradients: Sequence[jax.Array]) -> jax.Array:
 def normalized_by(rule: Rule, gradients: Sequence[jax.Array]) -> Normalization:
     """Measure gradients of any dtypes that are computed with."""
     widest = jnp.result_type(*gradients)
-    wide = [gradient.astype(widest) for gradient in gradients]
+    at_least_float32 = [gradient.astype(widest) for gradient in gradients]
 
     def rescaled_squares(factors: jax.Array) -> jax.Array:
         # XLA makes g^2 * factor^2 of (g * factor)^2 if it knows both, and factor^2 is infinite.
-        unknown = jax.lax.optimization_barrier((wide, factors))
+        unknown = jax.lax.optimization_barrier((at_least_float32, factors))
         return sums_of_squares([g * factor for g, factor in zip(*unknown, strict=True)])
 
     sizes = [gradient.size for gradient in gradients]
-    return update_rule.normalization_of(
-        rule, sums_of_squares(wide), sizes, rescaled_squares, jax.lax.cond
+    return normalization.safe_normalization(
+        rule, sums_of_squares(at_least_float32), sizes, rescaled_squares, jax.lax.cond
     )
 
 

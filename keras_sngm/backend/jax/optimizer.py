@@ -14,13 +14,15 @@ import jax.numpy as jnp
 from jax.experimental import sparse
 from keras import ops
 
-from keras_sngm import update_rule
-from keras_sngm.backend.common.optimizer import Cache, WholeModelOptimizer
+from keras_sngm import normalization, update_rule
+from keras_sngm.backend.common.cache import Cache
+from keras_sngm.backend.common.optimizer import WholeModelOptimizer
 from keras_sngm.backend.common.recorder import conditions_of_step, measured_by, ready
 from keras_sngm.backend.jax.norm import normalized_by, sum_of_squares
 from keras_sngm.backend.jax.recorder import Change
-from keras_sngm.backend.jax.state import assign, do_if, pure, wide
-from keras_sngm.update_rule import Coefficients, Normalization
+from keras_sngm.backend.jax.state import assign, at_least_float32, do_if, pure
+from keras_sngm.normalization import Normalization
+from keras_sngm.update_rule import Coefficients
 
 
 class BackendOptimizer(WholeModelOptimizer):
@@ -144,8 +146,8 @@ class BackendOptimizer(WholeModelOptimizer):
         final = self._final_gradients(active, gradients)
         normalized = normalized_by(rule, final)
         if conditions := conditions_of_step(recorders):
-            taken = normalized.finite & jnp.all(jnp.stack(conditions))
-            normalized = normalized._replace(taken=taken)
+            is_taken = normalized.is_finite & jnp.all(jnp.stack(conditions))
+            normalized = normalized._replace(is_taken=is_taken)
         self._descend(active, final, normalized, rate)
         self._read(active, normalized)
         for total in totals:
@@ -160,7 +162,11 @@ class BackendOptimizer(WholeModelOptimizer):
                     [None if momentum is None else momentum.value for momentum in self.momentums],
                 ),
                 lambda: dict(
-                    zip(active, update_rule.whole_direction(rule, normalized, final), strict=True)
+                    zip(
+                        active,
+                        normalization.directions_by_global_norm(rule, normalized, final),
+                        strict=True,
+                    )
                 ),
             )
 
@@ -169,7 +175,7 @@ class BackendOptimizer(WholeModelOptimizer):
     ) -> list[jax.Array]:
         """Return what is to be normalized."""
         rule = self._rule()
-        weights = [wide(self._trainable_variables[i].value) for i in active]
+        weights = [at_least_float32(self._trainable_variables[i].value) for i in active]
         gradients = [g.astype(w.dtype) for g, w in zip(gradients, weights, strict=True)]
         if not update_rule.changes_gradient(rule):
             return gradients
@@ -187,53 +193,57 @@ class BackendOptimizer(WholeModelOptimizer):
         rate: jax.Array,
     ) -> None:
         rule, decays = self._rule(), self._decays(self._trainable_variables)
-        by = self._coefficients(rate, normalized.taken)
-        new = [wide(v.value) for v in self._trainable_variables]
-        for i, direction in zip(active, update_rule.directions(normalized, final), strict=True):
+        coefficients = self._coefficients(rate, normalized.is_taken)
+        new = [at_least_float32(v.value) for v in self._trainable_variables]
+        for i, direction in zip(active, normalization.directions(normalized, final), strict=True):
             momentum = self.momentums[i].value if self.momentums else None
             new[i], velocity = update_rule.descend(
                 rule,
-                by[new[i].dtype],
+                coefficients[new[i].dtype],
                 new[i],
-                None if momentum is None else wide(momentum),
+                None if momentum is None else at_least_float32(momentum),
                 direction,
                 decays[i],
             )
             if momentum is not None:
                 self.momentums[i].assign(velocity)
         if self.use_ema:
-            new = self._averaged(new, by, normalized.taken)
+            new = self._averaged(new, coefficients, normalized.is_taken)
         for i, weight in enumerate(new):
             variable = self._trainable_variables[i]
             constraint = getattr(variable, "constraint", None) if i in active else None
             if constraint is not None:
                 stored = weight.astype(variable.dtype)
-                weight = jnp.where(normalized.taken, constraint(stored), stored)
+                weight = jnp.where(normalized.is_taken, constraint(stored), stored)
             if i in active or self.use_ema:
                 variable.assign(weight)
 
-    def _coefficients(self, rate: jax.Array, taken: jax.Array) -> dict[Any, Coefficients]:
+    def _coefficients(self, rate: jax.Array, is_taken: jax.Array) -> dict[Any, Coefficients]:
         count = self.averaged_updates
         first_average = None if count is None else jnp.equal(count.value, 0)
-        dtypes = {wide(v.value).dtype for v in self._trainable_variables}
+        dtypes = {at_least_float32(v.value).dtype for v in self._trainable_variables}
         return {
-            dtype: update_rule.coefficients(self._rule(), rate.astype(dtype), first_average, taken)
+            dtype: update_rule.step_coefficients(
+                self._rule(), rate.astype(dtype), first_average, is_taken
+            )
             for dtype in dtypes
         }
 
     def _averaged(
-        self, weights: list[jax.Array], by: dict[Any, Coefficients], taken: jax.Array
+        self, weights: list[jax.Array], coefficients: dict[Any, Coefficients], is_taken: jax.Array
     ) -> list[jax.Array]:
         """Move the averages. Returns the weights to go on with."""
         overwrite: Any = False
         if self.ema_overwrite_frequency:
             updates = ops.convert_to_tensor(self.iterations) + 1
-            overwrite = (updates % self.ema_overwrite_frequency == 0) & taken
+            overwrite = (updates % self.ema_overwrite_frequency == 0) & is_taken
         new = list(weights)
         for i, average in enumerate(self._model_variables_moving_average):
             if average is None:
                 continue
-            value = update_rule.moving_average(by[new[i].dtype], wide(average.value), new[i])
+            value = update_rule.moving_average(
+                coefficients[new[i].dtype], at_least_float32(average.value), new[i]
+            )
             average.assign(value)
             if overwrite is not False:
                 new[i] = jnp.where(overwrite, value, new[i])
@@ -241,21 +251,21 @@ class BackendOptimizer(WholeModelOptimizer):
 
     def _read(self, active: tuple[int, ...], normalized: Normalization) -> None:
         """Write what the user may read."""
-        norms = update_rule.spread(normalized.norms, active, len(self._trainable_variables))
+        norms = update_rule.scatter(normalized.norms, active, len(self._trainable_variables))
         self.gradient_norm.assign(normalized.norm.astype("float32"))
         self.gradient_norms.assign(norms.astype("float32"))
-        skipped = jnp.logical_not(normalized.taken)
+        skipped = jnp.logical_not(normalized.is_taken)
         self.skipped_steps.assign_add(skipped.astype(self.skipped_steps.dtype))
         if self.averaged_updates is not None:
-            taken = normalized.taken.astype(self.averaged_updates.dtype)
-            self.averaged_updates.assign_add(taken)
+            is_taken = normalized.is_taken.astype(self.averaged_updates.dtype)
+            self.averaged_updates.assign_add(is_taken)
 
 
 def dense(gradient: Any) -> jax.Array:
     """Return a gradient as an array, rows that are there twice added up, not in 16 bits."""
     if isinstance(gradient, sparse.BCOO):
         # Its own `astype` adds them up first.
-        values = wide(gradient.data)
+        values = at_least_float32(gradient.data)
         return sparse.BCOO((values, gradient.indices), shape=gradient.shape).todense()
     if isinstance(gradient, sparse.JAXSparse):
         return gradient.todense()
@@ -267,4 +277,4 @@ def unscaled(gradient: jax.Array, loss_scale_factor: float | None) -> jax.Array:
     if loss_scale_factor is None:
         return gradient
     # Not in 16 bits: there a small gradient would become zero.
-    return wide(gradient) / loss_scale_factor
+    return at_least_float32(gradient) / loss_scale_factor

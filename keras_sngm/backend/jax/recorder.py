@@ -17,7 +17,7 @@ import numpy as np
 
 from keras_sngm.backend.common.recorder import Measured, RecorderBase
 from keras_sngm.backend.common.ring import Ring, row_of
-from keras_sngm.backend.jax.state import do_if, wide
+from keras_sngm.backend.jax.state import at_least_float32, do_if
 from keras_sngm.measurements import HISTOGRAM, details, histogram
 
 
@@ -148,12 +148,12 @@ class Recorder(RecorderBase):
                 )
 
     def _note_what_is_not_finite(self, step: jax.Array, measured: Measured) -> None:
-        bad = jnp.logical_not(measured.finite)
-        first = bad & (self._bad_step.value == 0)
-        self._bad.assign(jnp.where(first, measured.bad, self._bad.value))
+        nonfinite = jnp.logical_not(measured.is_finite)
+        first = nonfinite & (self._bad_step.value == 0)
+        self._bad.assign(jnp.where(first, measured.nonfinite, self._bad.value))
         self._bad_step.assign(jnp.where(first, step, self._bad_step.value))
         if self.plan.stops:
-            self._halted.assign(self._halted.value | bad)
+            self._halted.assign(self._halted.value | nonfinite)
             self._held.assign(self._held.value - 1)
 
     # Around a training step.
@@ -189,7 +189,12 @@ def _write_computed(ring: Ring, step: jax.Array, row: Callable[[], jax.Array]) -
 
 def _details(change: Change, directions: Mapping[int, jax.Array]) -> jax.Array:
     rows = [
-        details(wide(before), wide(after), _of(change.momentums, i), directions.get(i))
+        details(
+            at_least_float32(before),
+            at_least_float32(after),
+            _of(change.momentums, i),
+            directions.get(i),
+        )
         for i, (before, after) in enumerate(zip(change.before, change.after, strict=True))
     ]
     return jnp.concatenate(rows)
@@ -220,4 +225,4 @@ def _histograms(change: Change, norm: jax.Array, directions: Mapping[int, jax.Ar
 
 def _of(momentums: Sequence[jax.Array | None], i: int) -> jax.Array | None:
     momentum = momentums[i] if momentums else None
-    return None if momentum is None else wide(momentum)
+    return None if momentum is None else at_least_float32(momentum)

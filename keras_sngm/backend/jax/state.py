@@ -51,6 +51,6 @@ def do_if(
     assign(variables, jax.lax.while_loop(lambda state: state[0], act, begin)[1])
 
 
-def wide(array: jax.Array) -> jax.Array:
+def at_least_float32(array: jax.Array) -> jax.Array:
     """In the precision that it is computed with."""
     return array.astype(arithmetic_dtype(array.dtype.name))

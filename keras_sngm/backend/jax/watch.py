@@ -20,15 +20,15 @@ from keras_sngm.backend.common.recorder import Measured, conditions_of_step, rea
 from keras_sngm.backend.jax.norm import normalized_by
 from keras_sngm.backend.jax.optimizer import BackendOptimizer, dense, unscaled
 from keras_sngm.backend.jax.recorder import Change, Recorder
-from keras_sngm.backend.jax.state import do_if, wide
+from keras_sngm.backend.jax.state import at_least_float32, do_if
 from keras_sngm.measurements import Plan
 
 
-def attach(model: keras.Model, plan: Plan, fit: Any) -> watch.Watch:
+def attach(model: keras.Model, plan: Plan, fit_params: Any) -> watch.Watch:
     """Record from the next training step on."""
-    for recorder in watch.left_over(model, fit):
+    for recorder in watch.left_over(model, fit_params):
         _detach(recorder)
-    own = watch.Watch(model, fit)
+    own = watch.Watch(model, fit_params)
     own.begin(watch.maker(model, plan, Recorder), _Watched)
     model.make_train_function()
     if not isinstance(model.train_function, _TrainFunction):
@@ -137,18 +137,18 @@ def _in_place(model: keras.Model, state: Any) -> Iterator[None]:
         model.optimizer.variables,
         model.metrics_variables,
     )
-    taken = [
+    is_taken = [
         (variable, value)
         for variables, values in zip(groups, state, strict=True)
         for variable, value in zip(variables, values, strict=True)
         if variable._value is None
     ]
-    for variable, value in taken:
+    for variable, value in is_taken:
         variable._value = value
     try:
         yield
     finally:
-        for variable, _ in taken:
+        for variable, _ in is_taken:
             variable._value = None
 
 
@@ -192,40 +192,40 @@ class _Watched(watch.Watched):
     ) -> None:
         optimizer = self._optimizer
         weights = optimizer._trainable_variables
-        known, positions = given.gradients, given.positions
-        final = [self._final(*pair) for pair in zip(known, positions, strict=True)]
-        normalized = normalized_by(watch.AS_IT_IS, final)
-        measured, directions = watch.measured(normalized, final, positions, len(weights))
+        known, indices = given.gradients, given.indices
+        final = [self._final(*pair) for pair in zip(known, indices, strict=True)]
+        normalized = normalized_by(watch.PLAIN_RULE, final)
+        measured, directions = watch.measured(normalized, final, indices, len(weights))
         step = ops.convert_to_tensor(optimizer.iterations) + 1
         recorders = ready(optimizer)
-        times = [self._when(recorder, measured) for recorder in recorders]
+        are_due = [self._is_due(recorder, measured) for recorder in recorders]
         before = [variable.value for variable in weights]
         self._apply_unless_stopped(recorders, measured, gradients, variables)
         change = Change(before, [variable.value for variable in weights], [])
-        for recorder, when in zip(recorders, times, strict=True):
+        for recorder, is_due in zip(recorders, are_due, strict=True):
             record = functools.partial(recorder.record, step, measured, change, directions)
-            if when is None:
+            if is_due is None:
                 record()
             else:
-                do_if(when, record, recorder.own)
+                do_if(is_due, record, recorder.own)
 
-    def _final(self, gradient: Any, position: int) -> jax.Array:
+    def _final(self, gradient: Any, index: int) -> jax.Array:
         """The gradient that the next update is made with."""
         optimizer = self._optimizer
-        gradient = wide(unscaled(dense(gradient), optimizer.loss_scale_factor))
+        gradient = at_least_float32(unscaled(dense(gradient), optimizer.loss_scale_factor))
         if not optimizer.gradient_accumulation_steps:
             return gradient
-        before = wide(optimizer._accumulated_gradients[position].value)
+        before = at_least_float32(optimizer._accumulated_gradients[index].value)
         return (before + gradient) / optimizer.gradient_accumulation_steps
 
-    def _when(self, recorder: Recorder, measured: Measured) -> jax.Array | None:
+    def _is_due(self, recorder: Recorder, measured: Measured) -> jax.Array | None:
         """Return whether there is something to record, `None` for always."""
-        times = self._optimizer.gradient_accumulation_steps
-        if times is None:
+        micro_batches = self._optimizer.gradient_accumulation_steps
+        if micro_batches is None:
             return None
-        is_update = (self._optimizer._iterations.value + 1) % times == 0
+        is_update = (self._optimizer._iterations.value + 1) % micro_batches == 0
         if recorder.plan.stops:
-            is_update |= ~measured.finite
+            is_update |= ~measured.is_finite
         return is_update
 
     def _apply_unless_stopped(
@@ -240,7 +240,7 @@ class _Watched(watch.Watched):
             self._apply(gradients, variables)
             return
         optimizer = self._optimizer
-        may = functools.reduce(ops.logical_and, [*conditions, measured.finite])
+        may = functools.reduce(ops.logical_and, [*conditions, measured.is_finite])
         do_if(
             may,
             lambda: self._apply(gradients, variables),

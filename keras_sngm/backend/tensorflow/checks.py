@@ -1,9 +1,12 @@
 """Where an optimizer can take a step, and what to say where it cannot."""
 
+import platform
 from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.eager.context import context
+from tensorflow.python.framework.config import is_op_determinism_enabled
 from tensorflow.python.framework.ops import get_default_graph
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 from tensorflow.python.ops.control_flow_v2_func_graphs import CondBranchFuncGraph
@@ -89,3 +92,12 @@ def _name(strategy: tf.distribute.Strategy | None) -> str:
     if strategy is None or type(strategy).__name__ == "_DefaultDistributionStrategy":
         return "no strategy"
     return type(strategy).__name__
+
+
+def xla_is_supported() -> bool:
+    """Return whether XLA can compile a step in this process."""
+    # A callback for every operation, as `tf.debugging.enable_check_numerics()` has one, adds
+    # operations that XLA cannot compile.
+    if is_op_determinism_enabled() or context().op_callbacks:
+        return False
+    return not (platform.system() == "Darwin" and tf.config.list_physical_devices("GPU"))

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from keras_sngm.backend.tensorflow.slot import Slot, arithmetic_dtype
-from keras_sngm.update_rule import Coefficients, Normalization, Rule, changes_gradient
+from keras_sngm.normalization import Normalization
+from keras_sngm.update_rule import Coefficients, Rule, changes_gradient
 
 # In elements: up to where the kernel is as quick as XLA, without an average and
 # with one, which XLA updates in the same pass; and up to where copying several
@@ -28,7 +29,7 @@ _LARGEST_STACKED = 4096
 class Bundle(NamedTuple):
     """One variable, or several small ones of the same shape, dtype and device."""
 
-    positions: tuple[int, ...]
+    indices: tuple[int, ...]
     slots: tuple[Slot, ...]
 
     def joined(self, gradients: Sequence[tf.Tensor]) -> tf.Tensor:
@@ -36,7 +37,7 @@ class Bundle(NamedTuple):
         return tf.stack(gradients) if len(self.slots) > 1 else gradients[0]
 
     def update(
-        self, rule: Rule, by: Coefficients, normalized: Normalization, joined: tf.Tensor
+        self, rule: Rule, coefficients: Coefficients, normalized: Normalization, joined: tf.Tensor
     ) -> None:
         """Take the step on its variables.
 
@@ -50,7 +51,9 @@ class Bundle(NamedTuple):
                 `prescale` of 1.
             joined: what `joined` has made of their gradients.
         """
-        divisor = tf.where(by.taken, normalized.divisor, tf.zeros_like(normalized.divisor))
+        divisor = tf.where(
+            coefficients.is_taken, normalized.divisor, tf.zeros_like(normalized.divisor)
+        )
         several = len(self.slots) > 1
         if divisor.shape.rank == 1:
             rows = [-1] if several else []
@@ -59,16 +62,16 @@ class Bundle(NamedTuple):
         directions = tf.unstack(direction) if several else [direction]
         for slot, own in zip(self.slots, directions, strict=True):
             if slot.decays and rule.weight_decay is not None and rule.decoupled_weight_decay:
-                _descend(slot, by.learning_rate * rule.weight_decay, slot.weight)
+                _descend(slot, coefficients.learning_rate * rule.weight_decay, slot.weight)
             if slot.momentum is None:
-                _descend(slot, by.learning_rate, own)
+                _descend(slot, coefficients.learning_rate, own)
             else:
                 tf.raw_ops.ResourceApplyMomentum(
                     var=slot.weight.handle,
                     accum=slot.momentum.handle,
-                    lr=by.learning_rate,
+                    lr=coefficients.learning_rate,
                     grad=own,
-                    momentum=by.momentum,
+                    momentum=coefficients.momentum,
                     use_nesterov=rule.nesterov,
                 )
 
@@ -88,10 +91,10 @@ def chosen(rule: Rule, slots: Sequence[Slot], jit_compile: bool | str) -> list[b
     return choice
 
 
-def bundled(slots: Sequence[Slot], positions: Sequence[int]) -> list[Bundle]:
+def bundled(slots: Sequence[Slot], indices: Sequence[int]) -> list[Bundle]:
     """The slots at these positions: first those that stay alone, then the stacks."""
     groups: dict[Hashable, list[int]] = {}
-    for i in positions:
+    for i in indices:
         weight = slots[i].weight
         alike = (tuple(weight.shape), weight.dtype, weight.device)
         groups.setdefault(alike if slots[i].size <= _LARGEST_STACKED else i, []).append(i)

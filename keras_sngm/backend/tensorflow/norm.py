@@ -7,8 +7,9 @@ from typing import Any
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.python.xla import optimization_barrier
 
-from keras_sngm import update_rule
-from keras_sngm.update_rule import Normalization, Rule
+from keras_sngm import normalization
+from keras_sngm.normalization import Normalization
+from keras_sngm.update_rule import Rule
 
 Sums = Callable[[Sequence[tf.Tensor]], tf.Tensor]
 RescaledSums = Callable[[Sequence[tf.Tensor], tf.Tensor], tf.Tensor]
@@ -99,7 +100,7 @@ def normalized_by(
         gradients: of one dtype.
         sizes: the number of elements of each variable.
     """
-    return update_rule.normalization_of(
+    return normalization.safe_normalization(
         rule, sums(gradients), sizes, lambda factors: rescaled_sums(gradients, factors), tf.cond
     )
 
@@ -134,7 +135,7 @@ def prescaled_and_normalized_by(
 
         return tf.cond(usual, lambda: (packed, act()), rescued)
 
-    passed, normalized = update_rule.normalization_of(
+    passed, normalized = normalization.safe_normalization(
         rule, sums(gradients), sizes, lambda factors: rescaled_sums(packed, factors), cond
     )
     return list(passed.get_value()), normalized
@@ -160,3 +161,14 @@ def _rescaled(tensors: Sequence[tf.Tensor], factors: tf.Tensor, stacks: int) -> 
         scaled.append(stack * own)
         begin += rows
     return scaled
+
+
+def part_of(normalized: Normalization, span: slice) -> Normalization:
+    """With the factors of some variables alone, where there is one for each."""
+    return normalized._replace(
+        prescale=_some(normalized.prescale, span), divisor=_some(normalized.divisor, span)
+    )
+
+
+def _some(factor: tf.Tensor, span: slice) -> tf.Tensor:
+    return factor if factor.shape.rank == 0 else factor[span]

@@ -5,28 +5,27 @@ Keras calls the optimizer once per replica. A step there is to
 1. undo the loss scale,
 2. accumulate, where that is asked for: k - 1 of k calls end here and communicate nothing,
 3. sum up the gradients of all replicas,
-4. update the variables of each device, see `tensorflow_step`.
+4. update the variables of each device, see `LocalStep`.
 """
 
 import functools
-import itertools
-import platform
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
-from tensorflow.python.eager.context import context
-from tensorflow.python.framework.config import is_op_determinism_enabled
 from tensorflow.python.framework.ops import get_default_graph
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
-from keras_sngm.backend.common.optimizer import Cache, WholeModelOptimizer, name_for
+from keras_sngm.backend.common.cache import Cache
+from keras_sngm.backend.common.optimizer import WholeModelOptimizer, name_for
 from keras_sngm.backend.common.recorder import conditions_of_step, measured_by, ready
+from keras_sngm.backend.tensorflow.accumulation import add_to_means, set_to_zero, values_of
 from keras_sngm.backend.tensorflow.checks import (
     check_strategy,
     check_variables,
     must_leave_the_replica,
+    xla_is_supported,
 )
 from keras_sngm.backend.tensorflow.noise import sum_of_squares
 from keras_sngm.backend.tensorflow.recorder import Local
@@ -35,11 +34,14 @@ from keras_sngm.backend.tensorflow.replicas import (
     AllReplicas,
     OwnReplica,
     Replicas,
+    first_gradient_of,
     native_variable,
 )
+from keras_sngm.backend.tensorflow.scalars import StepScalars
 from keras_sngm.backend.tensorflow.slot import Slot, arithmetic_dtype, of_known_shape
-from keras_sngm.backend.tensorflow.step import LocalStep, Moment, Readings
-from keras_sngm.update_rule import Normalization, Rule
+from keras_sngm.backend.tensorflow.step import LocalStep, Readings
+from keras_sngm.normalization import Normalization
+from keras_sngm.update_rule import Rule
 
 
 class BackendOptimizer(WholeModelOptimizer):
@@ -108,9 +110,11 @@ class BackendOptimizer(WholeModelOptimizer):
     def _calls_so_far(self) -> int:
         return int(self._iterations)
 
-    def _idle_with_gradient(self, calls: int, times: int, active: frozenset[int]) -> list[int]:
+    def _idle_with_gradient(
+        self, calls: int, micro_batches: int, active: frozenset[int]
+    ) -> list[int]:
         # What others assign to TensorFlow's variables leaves no trace on the host.
-        known = self._window.positions(calls, times) or frozenset()
+        known = self._cycle.indices(calls, micro_batches) or frozenset()
         return [i for i in self._idle(active) if i in known or self._has_accumulated(i)]
 
     def _unscaled(self, gradient: Any) -> Any:
@@ -141,14 +145,14 @@ class BackendOptimizer(WholeModelOptimizer):
         elif self.gradient_accumulation_steps is None:
             self._reduce_and_update(replicas, active, gradients, squares)
         else:
-            times = self.gradient_accumulation_steps
-            self._accumulate(replicas, active, gradients, squares, times)
-            is_last = (self._iterations + 1) % times == 0
+            micro_batches = self.gradient_accumulation_steps
+            self._accumulate(replicas, active, gradients, squares, micro_batches)
+            is_last = (self._iterations + 1) % micro_batches == 0
             tf.cond(is_last, lambda: self._update_with_accumulated(replicas, active), lambda: None)
         for replica, part in enumerate(replicas.parts(self._iterations)):
             with (
                 tf.device(part.device),
-                tf.control_dependencies(_first(replicas, replica, gradients)),
+                tf.control_dependencies(first_gradient_of(replicas, replica, gradients)),
             ):
                 part.assign_add(1)
 
@@ -171,33 +175,20 @@ class BackendOptimizer(WholeModelOptimizer):
         active: tuple[int, ...],
         gradients: list[Any],
         squares: list[Any],
-        times: int,
+        micro_batches: int,
     ) -> None:
         means = [self._accumulated_gradients[i] for i in active]
-        sums = [self._accumulated_squares] if squares else []
-        shares = [1.0 / times] * len(means) + [1.0] * len(sums)
-        parts = zip([*means, *sums], [*gradients, *squares], shares, strict=True)
-        for variable, gradient, share in parts:
-            accumulators = replicas.parts(variable)
-            for accumulator, part in zip(accumulators, replicas.parts(gradient), strict=True):
-                with tf.device(accumulator.device):
-                    _add(accumulator, part, share)
+        add_to_means(replicas, means, gradients, micro_batches)
+        if squares:
+            add_to_means(replicas, [self._accumulated_squares], squares, 1)
 
     def _update_with_accumulated(self, replicas: Replicas, active: tuple[int, ...]) -> None:
-        measures = self.noise_scale_batch_size is not None
-        squares = [self._accumulated_squares] if measures else []
-        sums = []
-        for variable in [*(self._accumulated_gradients[i] for i in active), *squares]:
-            parts = []
-            for accumulator in replicas.parts(variable):
-                with tf.device(accumulator.device):
-                    parts.append(tf.identity(accumulator))
-            sums.append(replicas.joined(parts))
-        self._reduce_and_update(replicas, active, sums[: len(active)], sums[len(active) :])
-        variables = [*self._accumulated_gradients, *squares]
-        for part in itertools.chain(*map(replicas.parts, variables)):
-            with tf.device(part.device):
-                part.assign(tf.zeros_like(part))
+        gradients = values_of(replicas, [self._accumulated_gradients[i] for i in active])
+        totals = []
+        if self.noise_scale_batch_size is not None:
+            totals = [self._accumulated_squares]
+        self._reduce_and_update(replicas, active, gradients, values_of(replicas, totals))
+        set_to_zero(replicas, [*self._accumulated_gradients, *totals])
 
     def _reduce_and_update(
         self,
@@ -209,7 +200,7 @@ class BackendOptimizer(WholeModelOptimizer):
         sums = [replicas.parts(summed) for summed in replicas.sums([*gradients, *squares])]
         per_variable, of_squares = sums[: len(active)], sums[len(active) :]
         recorders = ready(self)
-        moment = self._moment(conditions_of_step(recorders, _on(replicas, 0)))
+        scalars = self._scalars(conditions_of_step(recorders, _on(replicas, 0)))
         for replica, local_gradients in enumerate(zip(*per_variable, strict=True)):
             step = self._local_step(replicas, replica, active)
             with tf.device(step.device):
@@ -219,7 +210,7 @@ class BackendOptimizer(WholeModelOptimizer):
                 recording = recorders if replica == 0 else []
                 for recorder in recording:
                     recorder.before(local, number)
-                normalized = step(local_gradients, moment)
+                normalized = step(local_gradients, scalars)
                 for total in of_squares:
                     self._measure_noise(
                         total[replica],
@@ -235,7 +226,7 @@ class BackendOptimizer(WholeModelOptimizer):
                         recorder.after(
                             local,
                             number,
-                            measured_by(self, normalized, step.positions, local),
+                            measured_by(self, normalized, step.indices, local),
                             functools.partial(_directions, step, local_gradients, normalized),
                         )
 
@@ -245,12 +236,12 @@ class BackendOptimizer(WholeModelOptimizer):
         """The sum of the squares of the gradients that one replica has."""
         return sum_of_squares(gradients, [self._trainable_variables[i] for i in active], device)
 
-    def _moment(self, conditions: Sequence[tf.Tensor]) -> Moment:
+    def _scalars(self, conditions: Sequence[tf.Tensor]) -> StepScalars:
         updates = tf.convert_to_tensor(self.iterations)
         overwrite = None
         if self.use_ema and self.ema_overwrite_frequency:
             overwrite = (updates + 1) % self.ema_overwrite_frequency == 0
-        return Moment(
+        return StepScalars(
             learning_rate=tf.convert_to_tensor(self._learning_rate_of_update()),
             first_average=None
             if self.averaged_updates is None
@@ -264,7 +255,7 @@ class BackendOptimizer(WholeModelOptimizer):
         # Hyper-parameters are part of the key, so that assigning to one of
         # them takes effect as it does in Keras: when Python runs again.
         rule, jit_compile = self._rule(), self.jit_compile
-        if jit_compile == "auto" and not _xla_is_supported():
+        if jit_compile == "auto" and not xla_is_supported():
             jit_compile = False
         device = local(self._trainable_variables[active[0]]).device
         in_xla = GraphOrParentsInXlaContext(get_default_graph())
@@ -319,32 +310,3 @@ def _directions(
 def _on(replicas: Replicas, replica: int) -> Local:
     """What a variable is on one of the replicas."""
     return lambda variable: None if variable is None else replicas.parts(variable)[replica]
-
-
-def _first(replicas: Replicas, replica: int, gradients: Sequence[Any]) -> list[tf.Tensor]:
-    """Return a tensor that one replica has only if there were data, or none.
-
-    At the end of a dataset of unknown length TensorFlow runs whatever does not wait for data.
-    """
-    first = [replicas.parts(gradient)[replica] for gradient in gradients[:1]]
-    return [g.values if isinstance(g, tf.IndexedSlices) else g for g in first]
-
-
-def _add(accumulator: tf.Variable, gradient: Any, share: float) -> None:
-    """Add a part of the gradient, without a tensor for that part."""
-    gradient = tf.cast(gradient, accumulator.dtype)
-    if isinstance(gradient, tf.IndexedSlices):
-        values = gradient.values * tf.cast(share, accumulator.dtype)
-        accumulator.scatter_add(tf.IndexedSlices(values, gradient.indices, gradient.dense_shape))
-    else:
-        tf.raw_ops.ResourceApplyGradientDescent(
-            var=accumulator.handle, alpha=tf.cast(-share, accumulator.dtype), delta=gradient
-        )
-
-
-def _xla_is_supported() -> bool:
-    # A callback for every operation, as `tf.debugging.enable_check_numerics()` has one, adds
-    # operations that XLA cannot compile.
-    if is_op_determinism_enabled() or context().op_callbacks:
-        return False
-    return not (platform.system() == "Darwin" and tf.config.list_physical_devices("GPU"))

@@ -118,14 +118,14 @@ class Recorder(RecorderBase):
         local(self._latest).assign(measured.norm)
 
     def _note_what_is_not_finite(self, local: Local, step: tf.Tensor, measured: Measured) -> None:
-        bad = tf.logical_not(measured.finite)
-        bad_step, bad_ones = local(self._bad_step), local(self._bad)
-        first = tf.logical_and(bad, bad_step == 0)
-        bad_ones.assign(tf.where(first, measured.bad, bad_ones))
-        bad_step.assign(tf.where(first, step, bad_step))
+        nonfinite = tf.logical_not(measured.is_finite)
+        nonfinite_step, bad_ones = local(self._bad_step), local(self._bad)
+        first = tf.logical_and(nonfinite, nonfinite_step == 0)
+        bad_ones.assign(tf.where(first, measured.nonfinite, bad_ones))
+        nonfinite_step.assign(tf.where(first, step, nonfinite_step))
         if not self.plan.stops:
             return
-        halted = tf.logical_or(local(self._halted), bad)
+        halted = tf.logical_or(local(self._halted), nonfinite)
         local(self._halted).assign(halted)
         local(self._held).assign_sub(1)
         for variable, backup in zip(self._guarded, self._backups, strict=True):

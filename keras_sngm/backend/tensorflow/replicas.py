@@ -156,3 +156,14 @@ def _is_cpu(device: str) -> bool:
 
 def native_variable(value: Any) -> Any:
     return value.value if isinstance(value, keras.Variable) else value
+
+
+def first_gradient_of(
+    replicas: Replicas, replica: int, gradients: Sequence[Any]
+) -> list[tf.Tensor]:
+    """Return a tensor that one replica has only if there were data, or none.
+
+    At the end of a dataset of unknown length TensorFlow runs whatever does not wait for data.
+    """
+    first = [replicas.parts(gradient)[replica] for gradient in gradients[:1]]
+    return [g.values if isinstance(g, tf.IndexedSlices) else g for g in first]

@@ -44,8 +44,8 @@ def dense(gradient: Any, shape: tf.TensorShape) -> tf.Tensor:
         return tf.convert_to_tensor(gradient)
     # Duplicate rows of a sparse gradient must be added before a norm is taken, not in 16 bits,
     # and the momentum is dense anyway.
-    wide = tf.cast(gradient, arithmetic_dtype(gradient.dtype))
-    return tf.ensure_shape(tf.convert_to_tensor(wide), shape)
+    at_least_float32 = tf.cast(gradient, arithmetic_dtype(gradient.dtype))
+    return tf.ensure_shape(tf.convert_to_tensor(at_least_float32), shape)
 
 
 def of_known_shape(gradient: Any, shape: tf.TensorShape) -> Any:
@@ -65,3 +65,10 @@ def of_known_shape(gradient: Any, shape: tf.TensorShape) -> Any:
 def is_accelerator(device: str) -> bool:
     """Whether the device of this name is not a CPU."""
     return tf.DeviceSpec.from_string(device).device_type not in (None, "CPU")
+
+
+def assign(variable: tf.Variable, value: tf.Tensor) -> tf.Tensor:
+    """Assign a value of any dtype to a variable. Returns the value in the variable's dtype."""
+    value = tf.cast(value, variable.dtype)
+    variable.assign(value)
+    return value

@@ -7,19 +7,26 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from keras_sngm import update_rule
+from keras_sngm import normalization, update_rule
 from keras_sngm.backend.tensorflow import momentum_kernel as kernel
 from keras_sngm.backend.tensorflow import norm
 from keras_sngm.backend.tensorflow import xla_order as order
+from keras_sngm.backend.tensorflow.moving_average import (
+    average_new_weight,
+    average_unchanged_weight,
+)
+from keras_sngm.backend.tensorflow.scalars import StepScalars
 from keras_sngm.backend.tensorflow.slot import (
     Slot,
     arithmetic_dtype,
+    assign,
     dense,
     for_arithmetic,
     is_accelerator,
     widest,
 )
-from keras_sngm.update_rule import Coefficients, Normalization, Rule
+from keras_sngm.normalization import Normalization
+from keras_sngm.update_rule import Coefficients, Rule
 
 
 class Readings(NamedTuple):
@@ -29,18 +36,6 @@ class Readings(NamedTuple):
     gradient_norms: tf.Variable
     skipped_steps: tf.Variable
     averaged_updates: tf.Variable | None
-
-
-class Moment(NamedTuple):
-    """What changes from step to step besides the gradient."""
-
-    learning_rate: tf.Tensor
-    first_average: tf.Tensor | None
-    """Whether the next moving average is the first. `None` if there are none."""
-    overwrite_with_average: tf.Tensor | None
-    """`None` if that never happens."""
-    may_step: tf.Tensor | None
-    """Whether a step may be taken at all. `None` if it may."""
 
 
 class LocalStep:
@@ -90,12 +85,12 @@ class LocalStep:
         """Bring the slots into the order of a step: those updated together come first."""
         together = [k for k, chosen in enumerate(by_kernel) if not chosen]
         self._bundles = kernel.bundled(slots, [k for k, chosen in enumerate(by_kernel) if chosen])
-        self._order = [*together, *(k for bundle in self._bundles for k in bundle.positions)]
+        self._order = [*together, *(k for bundle in self._bundles for k in bundle.indices)]
         self._together = len(together)
         ends = itertools.accumulate((len(b.slots) for b in self._bundles), initial=len(together))
         self._spans = list(itertools.starmap(slice, itertools.pairwise(ends)))
         self._slots = [slots[k] for k in self._order]
-        self.positions = [active[k] for k in self._order]
+        self.indices = [active[k] for k in self._order]
 
     def _compile(self, jit_compile: bool, in_xla: bool) -> None:
         """Decide what XLA gets: all of a step, the update alone, or nothing."""
@@ -108,8 +103,8 @@ class LocalStep:
         with_norm = on_accelerator or update_rule.changes_gradient(self._rule)
         with_norm = with_norm and jit_compile and not self._bundles
         sizes = [slot.size for slot in self._slots[: self._together]]
-        in_turn = jit_compile and not in_xla and not on_accelerator
-        self._portions = order.portions(sizes) if in_turn else [slice(self._together)]
+        delayed_until = jit_compile and not in_xla and not on_accelerator
+        self._chunks = order.chunks(sizes) if delayed_until else [slice(self._together)]
         if with_norm:
             self._normalize_and_update = _function(self._normalize_then_update, jit_compile=True)
         elif jit_compile:
@@ -123,12 +118,12 @@ class LocalStep:
         self._run = _function(self._run_and_read)
 
     def __call__(
-        self, gradients: Sequence[tf.Tensor | tf.IndexedSlices], moment: Moment
+        self, gradients: Sequence[tf.Tensor | tf.IndexedSlices], scalars: StepScalars
     ) -> Normalization:
         """Returns what was measured, in the order of this step's own; see `directions`."""
         # A nested function would cost an operation for each of its arguments.
         run = self._run if tf.executing_eagerly() else self._run_and_read
-        return run(self._in_order(gradients), moment)
+        return run(self._in_order(gradients), scalars)
 
     def directions(
         self,
@@ -149,10 +144,10 @@ class LocalStep:
             g / norm(g) by position among all variables.
         """
         final = self._final_gradients(
-            self._in_order(gradients), [weights[position] for position in self.positions]
+            self._in_order(gradients), [weights[index] for index in self.indices]
         )
-        directions = update_rule.whole_direction(self._rule, normalized, final)
-        return dict(zip(self.positions, directions, strict=True))
+        directions = normalization.directions_by_global_norm(self._rule, normalized, final)
+        return dict(zip(self.indices, directions, strict=True))
 
     def _in_order(self, gradients: Sequence[tf.Tensor | tf.IndexedSlices]) -> list[tf.Tensor]:
         return [
@@ -160,35 +155,37 @@ class LocalStep:
             for k, slot in zip(self._order, self._slots, strict=True)
         ]
 
-    def _run_and_read(self, gradients: list[tf.Tensor], moment: Moment) -> Normalization:
-        normalized = self._normalize_and_update(gradients, moment)
-        self._constrain(normalized.taken)
+    def _run_and_read(self, gradients: list[tf.Tensor], scalars: StepScalars) -> Normalization:
+        normalized = self._normalize_and_update(gradients, scalars)
+        self._constrain(normalized.is_taken)
         norms = tf.cast(normalized.norms, tf.float32)
         self._readings.gradient_norm.assign(tf.cast(normalized.norm, tf.float32))
-        places = [[position] for position in self.positions]
+        places = [[index] for index in self.indices]
         self._readings.gradient_norms.assign(tf.scatter_nd(places, norms, [self._count]))
         skipped = self._readings.skipped_steps
-        skipped.assign_add(tf.cast(tf.logical_not(normalized.taken), skipped.dtype))
+        skipped.assign_add(tf.cast(tf.logical_not(normalized.is_taken), skipped.dtype))
         averaged = self._readings.averaged_updates
         if averaged is not None:
-            averaged.assign_add(tf.cast(normalized.taken, averaged.dtype))
+            averaged.assign_add(tf.cast(normalized.is_taken, averaged.dtype))
         return normalized
 
-    def _normalize_then_update(self, gradients: list[tf.Tensor], moment: Moment) -> Normalization:
+    def _normalize_then_update(
+        self, gradients: list[tf.Tensor], scalars: StepScalars
+    ) -> Normalization:
         weights = [for_arithmetic(slot.weight) for slot in self._slots]
         gradients = self._final_gradients(gradients, weights)
         joined = gradients[: self._together]
         for bundle, span in zip(self._bundles, self._spans, strict=True):
             joined.append(bundle.joined(gradients[span]))
         joined, pending, normalized = self._normalize(joined)
-        if moment.may_step is not None:
-            taken = tf.logical_and(normalized.finite, moment.may_step)
-            normalized = normalized._replace(taken=taken)
+        if scalars.may_step is not None:
+            is_taken = tf.logical_and(normalized.is_finite, scalars.may_step)
+            normalized = normalized._replace(is_taken=is_taken)
         to_do = normalized._replace(prescale=pending)
         if self._together or self._idle:
-            own = _part(to_do, slice(self._together))
-            self._update(joined[: self._together], own, moment)
-        self._update_bundles(joined[self._together :], to_do, moment)
+            own = norm.part_of(to_do, slice(self._together))
+            self._update(joined[: self._together], own, scalars)
+        self._update_bundles(joined[self._together :], to_do, scalars)
         return normalized
 
     def _final_gradients(
@@ -207,22 +204,22 @@ class LocalStep:
         ]
 
     def _update_bundles(
-        self, joined: list[tf.Tensor], normalized: Normalization, moment: Moment
+        self, joined: list[tf.Tensor], normalized: Normalization, scalars: StepScalars
     ) -> None:
-        by = self._coefficients(moment, normalized.taken)
+        coefficients = self._coefficients(scalars, normalized.is_taken)
         for bundle, span, gradient in zip(self._bundles, self._spans, joined, strict=True):
-            own = _part(normalized, span)
-            bundle.update(self._rule, by[gradient.dtype], own, gradient)
+            own = norm.part_of(normalized, span)
+            bundle.update(self._rule, coefficients[gradient.dtype], own, gradient)
         for slot in self._slots[self._together :]:
             if slot.average is not None:
-                _average_as_it_is(slot, by, moment)
+                average_unchanged_weight(slot, coefficients, scalars)
 
-    def _constrain(self, taken: tf.Tensor) -> None:
+    def _constrain(self, is_taken: tf.Tensor) -> None:
         # Constraints are the user's code: XLA need not be able to compile them.
         for slot in self._slots:
             if slot.constraint is not None:
                 weight = tf.convert_to_tensor(slot.weight)
-                slot.weight.assign(tf.where(taken, slot.constraint(weight), weight))
+                slot.weight.assign(tf.where(is_taken, slot.constraint(weight), weight))
 
     def _normalize(
         self, gradients: list[tf.Tensor]
@@ -232,18 +229,20 @@ class LocalStep:
         if self._bundles:
             gradients, normalized = self._prescaled_and_normalized(gradients, sizes)
             return gradients, tf.ones_like(normalized.prescale), normalized
-        wide = [tf.cast(gradient, widest(gradients)) for gradient in gradients]
-        normalized = self._normalized(wide, sizes)
+        at_least_float32 = [tf.cast(gradient, widest(gradients)) for gradient in gradients]
+        normalized = self._normalized(at_least_float32, sizes)
         return gradients, normalized.prescale, normalized
 
-    def _coefficients(self, moment: Moment, taken: tf.Tensor) -> dict[tf.DType, Coefficients]:
+    def _coefficients(
+        self, scalars: StepScalars, is_taken: tf.Tensor
+    ) -> dict[tf.DType, Coefficients]:
         dtypes = {arithmetic_dtype(slot.weight.dtype) for slot in [*self._slots, *self._idle]}
         return {
-            dtype: update_rule.coefficients(
+            dtype: update_rule.step_coefficients(
                 self._rule,
-                tf.cast(moment.learning_rate, dtype),
-                moment.first_average,
-                taken,
+                tf.cast(scalars.learning_rate, dtype),
+                scalars.first_average,
+                is_taken,
             )
             for dtype in dtypes
         }
@@ -252,69 +251,39 @@ class LocalStep:
         self,
         gradients: list[tf.Tensor],
         normalized: Normalization,
-        moment: Moment,
+        scalars: StepScalars,
     ) -> None:
-        by = self._coefficients(moment, normalized.taken)
-        directions = update_rule.directions(normalized, gradients)
+        coefficients = self._coefficients(scalars, normalized.is_taken)
+        directions = normalization.directions(normalized, gradients)
         done: list[tf.Tensor] = []
-        for portion in self._portions:
+        for chunk in self._chunks:
             now = {
-                dtype: own._replace(momentum=order.in_turn(own.momentum, done))
-                for dtype, own in by.items()
+                dtype: own._replace(momentum=order.delayed_until(own.momentum, done))
+                for dtype, own in coefficients.items()
             }
             weights = [
-                self._update_one(slot, direction, now[direction.dtype], moment)
-                for slot, direction in zip(self._slots[portion], directions[portion], strict=True)
+                self._update_one(slot, direction, now[direction.dtype], scalars)
+                for slot, direction in zip(self._slots[chunk], directions[chunk], strict=True)
             ]
             done.extend(weights[-1:])
         for slot in self._idle:
-            _average_as_it_is(slot, by, moment)
+            average_unchanged_weight(slot, coefficients, scalars)
 
     def _update_one(
-        self, slot: Slot, direction: tf.Tensor, by: Coefficients, moment: Moment
+        self, slot: Slot, direction: tf.Tensor, coefficients: Coefficients, scalars: StepScalars
     ) -> tf.Tensor:
         """Returns the new weight."""
         weight, momentum = update_rule.descend(
             self._rule,
-            by,
+            coefficients,
             for_arithmetic(slot.weight),
             None if slot.momentum is None else for_arithmetic(slot.momentum),
             direction,
             slot.decays,
         )
         if slot.momentum is not None:
-            _assign(slot.momentum, momentum)
-        return _assign(slot.weight, _average(slot, weight, by, moment))
-
-
-def _part(normalized: Normalization, span: slice) -> Normalization:
-    """With the factors of some variables alone, where there is one for each."""
-    return normalized._replace(
-        prescale=_some(normalized.prescale, span), divisor=_some(normalized.divisor, span)
-    )
-
-
-def _some(factor: tf.Tensor, span: slice) -> tf.Tensor:
-    return factor if factor.shape.rank == 0 else factor[span]
-
-
-def _average(slot: Slot, weight: tf.Tensor, by: Coefficients, moment: Moment) -> tf.Tensor:
-    """Where averages are kept, move that of a new weight. Returns the weight to go on with."""
-    if slot.average is None:
-        return weight
-    average = update_rule.moving_average(by, for_arithmetic(slot.average), weight)
-    _assign(slot.average, average)
-    if moment.overwrite_with_average is None:
-        return weight
-    return tf.where(tf.logical_and(moment.overwrite_with_average, by.taken), average, weight)
-
-
-def _average_as_it_is(slot: Slot, by: dict[tf.DType, Coefficients], moment: Moment) -> None:
-    """Move the average of a weight that has its new value, or keeps its old one."""
-    weight = for_arithmetic(slot.weight)
-    averaged = _average(slot, weight, by[weight.dtype], moment)
-    if averaged is not weight:
-        _assign(slot.weight, averaged)
+            assign(slot.momentum, momentum)
+        return assign(slot.weight, average_new_weight(slot, weight, coefficients, scalars))
 
 
 def _function(method: Callable[..., Any], jit_compile: bool | None = None) -> Callable[..., Any]:
@@ -322,9 +291,3 @@ def _function(method: Callable[..., Any], jit_compile: bool | None = None) -> Ca
     # retraced when it is traced once for each of several devices. A partial
     # has no code object and counts for itself.
     return tf.function(functools.partial(method), jit_compile=jit_compile, autograph=False)
-
-
-def _assign(variable: tf.Variable, value: tf.Tensor) -> tf.Tensor:
-    value = tf.cast(value, variable.dtype)
-    variable.assign(value)
-    return value

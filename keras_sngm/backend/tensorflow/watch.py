@@ -27,19 +27,19 @@ from keras_sngm.backend.tensorflow.slot import (
     widest,
 )
 from keras_sngm.measurements import Plan
-from keras_sngm.update_rule import Normalization
+from keras_sngm.normalization import Normalization
 
 
-def attach(model: keras.Model, plan: Plan, fit: Any) -> watch.Watch:
+def attach(model: keras.Model, plan: Plan, fit_params: Any) -> watch.Watch:
     """Record from the next training step on.
 
     The training function is made anew, and traced by its next call, unless it already
     calls such recorders from an earlier `fit`.
     """
-    for recorder in watch.left_over(model, fit):
+    for recorder in watch.left_over(model, fit_params):
         watch.detach(recorder)
     model.make_train_function()
-    own = watch.Watch(model, fit)
+    own = watch.Watch(model, fit_params)
     known = _recorders_known_to(model.train_function)
     spare = [recorder for recorder in known if recorder.plan == plan and not _is_attached(recorder)]
     make = watch.maker(model, plan, Recorder)
@@ -106,7 +106,7 @@ class _Watched(watch.Watched):
         self, given: watch.Given, gradients: list[Any], variables: list[Any] | None
     ) -> None:
         optimizer = self._optimizer
-        known, on, positions = given
+        known, on, indices = given
         replicas = OwnReplica(tf.distribute.get_replica_context())
 
         def local(value: Any) -> Any:
@@ -119,17 +119,17 @@ class _Watched(watch.Watched):
         ]
         normalized = _normalized(summed, local(on[0]).device)
         measured, directions = watch.measured(
-            normalized, summed, positions, len(optimizer._trainable_variables)
+            normalized, summed, indices, len(optimizer._trainable_variables)
         )
         step = tf.cast(optimizer.iterations, tf.int64) + 1
         recorders = ready(optimizer)
-        times = [self._when(recorder, measured) for recorder in recorders]
-        for recorder, when in zip(recorders, times, strict=True):
-            _if(when, functools.partial(recorder.before, local, step))
+        are_due = [self._is_due(recorder, measured) for recorder in recorders]
+        for recorder, is_due in zip(recorders, are_due, strict=True):
+            _if(is_due, functools.partial(recorder.before, local, step))
         self._apply_unless_stopped(recorders, local, measured, gradients, variables)
-        for recorder, when in zip(recorders, times, strict=True):
+        for recorder, is_due in zip(recorders, are_due, strict=True):
             _if(
-                when,
+                is_due,
                 functools.partial(recorder.after, local, step, measured, lambda _: directions()),
             )
 
@@ -152,14 +152,14 @@ class _Watched(watch.Watched):
             gradient = (before + gradient) / optimizer.gradient_accumulation_steps
         return gradient
 
-    def _when(self, recorder: Recorder, measured: Measured) -> tf.Tensor | None:
+    def _is_due(self, recorder: Recorder, measured: Measured) -> tf.Tensor | None:
         """Whether there is something to record, `None` for always."""
-        times = self._optimizer.gradient_accumulation_steps
-        if times is None:
+        micro_batches = self._optimizer.gradient_accumulation_steps
+        if micro_batches is None:
             return None
-        is_update = (self._optimizer._iterations + 1) % times == 0
+        is_update = (self._optimizer._iterations + 1) % micro_batches == 0
         if recorder.plan.stops:
-            is_update |= tf.logical_not(measured.finite)
+            is_update |= tf.logical_not(measured.is_finite)
         return is_update
 
     def _apply_unless_stopped(
@@ -174,7 +174,7 @@ class _Watched(watch.Watched):
         if not conditions:
             self._apply(gradients, variables)
             return
-        may = tf.reduce_all([*conditions, measured.finite])
+        may = tf.reduce_all([*conditions, measured.is_finite])
         if tf.__internal__.distribute.strategy_supports_no_merge_call():
             _if(may, lambda: self._apply(gradients, variables))
             return
@@ -197,9 +197,9 @@ def _normalized(gradients: Sequence[tf.Tensor], device: str) -> Normalization:
     usual, rare = norm.sums_on(
         is_accelerator(device), GraphOrParentsInXlaContext(get_default_graph())
     )
-    wide = [tf.cast(gradient, widest(gradients)) for gradient in gradients]
+    at_least_float32 = [tf.cast(gradient, widest(gradients)) for gradient in gradients]
     sizes = [gradient.shape.num_elements() for gradient in gradients]
-    return norm.normalized_by(usual, rare, watch.AS_IT_IS, wide, sizes)
+    return norm.normalized_by(usual, rare, watch.PLAIN_RULE, at_least_float32, sizes)
 
 
 def _if(condition: tf.Tensor | None, action: Callable[[], Any]) -> None:

@@ -17,7 +17,7 @@ _PORTION = 1_000_000
 _AT_ONCE = 2
 
 
-def portions(sizes: Sequence[int]) -> list[slice]:
+def chunks(sizes: Sequence[int]) -> list[slice]:
     """Cuts a row of variables of these sizes as soon as a portion is large enough."""
     ends, total = [0], 0
     for end, size in enumerate(sizes, start=1):
@@ -28,7 +28,7 @@ def portions(sizes: Sequence[int]) -> list[slice]:
     return [slice(*pair) for pair in itertools.pairwise(ends)]
 
 
-def in_turn(coefficient: tf.Tensor, done: Sequence[tf.Tensor]) -> tf.Tensor:
+def delayed_until(coefficient: tf.Tensor, done: Sequence[tf.Tensor]) -> tf.Tensor:
     """The same coefficient, which XLA cannot know before an earlier portion is done.
 
     Args:

@@ -73,7 +73,7 @@ def in_dtypes(tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) ->
     return new
 
 
-def wide(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def at_least_float32(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Each in the precision that it is computed with."""
     return in_dtypes(tensors, [arithmetic(tensor.dtype) for tensor in tensors])
 

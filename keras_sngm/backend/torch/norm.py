@@ -5,9 +5,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from keras_sngm import update_rule
+from keras_sngm import normalization
 from keras_sngm.backend.torch.lists import converted, scaled
-from keras_sngm.update_rule import Normalization, Rule
+from keras_sngm.normalization import Normalization
+from keras_sngm.update_rule import Rule
 
 # In elements. PyTorch's norm adds up squares in a few sums, which for long tensors gathers
 # rounding errors, so these are left to the dot product of BLAS, piece by piece: of equal
@@ -20,10 +21,10 @@ def normalized_by(rule: Rule, gradients: Sequence[torch.Tensor]) -> Normalizatio
     """Measure gradients of one device."""
     if not host_decides(gradients[0]):
         # Without a condition, for which the host would have to wait.
-        of_doubles = update_rule.normalization(rule, _squares_of_doubles(gradients))
+        of_doubles = normalization.normalization_from_squares(rule, _squares_of_doubles(gradients))
         in_range = _is_in_range(of_doubles.unclipped, gradients)
-        finite = of_doubles.finite & in_range
-        return of_doubles._replace(finite=finite, taken=finite)
+        is_finite = of_doubles.is_finite & in_range
+        return of_doubles._replace(is_finite=is_finite, is_taken=is_finite)
     doubles = any(gradient.dtype == torch.float64 for gradient in gradients)
     widest = converted(gradients, torch.float64 if doubles else torch.float32)
     squares = _sums_of_squares(widest)
@@ -39,7 +40,7 @@ def normalized_by(rule: Rule, gradients: Sequence[torch.Tensor]) -> Normalizatio
             new[k] = own
         return torch.stack(new)
 
-    return update_rule.normalization_of(rule, squares, sizes, rescaled_squares, _cond)
+    return normalization.safe_normalization(rule, squares, sizes, rescaled_squares, _cond)
 
 
 def _cond(

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from keras import ops
 
-from keras_sngm import update_rule
+from keras_sngm import normalization, update_rule
 from keras_sngm.backend.common.optimizer import WholeModelOptimizer
 from keras_sngm.backend.common.recorder import conditions_of_step, measured_by, ready
 from keras_sngm.backend.torch import step as torch_step
-from keras_sngm.backend.torch.lists import apart_from, dense, in_dtypes, values, wide
+from keras_sngm.backend.torch.lists import apart_from, at_least_float32, dense, in_dtypes, values
 from keras_sngm.backend.torch.norm import normalized_by, sum_of_squares
 from keras_sngm.backend.torch.recorder import Change
-from keras_sngm.backend.torch.step import Moment, Slot
-from keras_sngm.update_rule import Normalization
+from keras_sngm.backend.torch.step import Slot, StepScalars
+from keras_sngm.normalization import Normalization
 
 
 class BackendOptimizer(WholeModelOptimizer):
@@ -80,19 +80,19 @@ class BackendOptimizer(WholeModelOptimizer):
         normalized = normalized_by(rule, final)
         recorders = ready(self)
         updates = self._calls.of(self._iterations) // (self.gradient_accumulation_steps or 1)
-        moment = self._moment(updates, conditions_of_step(recorders))
-        if moment.may_step is not None:
-            normalized = normalized._replace(taken=normalized.finite & moment.may_step)
+        scalars = self._moment(updates, conditions_of_step(recorders))
+        if scalars.may_step is not None:
+            normalized = normalized._replace(is_taken=normalized.is_finite & scalars.may_step)
         for total in totals:
             self._measure_noise(total, normalized, lambda: sum_of_squares(gradients))
         change = None
         if any(recorder.is_due(updates + 1) for recorder in recorders):
             # Before the step, which may overwrite the gradients.
-            directions = update_rule.whole_direction(rule, normalized, final)
+            directions = normalization.directions_by_global_norm(rule, normalized, final)
             change = Change.begin(
                 [slot.weight for slot in slots], dict(zip(active, directions, strict=True))
             )
-        torch_step.take(rule, own, idle, final, normalized, moment)
+        torch_step.take(rule, own, idle, final, normalized, scalars)
         self._read(active, normalized)
         for recorder in recorders:
             recorder.record(updates + 1, measured_by(self, normalized, active), change)
@@ -116,11 +116,11 @@ class BackendOptimizer(WholeModelOptimizer):
             )
         ]
 
-    def _moment(self, updates: int, conditions: list[torch.Tensor]) -> Moment:
+    def _moment(self, updates: int, conditions: list[torch.Tensor]) -> StepScalars:
         overwrites = False
         if self.use_ema and self.ema_overwrite_frequency:
             overwrites = (updates + 1) % self.ema_overwrite_frequency == 0
-        return Moment(
+        return StepScalars(
             learning_rate=ops.convert_to_tensor(self._learning_rate_of_update()),
             first_average=None
             if self.averaged_updates is None
@@ -133,10 +133,10 @@ class BackendOptimizer(WholeModelOptimizer):
         """Write what the user may read."""
         self.gradient_norm.value.copy_(normalized.norm)
         norms = self.gradient_norms.value
-        norms.copy_(update_rule.spread(normalized.norms, active, len(norms)))
-        self.skipped_steps.value.add_(torch.logical_not(normalized.taken))
+        norms.copy_(update_rule.scatter(normalized.norms, active, len(norms)))
+        self.skipped_steps.value.add_(torch.logical_not(normalized.is_taken))
         if self.averaged_updates is not None:
-            self.averaged_updates.value.add_(normalized.taken)
+            self.averaged_updates.value.add_(normalized.is_taken)
 
 
 def unscaled(gradients: list[torch.Tensor], loss_scale_factor: float | None) -> list[torch.Tensor]:
@@ -144,4 +144,4 @@ def unscaled(gradients: list[torch.Tensor], loss_scale_factor: float | None) -> 
     if loss_scale_factor is None:
         return gradients
     # Not in 16 bits: there a small gradient would become zero.
-    return list(torch._foreach_div(wide(gradients), loss_scale_factor))
+    return list(torch._foreach_div(at_least_float32(gradients), loss_scale_factor))

@@ -8,7 +8,7 @@ import torch
 
 from keras_sngm.backend.common.recorder import Measured, RecorderBase
 from keras_sngm.backend.common.ring import Ring, row_of
-from keras_sngm.backend.torch.lists import values, wide
+from keras_sngm.backend.torch.lists import at_least_float32, values
 from keras_sngm.measurements import HISTOGRAM, details, histogram
 
 
@@ -28,7 +28,7 @@ class Change(NamedTuple):
         cls, weights: Sequence[torch.Tensor], directions: Mapping[int, torch.Tensor]
     ) -> "Change":
         """To be called before it."""
-        return cls([weight.clone() for weight in wide(weights)], directions)
+        return cls([weight.clone() for weight in at_least_float32(weights)], directions)
 
 
 class Recorder(RecorderBase):
@@ -84,22 +84,22 @@ class Recorder(RecorderBase):
         self._written[ring] += 1
 
     def _note_what_is_not_finite(self, step: int, measured: Measured) -> None:
-        bad = torch.logical_not(measured.finite)
-        bad_step, bad_ones = self._bad_step.value, self._bad.value
-        first = bad & (bad_step == 0)
-        bad_ones.copy_(torch.where(first, measured.bad, bad_ones))
-        bad_step.copy_(torch.where(first, step, bad_step))
+        nonfinite = torch.logical_not(measured.is_finite)
+        nonfinite_step, bad_ones = self._bad_step.value, self._bad.value
+        first = nonfinite & (nonfinite_step == 0)
+        bad_ones.copy_(torch.where(first, measured.nonfinite, bad_ones))
+        nonfinite_step.copy_(torch.where(first, step, nonfinite_step))
         if not self.plan.stops:
             return
         halted = self._halted.value
-        halted.logical_or_(bad)
+        halted.logical_or_(nonfinite)
         self._held.value.sub_(1)
         for variable, backup in zip(self._guarded, self._backups, strict=True):
             backup.value.copy_(torch.where(halted, backup.value, variable.value))
 
     def _details_of(self, change: Change) -> torch.Tensor:
         momentums = self._momentums_now()
-        after = wide([variable.value for variable in self.variables])
+        after = at_least_float32([variable.value for variable in self.variables])
         rows = [
             details(*weights, momentums[i], change.directions.get(i))
             for i, weights in enumerate(zip(change.before, after, strict=True))
@@ -121,7 +121,7 @@ class Recorder(RecorderBase):
     def _momentums_now(self) -> list[torch.Tensor | None]:
         if not self.has_momentum:
             return [None] * len(self.variables)
-        return [None if m is None else wide([m])[0] for m in values(self._momentums)]
+        return [None if m is None else at_least_float32([m])[0] for m in values(self._momentums)]
 
 
 def segment_sum(data: torch.Tensor, places: torch.Tensor, num_segments: int) -> torch.Tensor:

@@ -15,7 +15,8 @@ import torch
 
 from keras_sngm.backend.torch.lists import converted, scaled
 from keras_sngm.backend.torch.norm import host_decides
-from keras_sngm.update_rule import Coefficients, Normalization, Rule, nonzero
+from keras_sngm.normalization import Normalization
+from keras_sngm.update_rule import Coefficients, Rule, nonzero
 
 # Up to here 1 - (1 - 1 / norm) is 1 / norm to far below float32's rounding, and down to here
 # 1 / norm is a float32.
@@ -28,7 +29,7 @@ _NO_MOMENTUM = 2.0**-1000
 
 def update(
     rule: Rule,
-    by: Coefficients,
+    coefficients: Coefficients,
     normalized: Normalization,
     weights: Sequence[torch.Tensor],
     momentums: Sequence[torch.Tensor],
@@ -45,11 +46,13 @@ def update(
         gradients: one for each.
     """
     if not host_decides(weights[0]):
-        gradients, how = _told_by_tensors(by, normalized, gradients)
+        gradients, how = _told_by_tensors(coefficients, normalized, gradients)
     elif is_on_cpu(weights[0]):
-        gradients, how = _told_by_numbers(rule, by, normalized, gradients, bool(momentums))
+        gradients, how = _told_by_numbers(
+            rule, coefficients, normalized, gradients, bool(momentums)
+        )
     else:
-        gradients, how = _divided(gradients, normalized), {"lr": by.learning_rate.item()}
+        gradients, how = _divided(gradients, normalized), {"lr": coefficients.learning_rate.item()}
     if not is_on_cpu(weights[0]):
         gradients, momentums = _aligned(gradients, weights), _aligned(momentums, weights)
     torch._fused_sgd_(
@@ -75,13 +78,13 @@ def is_on_cpu(tensor: torch.Tensor) -> bool:
 
 def _told_by_numbers(
     rule: Rule,
-    by: Coefficients,
+    coefficients: Coefficients,
     normalized: Normalization,
     gradients: Sequence[torch.Tensor],
     has_momentum: bool,
 ) -> tuple[Sequence[torch.Tensor], dict[str, Any]]:
     """Gradients for the kernel, and what to tell it."""
-    rate = by.learning_rate.item()
+    rate = coefficients.learning_rate.item()
     divided = normalized.divisor.ndim > 0 or gradients[0].dtype == torch.float64 or rule.nesterov
     if divided or normalized.prescale.item() != 1.0:
         return _divided(gradients, normalized), {"lr": rate}
@@ -94,12 +97,12 @@ def _told_by_numbers(
 
 
 def _told_by_tensors(
-    by: Coefficients, normalized: Normalization, gradients: Sequence[torch.Tensor]
+    coefficients: Coefficients, normalized: Normalization, gradients: Sequence[torch.Tensor]
 ) -> tuple[Sequence[torch.Tensor], dict[str, Any]]:
     """Gradients for the kernel, and what to tell it: float32, for it reads nothing else."""
     how = {
-        "lr": by.learning_rate.float(),
-        "found_inf": torch.logical_not(by.taken).float(),
+        "lr": coefficients.learning_rate.float(),
+        "found_inf": torch.logical_not(coefficients.is_taken).float(),
     }
     divided = normalized.divisor.ndim > 0 or gradients[0].dtype == torch.float64
     if divided or _share_memory(gradients):

@@ -7,9 +7,10 @@ import torch
 
 from keras_sngm import update_rule
 from keras_sngm.backend.torch import sgd_kernel as kernel
-from keras_sngm.backend.torch.lists import arithmetic, in_dtypes, wide
+from keras_sngm.backend.torch.lists import arithmetic, at_least_float32, in_dtypes
 from keras_sngm.backend.torch.norm import host_decides
-from keras_sngm.update_rule import Coefficients, Normalization, Rule
+from keras_sngm.normalization import Normalization
+from keras_sngm.update_rule import Coefficients, Rule
 
 
 class Slot(NamedTuple):
@@ -22,7 +23,7 @@ class Slot(NamedTuple):
     constraint: Callable[[torch.Tensor], torch.Tensor] | None
 
 
-class Moment(NamedTuple):
+class StepScalars(NamedTuple):
     """What changes from step to step besides the gradient."""
 
     learning_rate: torch.Tensor
@@ -49,7 +50,7 @@ def final_gradients(
         if decaying:
             decayed = torch._foreach_add(
                 [own[k] for k in decaying],
-                wide([slots[k].weight for k in decaying]),
+                at_least_float32([slots[k].weight for k in decaying]),
                 alpha=rule.weight_decay,
             )
             for k, gradient in zip(decaying, decayed, strict=True):
@@ -69,7 +70,7 @@ def take(
     idle: Sequence[Slot],
     gradients: Sequence[torch.Tensor],
     normalized: Normalization,
-    moment: Moment,
+    scalars: StepScalars,
 ) -> None:
     """Update weights, momenta and averages in place.
 
@@ -81,31 +82,31 @@ def take(
         normalized: how to normalize them.
         moment: what else the step depends on.
     """
-    if host_decides(gradients[0]) and not normalized.taken:
+    if host_decides(gradients[0]) and not normalized.is_taken:
         return
     for dtype in {slot.weight.dtype for slot in [*slots, *idle]}:
-        by = _coefficients(rule, moment, normalized.taken, arithmetic(dtype))
+        coefficients = _coefficients(rule, scalars, normalized.is_taken, arithmetic(dtype))
         own = [k for k, slot in enumerate(slots) if slot.weight.dtype == dtype]
         _update(
             rule,
-            by,
+            coefficients,
             _some(normalized, own, len(slots)),
             [slots[k] for k in own],
             [slot for slot in idle if slot.weight.dtype == dtype],
             [gradients[k] for k in own],
-            moment.overwrites_with_average,
+            scalars.overwrites_with_average,
         )
     for slot in slots:
         if slot.constraint is not None:
             constrained = slot.constraint(slot.weight)
-            slot.weight.copy_(torch.where(normalized.taken, constrained, slot.weight))
+            slot.weight.copy_(torch.where(normalized.is_taken, constrained, slot.weight))
 
 
 def _coefficients(
-    rule: Rule, moment: Moment, taken: torch.Tensor, dtype: torch.dtype
+    rule: Rule, scalars: StepScalars, is_taken: torch.Tensor, dtype: torch.dtype
 ) -> Coefficients:
-    rate = moment.learning_rate.to(dtype)
-    return update_rule.coefficients(rule, rate, moment.first_average, taken)
+    rate = scalars.learning_rate.to(dtype)
+    return update_rule.step_coefficients(rule, rate, scalars.first_average, is_taken)
 
 
 def _some(normalized: Normalization, places: Sequence[int], count: int) -> Normalization:
@@ -127,7 +128,7 @@ def _chosen(vector: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
 
 def _update(
     rule: Rule,
-    by: Coefficients,
+    coefficients: Coefficients,
     normalized: Normalization,
     slots: Sequence[Slot],
     idle: Sequence[Slot],
@@ -141,17 +142,17 @@ def _update(
     stored.append([slot.average for slot in together if slot.average is not None])
     # What has 16 bits or is not row by row in memory is copied to where it is updated, and
     # back; all else is updated where it is.
-    weights, momentums, averages = (wide(tensors) for tensors in stored)
+    weights, momentums, averages = (at_least_float32(tensors) for tensors in stored)
     if slots:
         if rule.weight_decay is not None and rule.decoupled_weight_decay:
             decaying = [w for w, slot in zip(weights, slots, strict=False) if slot.decays]
-            _multiply(decaying, 1.0 - by.learning_rate * rule.weight_decay)
-        kernel.update(rule, by, normalized, weights[: len(slots)], momentums, gradients)
+            _multiply(decaying, 1.0 - coefficients.learning_rate * rule.weight_decay)
+        kernel.update(rule, coefficients, normalized, weights[: len(slots)], momentums, gradients)
     if averages:
-        _move(averages, weights, by.ema_momentum)
+        _move(averages, weights, coefficients.ema_momentum)
         if overwrites_with_average:
             for weight, average in zip(weights, averages, strict=True):
-                weight.copy_(torch.where(by.taken, average, weight))
+                weight.copy_(torch.where(coefficients.is_taken, average, weight))
     for kept, new in zip(stored, (weights, momentums, averages), strict=True):
         copied = [(to, of) for to, of in zip(kept, new, strict=True) if to is not of]
         if copied:

@@ -1,0 +1,42 @@
+"""Checks of the gradients that an optimizer is called with."""
+
+import collections
+from collections.abc import Sequence
+from typing import Any
+
+
+def check_each_variable_is_given_once(indices: Sequence[int], variables: Sequence[Any]) -> None:
+    """Refuse several gradients for one variable.
+
+    Args:
+        indices: of the variables among those that the optimizer was built with.
+        variables: the given ones, in the same order.
+    """
+    if len(set(indices)) < len(variables):
+        counts = collections.Counter(variable.path for variable in variables)
+        raise ValueError(
+            "A variable can have one gradient in a step. Received: several for "
+            + ", ".join(f"'{path}'" for path, count in counts.items() if count > 1)
+        )
+
+
+def check_shapes(gradients: Sequence[Any], variables: Sequence[Any]) -> None:
+    """Refuse gradients whose shapes are not those of their variables."""
+    for gradient, variable in zip(gradients, variables, strict=True):
+        # Not every `tf.IndexedSlices` knows its shape.
+        shape: Any = getattr(gradient, "shape", None)
+        if shape != variable.shape and not _is_compatible(shape, variable.shape):
+            raise ValueError(
+                "A gradient must have the shape of its variable. "
+                f"Received: gradient.shape={tuple(shape)} for "
+                f"variable '{variable.name}' of shape {tuple(variable.shape)}"
+            )
+
+
+def _is_compatible(shape: Any, wanted: Any) -> bool:
+    """Return whether a shape, which may be known in part or not at all, can be the wanted one."""
+    if shape is None:
+        return True
+    # In graphs of TensorFlow a shape may be known in part.
+    is_compatible = getattr(shape, "is_compatible_with", None)
+    return is_compatible is not None and is_compatible(wanted)

@@ -1,0 +1,33 @@
+"""Exponential moving averages of the weights."""
+
+import tensorflow as tf
+
+from keras_sngm import update_rule
+from keras_sngm.backend.tensorflow.scalars import StepScalars
+from keras_sngm.backend.tensorflow.slot import Slot, assign, for_arithmetic
+from keras_sngm.update_rule import Coefficients
+
+
+def average_new_weight(
+    slot: Slot, weight: tf.Tensor, coefficients: Coefficients, scalars: StepScalars
+) -> tf.Tensor:
+    """Where averages are kept, move that of a new weight. Returns the weight to go on with."""
+    if slot.average is None:
+        return weight
+    average = update_rule.moving_average(coefficients, for_arithmetic(slot.average), weight)
+    assign(slot.average, average)
+    if scalars.overwrite_with_average is None:
+        return weight
+    return tf.where(
+        tf.logical_and(scalars.overwrite_with_average, coefficients.is_taken), average, weight
+    )
+
+
+def average_unchanged_weight(
+    slot: Slot, coefficients: dict[tf.DType, Coefficients], scalars: StepScalars
+) -> None:
+    """Move the average of a weight that has its new value, or keeps its old one."""
+    weight = for_arithmetic(slot.weight)
+    averaged = average_new_weight(slot, weight, coefficients[weight.dtype], scalars)
+    if averaged is not weight:
+        assign(slot.weight, averaged)

@@ -1,0 +1,258 @@
+"""Divides the gradient of a step by its norm, for gradients of any magnitude.
+
+Pure functions of tensors. Nothing here holds state or knows where a tensor lives.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from keras import backend, ops
+
+from keras_sngm.update_rule import Rule, Tensor, filled, nonzero
+
+
+class Normalization(NamedTuple):
+    """How to turn the gradient into a direction, and what was measured on it."""
+
+    prescale: Tensor
+    """A power of two that brings the gradient into range, 1 on the usual path: a scalar for
+    all variables, or a vector with one per variable."""
+    divisor: Tensor
+    """direction = gradient * prescale / divisor; a scalar or a vector, too."""
+    squares: Tensor
+    """Sum of squares of each variable's gradient as they were taken, in whatever unit: finite
+    where all elements are."""
+    norms: Tensor
+    """Euclidean norm of each variable's gradient after clipping, infinite above the dtype."""
+    norm: Tensor
+    """Euclidean norm of the whole gradient after clipping, infinite above the dtype."""
+    unclipped: Tensor
+    """Euclidean norm of the whole gradient before `clipnorm` and `global_clipnorm`."""
+    is_finite: Tensor
+    """Whether all elements of the gradient are."""
+    is_taken: Tensor
+    """Whether the step is taken."""
+
+
+@functools.lru_cache(maxsize=256)
+def least_reliable_sums(
+    sizes: tuple[int, ...], dtype: str, error: float | None = None
+) -> np.ndarray:
+    """The least sums of squares that underflow cannot have spoilt.
+
+    Every square below the smallest normal number may have been lost.
+
+    Args:
+        sizes: how many squares are added up in each sum.
+        dtype: in which.
+        error: how large a part of a sum may be lost. `None` for no more than rounding.
+    """
+    limits = np.finfo(dtype)
+    return np.asarray(sizes, dtype) * (limits.tiny / (error or limits.eps))
+
+
+def safe_normalization(
+    rule: Rule,
+    squares: Tensor,
+    sizes: Sequence[int],
+    rescaled_squares: Callable[[Tensor], Tensor],
+    cond: Callable[..., Any],
+) -> Any:
+    """From one sum of squares per variable to the factors that normalize.
+
+    Args:
+        rule: the hyper-parameters.
+        squares: vector, the sum of squares of each variable's gradient, which may have
+            overflowed or lost what is too small.
+        sizes: the number of elements of each variable.
+        rescaled_squares: takes the sums once more, of each variable's gradient times the
+            factor that a vector has for it.
+        cond: as `ops.cond`.
+
+    Returns:
+        What `cond` makes of a `Normalization`.
+    """
+    dtype = backend.standardize_dtype(squares.dtype)
+    least = ops.convert_to_tensor(least_reliable_sums(tuple(sizes), dtype))
+
+    def rescued() -> Normalization:
+        factors = rescaling_factors(squares, least)
+        return normalization_from_squares(rule, rescaled_squares(factors), factors)
+
+    return cond(
+        squares_are_in_range(rule, squares, least),
+        lambda: normalization_from_squares(rule, squares),
+        rescued,
+    )
+
+
+def squares_are_in_range(rule: Rule, squares: Tensor, least: Tensor) -> Tensor:
+    """Whether sums of squares can be used as they are, each by itself and all together.
+
+    Args:
+        rule: the hyper-parameters.
+        squares: vector, one sum per variable.
+        least: what `least_sums` says of them.
+    """
+    can_be = ops.logical_and(ops.all(squares >= least), ops.isfinite(ops.sum(squares)))
+    if rule.clipnorm is not None and rule.clipnorm < 1.0 / _unit_bound(squares):
+        # Then no norm is in range once it is clipped.
+        return ops.logical_and(can_be, False)
+    return can_be
+
+
+def rescaling_factors(squares: Tensor, least: Tensor) -> Tensor:
+    """The power of two for each variable that brings the squares of its gradient into range.
+
+    A sum of squares that overflowed belongs to a norm of at least 2^64 (of float32); after
+    2^-96 its square is far from underflow, and so is, the other way round, one that was too
+    small to trust after 2^96.
+
+    Args:
+        squares: vector, one sum per variable.
+        least: what `least_sums` says of them.
+    """
+    up = 2.0 ** (3 * _limits(squares).maxexp // 4)
+    one = ops.ones_like(squares)
+    factors = ops.where(ops.isfinite(squares), one, one / up)
+    return ops.where(squares < least, up * one, factors)
+
+
+def normalization_from_squares(
+    rule: Rule, squares: Tensor, factors: Tensor | None = None
+) -> Normalization:
+    """From trustworthy sums of squares, one per variable, to the factors that normalize.
+
+    Args:
+        rule: the hyper-parameters.
+        squares: vector, the sum of squares of each variable's gradient times its factor.
+        factors: vector of powers of two. `None` if all are 1 and their sum is finite.
+    """
+    scaled = ops.sqrt(squares)
+    clips_or_divides_each = rule.blockwise or rule.clipnorm or rule.global_clipnorm
+    if factors is None and not clips_or_divides_each:
+        norm = ops.sqrt(ops.sum(squares))
+        one, is_finite = ops.ones_like(norm), ops.isfinite(norm)
+        return Normalization(one, nonzero(norm), squares, scaled, norm, norm, is_finite, is_finite)
+    if factors is None:
+        factors = ops.ones_like(squares)
+    is_finite = ops.all(ops.isfinite(squares))
+    norms = scaled / factors
+    unit = _unit(norms, factors < 1.0, factors > 1.0)
+    whole = _whole(scaled * (unit / factors), unit)
+    prescale, divisor, unclipped = unit, nonzero(whole.norm), whole.norm / unit
+    if rule.clipnorm is not None:
+        over, norms, whole = _clipped_each(rule.clipnorm, norms, squares)
+        shrunk = scaled * (whole.norm / (_in_range(rule.clipnorm, squares) * whole.unit))
+        prescale = ops.where(over, factors, filled(whole.unit, norms))
+        divisor = ops.where(over, shrunk, filled(nonzero(whole.norm), norms))
+    norm = whole.norm / whole.unit
+    if rule.global_clipnorm is not None:
+        norms, norm = _clipped_together(rule.global_clipnorm, norms, norm, whole, is_finite)
+    if rule.blockwise:  # which undoes all clipping of norms
+        prescale, divisor = factors, nonzero(scaled)
+    return Normalization(prescale, divisor, squares, norms, norm, unclipped, is_finite, is_finite)
+
+
+class _Whole(NamedTuple):
+    """The norm of the whole gradient, and what it consists of, times a `unit`.
+
+    With that all of it is in range, and its reciprocal, too, which XLA multiplies by.
+    """
+
+    unit: Tensor
+    norms: Tensor
+    norm: Tensor
+
+
+def _whole(norms: Tensor, unit: Tensor) -> _Whole:
+    """From the norms of all variables times the unit."""
+    return _Whole(unit, norms, _norm_of_norms(norms))
+
+
+def _unit(norms: Tensor, are_large: Tensor, are_small: Tensor) -> Tensor:
+    """A power of two for norms of which some are large, or all are small, or neither."""
+    one = ops.ones_like(norms[0])
+    unit = ops.where(ops.all(are_small), 2.0**32 * one, one)
+    return ops.where(ops.any(are_large), 2.0**-32 * one, unit)
+
+
+def _clipped_each(limit: float, norms: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, _Whole]:
+    """Which norms are over the limit, and all norms and that of the whole gradient after it.
+
+    Norms of gradients that are not finite stay, so that they can be seen.
+    """
+    highest = filled(_in_range(limit, norms), norms)
+    over = ops.logical_and(norms > highest, ops.isfinite(squares))
+    clipped = ops.where(over, highest, norms)
+    bound = _unit_bound(norms)
+    unit = _unit(clipped, clipped > bound, clipped < 1.0 / bound)
+    return over, clipped, _whole(clipped * unit, unit)
+
+
+def _clipped_together(
+    limit: float, norms: Tensor, norm: Tensor, whole: _Whole, is_finite: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The norms and the norm after `global_clipnorm`.
+
+    A factor common to all variables vanishes in g / norm(g), so nothing else changes.
+    """
+    highest = filled(_in_range(limit, norm), norm)
+    over = ops.logical_and(norm > highest, is_finite)
+    shares = whole.norms / nonzero(whole.norm)
+    return ops.where(over, shares * highest, norms), ops.where(over, highest, norm)
+
+
+def directions(normalized: Normalization, gradients: Sequence[Tensor]) -> list[Tensor]:
+    """g / norm(g), one tensor per variable, in the dtype of each gradient."""
+    divisors = _one_each(normalized.divisor, len(gradients))
+    prescales = _one_each(normalized.prescale, len(gradients))
+    dtype = normalized.divisor.dtype
+    # A division, not a product with the reciprocal: graph optimizers would
+    # multiply the two scalars first, and 1 / norm(g) can underflow.
+    return [
+        ops.cast(ops.cast(gradient, dtype) * prescale / divisor, gradient.dtype)
+        for gradient, prescale, divisor in zip(gradients, prescales, divisors, strict=True)
+    ]
+
+
+def directions_by_global_norm(
+    rule: Rule, normalized: Normalization, gradients: Sequence[Tensor]
+) -> list[Tensor]:
+    """g / norm(g) of the whole gradient, which `directions` are unless the rule is `blockwise`."""
+    parts = directions(normalized, gradients)
+    if not rule.blockwise:
+        return parts
+    shares = ops.unstack(normalized.norms / nonzero(normalized.norm))
+    return [ops.cast(share, part.dtype) * part for share, part in zip(shares, parts, strict=True)]
+
+
+def _one_each(factor: Tensor, count: int) -> list[Tensor]:
+    return ops.unstack(factor) if len(factor.shape) == 1 else [factor] * count
+
+
+def _norm_of_norms(norms: Tensor) -> Tensor:
+    """sqrt(sum(norms ** 2)) for norms of any magnitude; not finite if one is not."""
+    largest = ops.max(norms)
+    # Into a range where the reciprocal, which XLA multiplies by, does not underflow.
+    scale = ops.where(largest > 1.0, filled(2.0**-32, largest), filled(2.0**32, largest))
+    shares = norms * scale / nonzero(largest * scale)
+    norm = largest * ops.sqrt(ops.sum(ops.square(shares)))
+    return ops.where(ops.isfinite(largest), norm, ops.sum(norms))
+
+
+def _limits(tensor: Tensor) -> np.finfo:
+    return np.finfo(backend.standardize_dtype(tensor.dtype))
+
+
+def _unit_bound(tensor: Tensor) -> float:
+    """The greatest norm whose square the tensor's dtype can hold."""
+    return 2.0 ** (_limits(tensor).maxexp // 2)
+
+
+def _in_range(limit: float, like: Tensor) -> float:
+    """A limit, or the nearest normal number of a tensor's dtype."""
+    limits = _limits(like)
+    return min(max(limit, float(limits.tiny)), float(limits.max))
