@@ -69,7 +69,7 @@ def test_no_magnitude_hides_what_is_not_finite(size, scale, bad):
         lambda vector: tensorflow_norm.normalized_by(*sums, PLAIN_RULE, [vector], [size]),
         jit_compile=True,
     )(vector)
-    assert not normalized.finite
+    assert not normalized.is_finite
     assert not np.isfinite(normalized.norms)
 
 

@@ -5,6 +5,7 @@ import graphlib
 import importlib.metadata
 import json
 import pathlib
+import pickle
 import re
 
 import keras
@@ -92,6 +93,13 @@ def test_no_two_modules_import_each_other():
 
 def test_no_room_is_left_over():
     assert {room_of(module) for module in MODULES} == set(ARROWS)
+
+
+@pytest.mark.parametrize(
+    "module, name", [("callbacks", "GradientNormLogger"), ("outputs", "_of_key")]
+)
+def test_pickles_of_earlier_versions_find_their_names(module, name):
+    assert pickle.loads(f"ckeras_sngm.{module}\n{name}\n.".encode()).__name__ == name
 
 
 def test_long_modules_say_why():

@@ -54,7 +54,7 @@ def _add_share(accumulator: tf.Variable, gradient: Any, share: float) -> None:
     gradient = tf.cast(gradient, accumulator.dtype)
     if isinstance(gradient, tf.IndexedSlices):
         values = gradient.values * tf.cast(share, accumulator.dtype)
-        accumulator.scatteradd_share(
+        accumulator.scatter_add(
             tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
         )
     else:
