@@ -54,9 +54,7 @@ def _add_share(accumulator: tf.Variable, gradient: Any, share: float) -> None:
     gradient = tf.cast(gradient, accumulator.dtype)
     if isinstance(gradient, tf.IndexedSlices):
         values = gradient.values * tf.cast(share, accumulator.dtype)
-        accumulator.scatter_add(
-            tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
-        )
+        accumulator.scatter_add(tf.IndexedSlices(values, gradient.indices, gradient.dense_shape))
     else:
         tf.raw_ops.ResourceApplyGradientDescent(
             var=accumulator.handle, alpha=tf.cast(-share, accumulator.dtype), delta=gradient

@@ -6,6 +6,8 @@ Keras calls the optimizer once per replica. A step there is to
 2. accumulate, where that is asked for: k - 1 of k calls end here and communicate nothing,
 3. sum up the gradients of all replicas,
 4. update the variables of each device, see `LocalStep`.
+
+The four are in one file, in this order.
 """
 
 import functools
