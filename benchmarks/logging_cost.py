@@ -31,8 +31,8 @@ from report import number, print_rows, spread
 from timing import Sampler, interleaved, machine, quartiles, quartiles_ms
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
-import models
-from arguments import parsed_on
+from common import models
+from common.arguments import parsed_on
 
 BATCH = 128
 STEPS = {"batch": 3, "tiny": 100}

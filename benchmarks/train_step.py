@@ -28,8 +28,8 @@ from report import print_rows, spread, training
 from timing import interleaved, machine, paired_ratio, quartiles_ms
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
-import models
-from arguments import parsed_on
+from common import models
+from common.arguments import parsed_on
 
 OPTIMIZERS = ("SNGM", "SGD", "Adam")
 MODES = {"graph": False, "xla": True}

@@ -22,9 +22,8 @@ from collections.abc import Sequence
 import keras
 import tensorflow as tf
 
-import data
-import models
-from arguments import parsed_on
+from common import data, models
+from common.arguments import parsed_on
 from keras_sngm import SNGM, GradientNormLogger
 
 WEIGHT_DECAY = 1e-4

@@ -26,10 +26,9 @@ import tensorflow as tf
 from matplotlib.axes import Axes
 from tqdm import tqdm
 
-import data
-import models
+from common import data, models
+from common.progress import Advance
 from keras_sngm import SNGM, GradientNormLogger
-from progress import Advance
 
 MICRO_BATCHES = 4
 MOST_LAYERS = 8

@@ -24,18 +24,17 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-import data
-import models
-from arguments import parsed_on, with_defaults
+from common import data, models
+from common.arguments import parsed_on, with_defaults
+from common.progress import Advance
 from keras_sngm import GradientNormLogger
-from progress import Advance
-from trials import methods
+from study import methods
 
 WEIGHT_DECAY = 1e-4
 
 
 class Method(NamedTuple):
-    """A method of `trials.methods` at a batch size.
+    """A method of `study.methods` at a batch size.
 
     `tuned` is the k for which the learning rate 2^(k/2) was best on the validation data
     of MNIST-1D.

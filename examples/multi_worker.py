@@ -32,9 +32,8 @@ import keras
 import tensorflow as tf
 from tqdm import tqdm
 
-import data
-import models
-from arguments import parsed_on, with_defaults
+from common import data, models
+from common.arguments import parsed_on, with_defaults
 from keras_sngm import SNGM
 
 LEARNING_RATE = 0.5

@@ -37,11 +37,11 @@ import keras
 import tensorflow as tf
 from tqdm import tqdm
 
-import data
-from arguments import parsed_on, with_defaults
+from common import data
+from common.arguments import parsed_on, with_defaults
+from common.progress import Advance
 from keras_sngm import GradientNormLogger
 from multi_worker import SEED, compiled_model
-from progress import Advance
 
 CHECKPOINT = "checkpoint.weights.h5"
 

@@ -5,11 +5,11 @@ import pickle
 import keras
 import numpy as np
 import pytest
+
+from keras_sngm import SNGM
 from problems import random_arrays, random_gradients, train, values_of, variables_of
 from processes import SUPPORT, run_python
 from resumed_training import RESUMABLE, X, Y, build_model
-
-from keras_sngm import SNGM
 
 EVERYTHING = {
     "learning_rate": 0.25,

@@ -13,16 +13,16 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from autodiff import CustomModel, gradients_of
 from keras import ops
-from problems import BACKEND, values_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.tensorflow_stub.io import gfile
 from tensorboard.util.tensor_util import make_ndarray
 
+from autodiff import CustomModel, gradients_of
 from keras_sngm import SNGM, GradientNormLogger
 from keras_sngm.backend.common.recorder import attached
 from keras_sngm.monitoring.sinks import tensorboard_parts
+from problems import BACKEND, values_of
 
 X = np.random.default_rng(0).standard_normal((40, 6)).astype("float32")
 Y = np.tanh(X.sum(axis=1, keepdims=True))

@@ -5,11 +5,11 @@ import functools
 import keras
 import numpy as np
 import pytest
-from foreign_models import MODELS, OPTIMIZERS, X, Y
-from problems import BACKEND, values_of
 
+from foreign_models import MODELS, OPTIMIZERS, X, Y
 from keras_sngm import SNGM, GradientNormLogger
 from keras_sngm.backend.common.recorder import attached
+from problems import BACKEND, values_of
 
 OF_EVERY_MODEL = ("SNGM, averaged and accumulated", "SGD")
 JOBS = [(model, optimizer) for model in MODELS for optimizer in OF_EVERY_MODEL]

@@ -8,11 +8,11 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from full_disk_training import MOST_BYTES, UPDATES, trained
-from processes import SUPPORT, run_python
 
+from full_disk_training import MOST_BYTES, UPDATES, trained
 from keras_sngm import SNGM, GradientNormLogger
 from keras_sngm.monitoring.sinks import FileSink, TensorBoardSink
+from processes import SUPPORT, run_python
 
 X = np.ones((10, 3), "float32")
 FILES = {"log.csv": FileSink, "log.jsonl": FileSink, "logs": TensorBoardSink}

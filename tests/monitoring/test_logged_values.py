@@ -6,6 +6,7 @@ import pickle
 import keras
 import numpy as np
 import pytest
+
 from autodiff import gradients_of
 from logged_cases import (
     BATCH,
@@ -18,7 +19,6 @@ from logged_cases import (
     STRATEGIES,
 )
 from processes import SUPPORT, run_python
-
 from reference import ReferenceSNGM, norm
 
 JOBS = [

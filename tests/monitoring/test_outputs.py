@@ -7,11 +7,11 @@ import pickle
 import keras
 import numpy as np
 import pytest
-from foreign_models import X, Y, functional, sequential
-from processes import run_python
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from foreign_models import X, Y, functional, sequential
 from keras_sngm import SNGM, GradientNormLogger
+from processes import run_python
 
 UPDATES = len(X) // 8
 

@@ -6,15 +6,15 @@ Compared with `linear_model.py`.
 import pathlib
 import tempfile
 
-import linear_model
 import numpy as np
 import pytest
 from hypothesis import given
+
+import linear_model
 from linear_model import PATHS, Update
 from problems import BACKEND
 from random_logs import BATCH, OPTIMIZERS, PER_VARIABLE, jobs, run
 from random_settings import random_settings
-
 from reference import norm
 
 TOLERANCE = 2e-4

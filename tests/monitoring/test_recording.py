@@ -6,9 +6,9 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from recorder_stub import RecorderStub, make_updates, recording_of
 
 from keras_sngm.monitoring.sinks import FileSink
+from recorder_stub import RecorderStub, make_updates, recording_of
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import keras
 import numpy as np
 import pytest
 from jax.experimental import sparse
-from problems import values_of, variables_of
-from processes import ROOT, run_python
 
 from keras_sngm import SNGM, GradientNormLogger
+from problems import values_of, variables_of
+from processes import ROOT, run_python
 
 
 def dense_and_sparse_gradient():

@@ -5,6 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
+
 from jax_training import DATA_PARALLEL, LOGGED, MODEL_PARALLEL, PLACES, STEPS_BEFORE_STOP, STOPPED
 from processes import run_python
 from replica_options import EPOCHS, FAULTS, OPTIONS, STEPS_PER_EPOCH, frozen

@@ -6,9 +6,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from processes import ROOT, SUPPORT, free_ports, run_python, run_together
 
 import multi_worker_jax
+from processes import ROOT, SUPPORT, free_ports, run_python, run_together
 
 PROGRAM = ROOT / "examples" / "multi_worker_jax.py"
 DYING_PROGRAM = SUPPORT / "dying_jax_process.py"

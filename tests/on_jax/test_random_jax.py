@@ -1,6 +1,7 @@
 """Random trainings agree with the reference in JAX's transformations of a step."""
 
 import pytest
+
 from random_cases import Case, Given, cases, given, numpy_dtype, start_of
 from random_runs import compare, run
 from random_steps import scanned, side_by_side

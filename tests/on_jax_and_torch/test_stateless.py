@@ -3,6 +3,8 @@
 import keras
 import numpy as np
 import pytest
+
+from keras_sngm import SNGM
 from problems import (
     assert_close,
     random_arrays,
@@ -12,8 +14,6 @@ from problems import (
     values_of,
     variables_of,
 )
-
-from keras_sngm import SNGM
 
 
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2, "use_ema": True}])

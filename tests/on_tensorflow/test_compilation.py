@@ -5,11 +5,11 @@ import gc
 import numpy as np
 import pytest
 import tensorflow as tf
-from problems import SHAPES, random_arrays, random_gradients, tensors_of, variables_of
-from processes import run_python
 from tensorflow.python.eager import context
 
 from keras_sngm import SNGM, normalization
+from problems import SHAPES, random_arrays, random_gradients, tensors_of, variables_of
+from processes import run_python
 
 
 def function_names():

@@ -4,6 +4,7 @@ import pickle
 
 import numpy as np
 import pytest
+
 from processes import SUPPORT, run_python
 from replica_options import EPOCHS, FAULTS, OPTIONS, STEPS_PER_EPOCH
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import numpy as np
+
 from processes import SUPPORT, importing_project
 
 SCRIPT = SUPPORT / "killed_training.py"

@@ -8,6 +8,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+
+from keras_sngm import SNGM
+from keras_sngm.backend.tensorflow import momentum_kernel as tensorflow_kernel
 from problems import (
     FAR_FROM_ZERO,
     SHAPES,
@@ -20,9 +23,6 @@ from problems import (
     values_of,
     variables_of,
 )
-
-from keras_sngm import SNGM
-from keras_sngm.backend.tensorflow import momentum_kernel as tensorflow_kernel
 from reference import ReferenceSNGM
 
 COUPLED = {"weight_decay": 0.05, "decoupled_weight_decay": False}

@@ -9,9 +9,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from processes import ROOT, SUPPORT, free_ports, run_together
 
 import multi_worker
+from processes import ROOT, SUPPORT, free_ports, run_together
 
 WORKER = ROOT / "examples" / "multi_worker.py"
 DYING_WORKER = SUPPORT / "dying_worker.py"

@@ -5,6 +5,10 @@ import functools
 import numpy as np
 import pytest
 import tensorflow as tf
+
+from keras_sngm import SNGM
+from keras_sngm.backend.common.watch import PLAIN_RULE
+from keras_sngm.backend.tensorflow import norm as tensorflow_norm
 from problems import (
     assert_close,
     assert_follows_the_reference,
@@ -13,10 +17,6 @@ from problems import (
     train,
     variables_of,
 )
-
-from keras_sngm import SNGM
-from keras_sngm.backend.common.watch import PLAIN_RULE
-from keras_sngm.backend.tensorflow import norm as tensorflow_norm
 from reference import ReferenceSNGM
 
 # Below and above the sizes that are added up in 16 lanes, with and without a rest.

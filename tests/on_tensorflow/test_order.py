@@ -6,6 +6,9 @@ import re
 import numpy as np
 import pytest
 import tensorflow as tf
+
+from keras_sngm import SNGM
+from keras_sngm.backend.tensorflow import xla_order as tensorflow_order
 from problems import (
     FAR_FROM_ZERO,
     TWICE,
@@ -17,9 +20,6 @@ from problems import (
     variables_of,
 )
 from processes import run_python
-
-from keras_sngm import SNGM
-from keras_sngm.backend.tensorflow import xla_order as tensorflow_order
 
 
 @pytest.fixture(autouse=True)

@@ -6,11 +6,11 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from problems import compare_with_reference, trained_table
-from processes import SUPPORT, run_python
 
 from keras_sngm import SNGM, GradientNormLogger
 from keras_sngm.backend.tensorflow import step as tensorflow_step
+from problems import compare_with_reference, trained_table
+from processes import SUPPORT, run_python
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,9 @@
 import keras
 import numpy as np
 import pytest
-from problems import MODES, modes, train, variables_of
 
 from keras_sngm import SNGM
+from problems import MODES, modes, train, variables_of
 
 NAMES = modes("eager", "eager-xla", "xla-function")
 mode = pytest.mark.parametrize("jit_compile, outer", [MODES[name] for name in NAMES], ids=NAMES)

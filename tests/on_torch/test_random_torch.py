@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from random_cases import Expectation, cases
-from random_runs import follow, run, skips_above
-from random_steps import Steps
 
 from keras_sngm.backend.torch import norm as torch_norm
 from keras_sngm.backend.torch import sgd_kernel as torch_kernel
 from keras_sngm.backend.torch import step as torch_step
+from random_cases import Expectation, cases
+from random_runs import follow, run, skips_above
+from random_steps import Steps
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")

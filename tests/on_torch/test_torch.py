@@ -6,6 +6,16 @@ import keras
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from keras_sngm import SNGM, GradientNormLogger
+from keras_sngm.backend.common.host_count import HostCount
+from keras_sngm.backend.common.watch import PLAIN_RULE
+from keras_sngm.backend.torch import norm as torch_norm
+from keras_sngm.backend.torch import sgd_kernel as torch_kernel
+from keras_sngm.backend.torch import step as torch_step
+from keras_sngm.backend.torch.recorder import Recorder, segment_sum
+from keras_sngm.measurements import histogram
 from problems import (
     assert_close,
     compare_with_reference,
@@ -18,16 +28,6 @@ from problems import (
     variables_of,
 )
 from processes import SUPPORT, run_python
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from keras_sngm import SNGM, GradientNormLogger
-from keras_sngm.backend.common.host_count import HostCount
-from keras_sngm.backend.common.watch import PLAIN_RULE
-from keras_sngm.backend.torch import norm as torch_norm
-from keras_sngm.backend.torch import sgd_kernel as torch_kernel
-from keras_sngm.backend.torch import step as torch_step
-from keras_sngm.backend.torch.recorder import Recorder, segment_sum
-from keras_sngm.measurements import histogram
 
 X = np.random.default_rng(0).standard_normal((48, 6)).astype("float32")
 Y = np.tanh(X.sum(axis=1, keepdims=True))

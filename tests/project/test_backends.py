@@ -5,6 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
+
 from processes import run_python
 from replica_options import FAULTS, OPTIONS
 

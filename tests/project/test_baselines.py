@@ -6,6 +6,8 @@ import numpy as np
 import optax
 import pytest
 import tensorflow as tf
+
+from common.baselines import LARS, Lamb, MomentumSGD
 from problems import (
     SHAPES,
     assert_close,
@@ -16,8 +18,6 @@ from problems import (
     values_of,
     variables_of,
 )
-
-from baselines import LARS, Lamb, MomentumSGD
 
 STEPS = 50
 SCHEDULE = keras.optimizers.schedules.PolynomialDecay(8.0, STEPS, 0.0, power=1.1)

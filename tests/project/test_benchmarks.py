@@ -5,6 +5,7 @@ import pathlib
 import sys
 
 import pytest
+
 from processes import run_python
 
 ROOT = pathlib.Path(__file__).parents[2]

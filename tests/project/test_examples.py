@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 import tensorflow_datasets as tfds
-from processes import ROOT, run_python
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import cifar10_resnet
-import data
 import large_batch
-import models
+from common import data, models
+from processes import ROOT, run_python
 
 EXAMPLES = ROOT / "examples"
 SCRIPT = EXAMPLES / "large_batch.py"

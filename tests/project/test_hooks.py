@@ -12,8 +12,9 @@ import re
 import keras
 import pytest
 import tensorflow as tf
-from processes import run_python
 from tensorflow.python.distribute.cross_device_ops import CollectiveAllReduce
+
+from processes import run_python
 
 BACKEND = pathlib.Path(__file__).parents[2] / "keras_sngm" / "backend"
 

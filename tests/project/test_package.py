@@ -10,11 +10,11 @@ import re
 
 import keras
 import pytest
+
+from keras_sngm import __version__
 from processes import run_python
 from replica_options import FAULTS, OPTIONS
 from support_table import TESTS_OF_COLUMNS
-
-from keras_sngm import __version__
 
 ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = ROOT / "keras_sngm"
@@ -59,8 +59,8 @@ PROGRAMS = {
     "examples/large_batch.py": ("tensorflow",),
     "examples/multi_worker.py": ("tensorflow",),
     "examples/multi_worker_jax.py": ("jax",),
-    "examples/report.py": (None,),
-    "examples/study.py": ("tensorflow", "--task", "mnist1d"),
+    "examples/study/__main__.py": ("tensorflow", "--task", "mnist1d"),
+    "examples/study/report.py": (None,),
 }
 
 
@@ -137,7 +137,9 @@ def test_links_in_the_readme_lead_somewhere():
 
 
 def test_every_program_is_in_the_table():
-    files = [path for folder in ("benchmarks", "examples") for path in (ROOT / folder).glob("*.py")]
+    files = [
+        path for folder in ("benchmarks", "examples") for path in (ROOT / folder).rglob("*.py")
+    ]
     programs = [path for path in files if 'if __name__ == "__main__":' in path.read_text()]
     assert {str(path.relative_to(ROOT)) for path in programs} == set(PROGRAMS)
 
@@ -165,7 +167,8 @@ for program, (needed, *arguments) in json.loads(programs).items():
     path = pathlib.Path(root, program)
     sys.path.insert(0, str(path.parent))
     code, printed = end_of(str(path), "--help")
-    assert code == 0 and printed.startswith(f"usage: {path.name}"), (program, printed)
+    usage = (f"usage: {path.name}", "usage: python -m study")
+    assert code == 0 and printed.startswith(usage), (program, printed)
     if needed not in (None, backend):
         code, printed = end_of(str(path), *arguments)
         assert code == 2 and f"set KERAS_BACKEND={needed}" in printed, (program, printed)

@@ -16,18 +16,18 @@ import keras
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from processes import ROOT, importing_project, run_python
 
 from keras_sngm import SNGM
-from study import main
-from trials import config, methods, pictures, results, search, summary, tables, tasks, workers
-from trials.config import Search, Setting, Study
-from trials.page import Report
-from trials.results import Run, Wanted
-from trials.training import Trainer
+from processes import importing_project, run_python
+from study import config, methods, pictures, results, search, summary, tables, tasks, workers
+from study.__main__ import main
+from study.config import Search, Setting, Study
+from study.page import Report
+from study.results import Run, Wanted
+from study.training import Trainer
 
-STUDY = ROOT / "examples" / "study.py"
-REPORT = ROOT / "examples" / "report.py"
+STUDY = ("-m", "study")
+REPORT = ("-m", "study.report")
 NO_SETTING = Setting("four", {"samples": 8}, {}, epochs=3, weight_decay=0.0)
 
 
@@ -263,7 +263,7 @@ def lines_of(path):
 def test_a_killed_study_goes_on_and_runs_nothing_twice(tmp_path):
     """Killed after some runs, with half a line written; a second start does the rest."""
     path = tmp_path / "mnist1d.jsonl"
-    command = [sys.executable, STUDY, "--task", "mnist1d", "--quick", "--output", tmp_path]
+    command = [sys.executable, *STUDY, "--task", "mnist1d", "--quick", "--output", tmp_path]
     killed = subprocess.Popen(
         list(map(str, command)),
         env=importing_project(),
@@ -296,7 +296,7 @@ def test_a_killed_study_goes_on_and_runs_nothing_twice(tmp_path):
     run_python(*command[1:])
     assert path.read_text() == text
 
-    printed = run_python(REPORT, "--results", tmp_path, MPLBACKEND="agg")
+    printed = run_python(*REPORT, "--results", tmp_path, MPLBACKEND="agg")
     for method in methods.METHODS:
         assert f"| {method} |" in printed
     for name in pictures.PICTURES:
@@ -319,7 +319,7 @@ def outcome_of(*arguments):
 def test_results_of_another_configuration_are_refused(tmp_path):
     path = tmp_path / "mnist1d.jsonl"
     results.append(path, run_of(setting="4,000 samples"))
-    result = outcome_of(STUDY, "--task", "mnist1d", "--quick", "--output", tmp_path)
+    result = outcome_of(*STUDY, "--task", "mnist1d", "--quick", "--output", tmp_path)
     assert result.returncode != 0
     assert "Choose another `--output`" in result.stderr
 
@@ -341,7 +341,7 @@ def test_data_is_there_before_processes_ask_for_it(tmp_path, monkeypatch):
 def test_a_second_study_that_writes_to_the_same_file_is_refused(tmp_path):
     path = tmp_path / "mnist1d.jsonl"
     with results.only_writer(path):
-        second = outcome_of(STUDY, "--task", "mnist1d", "--quick", "--output", tmp_path)
+        second = outcome_of(*STUDY, "--task", "mnist1d", "--quick", "--output", tmp_path)
     assert second.returncode != 0
     assert f"Another process writes to {path}" in second.stderr
     assert not path.exists()
@@ -445,13 +445,13 @@ def test_a_report_may_be_written_anywhere(tmp_path):
     for run in [run_of(exponent=0, seed=100, final=False), *(run_of(seed=i) for i in range(3))]:
         results.append(folder / "mnist1d.jsonl", run)
     page = tmp_path / "pages" / "of" / "study.md"
-    run_python(REPORT, "--results", folder, "--output", page.parent, MPLBACKEND="agg")
+    run_python(*REPORT, "--results", folder, "--output", page.parent, MPLBACKEND="agg")
     links = re.findall(r"\]\(([^)]+)\)", page.read_text())
     assert len(links) == len(pictures.PICTURES)
     assert all((page.parent / link).is_file() for link in links)
 
 
 def test_a_report_needs_a_folder(tmp_path):
-    result = outcome_of(REPORT, "--results", tmp_path / "none")
+    result = outcome_of(*REPORT, "--results", tmp_path / "none")
     assert result.returncode == 2
     assert "`--results` must be a folder" in result.stderr

@@ -3,10 +3,10 @@
 import re
 
 import pytest
-from processes import ROOT
 
-from trials import config, pictures, results, search
-from trials.page import Report
+from processes import ROOT
+from study import config, pictures, results, search
+from study.page import Report
 
 FOLDER = ROOT / "docs" / "study"
 TASKS = ["mnist1d", "images", "text", "clicks"]

@@ -11,9 +11,9 @@ import pickle
 
 import keras
 import numpy as np
-from replica_options import BATCH, EPOCHS, FAULTS, OPTIONS, STEPS_PER_EPOCH, Option
 
 from keras_sngm import SNGM
+from replica_options import BATCH, EPOCHS, FAULTS, OPTIONS, STEPS_PER_EPOCH, Option
 
 SAVED_AFTER = 2
 # A step of this number lies inside of a window of accumulation.

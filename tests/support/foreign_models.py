@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import keras
 import numpy as np
+
 from autodiff import CustomModel
+from keras_sngm import SNGM
 from problems import BACKEND
 from replica_options import sequence
-
-from keras_sngm import SNGM
 
 FEATURES = 6
 X = np.random.default_rng(0).standard_normal((48, FEATURES)).astype("float32")

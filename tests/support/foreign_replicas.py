@@ -6,10 +6,10 @@ Run by `test_distribution.py`, as devices must be configured before TensorFlow s
 import keras
 import numpy as np
 import tensorflow as tf
-from foreign_models import MODELS, OPTIMIZERS, Foreign, Optimizer, Y
-from replica_training import make_strategy
 
+from foreign_models import MODELS, OPTIMIZERS, Foreign, Optimizer, Y
 from keras_sngm import GradientNormLogger
+from replica_training import make_strategy
 
 NAMES = ("Sequential without Input", "subclassed", "GAN", "sequences of unknown length")
 

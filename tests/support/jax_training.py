@@ -13,8 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import keras
-import logged_training
 import numpy as np
+
+import logged_training
+from keras_sngm import SNGM, GradientNormLogger
 from logged_cases import CASES
 from replica_options import (
     BATCH,
@@ -27,8 +29,6 @@ from replica_options import (
     has_bad_sample,
     inner,
 )
-
-from keras_sngm import SNGM, GradientNormLogger
 
 Variables = Sequence[keras.Variable]
 # Tables have 7 rows and 3 columns: 3 devices can share one.

@@ -14,10 +14,10 @@ import threading
 
 import keras
 import numpy as np
-from replica_options import BATCH, Option
-from replica_training import make_strategy
 
 from keras_sngm import SNGM
+from replica_options import BATCH, Option
+from replica_training import make_strategy
 
 STEPS_PER_EPOCH, EPOCHS = 6, 3
 

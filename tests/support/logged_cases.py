@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import keras
 import numpy as np
-from problems import BACKEND
-from replica_options import FEATURES, TOKENS, sequence
 
 from keras_sngm import SNGM
+from problems import BACKEND
+from replica_options import FEATURES, TOKENS, sequence
 
 BATCH, STEPS_PER_EPOCH, EPOCHS = 8, 6, 2
 LOG_EVERY, HISTOGRAM_EVERY = 2, 3

@@ -19,6 +19,10 @@ from typing import Any, NamedTuple
 
 import keras
 import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
+
+from keras_sngm import SNGM, GradientNormLogger
 from logged_cases import (
     BATCH,
     CASES,
@@ -30,10 +34,6 @@ from logged_cases import (
     Logged,
 )
 from replica_options import inner
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.util.tensor_util import make_ndarray
-
-from keras_sngm import SNGM, GradientNormLogger
 
 
 class Witness(keras.callbacks.Callback):
@@ -84,6 +84,7 @@ def place(name: str) -> Place:
     if replicas == "0":
         return Place()
     import tensorflow as tf
+
     from replica_training import components, forbid_merge_call, make_strategy
 
     strategy = make_strategy(int(replicas))

@@ -10,9 +10,9 @@ import keras
 import ml_dtypes
 import numpy as np
 from hypothesis import strategies as st
-from problems import BACKEND, DTYPES
 
 from keras_sngm.normalization import least_reliable_sums
+from problems import BACKEND, DTYPES
 from reference import ReferenceSNGM, norm
 
 LARGEST = float(np.finfo("float32").max)

@@ -7,15 +7,15 @@ import warnings
 from typing import Any, NamedTuple
 
 import keras
-import linear_model
 import numpy as np
 from hypothesis import strategies as st
-from linear_model import FEATURES, NOISE_MOMENTUM, PATHS
-from problems import BACKEND
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
+import linear_model
 from keras_sngm import SNGM, GradientNormLogger
+from linear_model import FEATURES, NOISE_MOMENTUM, PATHS
+from problems import BACKEND
 
 BATCH, MOST_BATCHES = 4, 7
 _VARIABLES = {path: [i] for i, path in enumerate(PATHS)}

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 from hypothesis import given
+
 from problems import BACKEND
 from random_cases import (
     LARGEST,

@@ -4,10 +4,10 @@ from typing import Any, NamedTuple
 
 import keras
 import numpy as np
-from problems import BACKEND
-from random_cases import Case, Given, State, start_of
 
 from keras_sngm import SNGM
+from problems import BACKEND
+from random_cases import Case, Given, State, start_of
 
 
 def variables_of(case: Case) -> list[keras.Variable]:

@@ -10,10 +10,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from replica_training import forbid_merge_call, make_strategy
 
 from keras_sngm import SNGM
 from reference import ReferenceSNGM
+from replica_training import forbid_merge_call, make_strategy
 
 SHAPES = [(3, 2), (3, 2), (4,)]
 Give: TypeAlias = Callable[[], list[Any]]  # the gradients of one replica

@@ -16,6 +16,10 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.distribute.mirrored_run import _MirroredReplicaContext
+from tensorflow.python.distribute.mirrored_strategy import MirroredExtended
+
+from keras_sngm import SNGM
 from replica_options import (
     BATCH,
     EPOCHS,
@@ -27,10 +31,6 @@ from replica_options import (
     has_bad_sample,
     inner,
 )
-from tensorflow.python.distribute.mirrored_run import _MirroredReplicaContext
-from tensorflow.python.distribute.mirrored_strategy import MirroredExtended
-
-from keras_sngm import SNGM
 
 
 class CountedReduction(tf.distribute.ReductionToOneDevice):

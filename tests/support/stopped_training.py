@@ -8,10 +8,10 @@ import warnings
 import keras
 import numpy as np
 import tensorflow as tf
-from replica_options import Option
-from replica_training import components, make_strategy
 
 from keras_sngm import SNGM, GradientNormLogger
+from replica_options import Option
+from replica_training import components, make_strategy
 
 BATCH = 24
 

@@ -10,9 +10,10 @@ import pickle
 import tempfile
 
 import numpy as np
+from tqdm import tqdm
+
 from processes import SUPPORT, run_python
 from replica_options import FAULTS, OPTIONS, Option, Outcome
-from tqdm import tqdm
 
 TESTS_OF_COLUMNS = (
     "on_tensorflow/test_distribution",

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import numpy as np
 import scipy.stats
 
-from trials import results
-from trials.results import Run
-from trials.search import best_rate, learning_rate
+from study import results
+from study.results import Run
+from study.search import best_rate, learning_rate
 
 
 class Summary(NamedTuple):

@@ -4,8 +4,8 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from trials.config import Search, Study
-from trials.results import Run, Wanted
+from study.config import Search, Study
+from study.results import Run, Wanted
 
 
 def wanted(study: Study, search: Search, runs: Sequence[Run]) -> list[Wanted]:

@@ -6,9 +6,9 @@ import json
 import pathlib
 from typing import Any
 
-from trials.methods import METHODS
+from study.methods import METHODS
 
-STUDIES = pathlib.Path(__file__).resolve().parent.parent / "studies"
+STUDIES = pathlib.Path(__file__).resolve().parent / "studies"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Setting:
 
     Attributes:
         name: to tell it from others of the study.
-        data: a function of `trials.tasks` and its arguments.
+        data: a function of `study.tasks` and its arguments.
         model: the same.
         epochs: of each run.
         weight_decay: of each method but AdamW, coupled.
@@ -55,7 +55,7 @@ class Search:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A file of `examples/studies`.
+    """A file of `examples/study/studies`.
 
     Attributes:
         task: the name of the file.

@@ -1,7 +1,9 @@
 """Tables and pictures of the large-batch study, from the files of its runs alone.
 
-    python examples/report.py                                     what study.py has written
-    python examples/report.py --results docs/study --output docs  the page in docs/study.md
+In the folder `examples`,
+
+    python -m study.report                                              reports on your runs
+    python -m study.report --results ../docs/study --output ../docs     writes docs/study.md
 
 Files of runs may be compressed: mnist1d.jsonl or mnist1d.jsonl.gz. A template of the name
 study.md.jinja beside them is filled in with their numbers; without one the report is a
@@ -13,7 +15,7 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-from trials.page import Report
+from study.page import Report
 
 TEMPLATE = "study.md.jinja"
 USUAL = """\
@@ -28,7 +30,9 @@ USUAL = """\
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m study.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path("results/study"))
     parser.add_argument("--output", type=pathlib.Path, help="default: the folder of the results")

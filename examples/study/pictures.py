@@ -8,9 +8,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from trials.methods import METHODS
-from trials.search import learning_rate
-from trials.summary import Summary, groups_of
+from study.methods import METHODS
+from study.search import learning_rate
+from study.summary import Summary, groups_of
 
 COLORS = dict(zip(METHODS, plt.get_cmap("tab10").colors, strict=False))
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from trials.methods import METHODS
-from trials.summary import Summary, difference, epochs_to, groups_of, target_of
+from study.methods import METHODS
+from study.summary import Summary, difference, epochs_to, groups_of, target_of
 
 REFERENCE = "SNGM"
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from baselines import LARS, Lamb, MomentumSGD
+from common.baselines import LARS, Lamb, MomentumSGD
 from keras_sngm import SNGM
 
 DECAY_POWER = 1.1

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import jinja2
 
-from trials import config, pictures, results, tables
-from trials.summary import Summary, epochs_to, summaries
+from study import config, pictures, results, tables
+from study.summary import Summary, epochs_to, summaries
 
 
 class Report:

@@ -3,11 +3,12 @@
 For each batch size each method gets the same search for its learning rate: a grid in
 powers of sqrt(2), the best by mean score on validation data over some seeds, extended
 until the best is not at its edge. Then it is trained with other seeds, whose scores on
-test data are what counts. Tasks are described in examples/studies/*.json.
+test data are what counts. Tasks are described in study/studies/*.json. In the folder
+`examples`,
 
-    python examples/study.py --task mnist1d            all of a task
-    python examples/study.py --task mnist1d --quick    a smoke run
-    python examples/report.py                          tables and pictures from all results
+    python -m study --task mnist1d            runs all of a task
+    python -m study --task mnist1d --quick    is a smoke run
+    python -m study.report                    makes tables and pictures from all results
 
 Each run is written down as soon as it is done. After an interruption the same command
 goes on with what is left.
@@ -20,10 +21,10 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from arguments import parsed_on
-from trials import config, results, search, workers
-from trials.config import Search, Study
-from trials.results import Run, Wanted
+from common.arguments import parsed_on
+from study import config, results, search, workers
+from study.config import Search, Study
+from study.results import Run, Wanted
 
 
 class Progress:
@@ -71,7 +72,9 @@ class Progress:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--task", required=True, choices=config.available())
     parser.add_argument("--quick", action="store_true", help="little data, one epoch, two rates")

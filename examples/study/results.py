@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 import filelock
 
-from trials.config import Search
+from study.config import Search
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from trials.config import Search
-from trials.results import Run, Wanted
+from study.config import Search
+from study.results import Run, Wanted
 
 Process = concurrent.futures.ProcessPoolExecutor
 
@@ -55,7 +55,7 @@ def prepare(contents: Sequence[dict[str, Any]]) -> None:
     """Gets the data of tasks in one process, before several would download it at once.
 
     Args:
-        contents: what `trials.tasks.load` gets.
+        contents: what `study.tasks.load` gets.
     """
     with _process(1) as process:
         process.submit(_prepare, contents).result()
@@ -90,7 +90,7 @@ def _share_cores(jobs: int) -> None:
 
 
 def _prepare(contents: Sequence[dict[str, Any]]) -> None:
-    from trials import tasks
+    from study import tasks
 
     for content in contents:
         tasks.load(content)
@@ -98,6 +98,6 @@ def _prepare(contents: Sequence[dict[str, Any]]) -> None:
 
 def _run(search: Search, wanted: Wanted) -> Run:
     # Not before TensorFlow has been told how many cores to use.
-    from trials.training import trainer_for
+    from study.training import trainer_for
 
     return trainer_for(search).run(wanted)

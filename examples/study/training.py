@@ -9,10 +9,10 @@ import numpy as np
 import tensorflow as tf
 
 from keras_sngm import GradientNormLogger
-from trials import methods, tasks
-from trials.config import Search
-from trials.results import Run, Wanted
-from trials.search import learning_rate
+from study import methods, tasks
+from study.config import Search
+from study.results import Run, Wanted
+from study.search import learning_rate
 
 EVALUATION_BATCH = 1_000
 

@@ -9,8 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-import data
-import models
+from common import data, models
 
 CHANCE_AUC = 0.5
 

@@ -1,1 +1,0 @@
-"""Parts of the large-batch study, `examples/study.py`."""
