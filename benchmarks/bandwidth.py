@@ -1,4 +1,4 @@
-"""How fast all cores together, or the accelerator, stream through memory."""
+"""Memory bandwidth that all cores together, or the accelerator, reach."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,16 +9,22 @@ import modes
 from timing import best
 
 FLOATS = 1 << 26
-"""256 MB per array, far more than any cache holds."""
+"""Elements of each float32 array: 256 MB, far more than any cache holds."""
 
 
 class Bandwidth(NamedTuple):
+    """The best rate measured, and the name of the candidate that reached it."""
+
     bytes_per_second: float
     winner: str
 
 
 def measured(calls: int = 10) -> Bandwidth:
-    """Stream through memory in the ways of the backend in use; return the fastest."""
+    """Measure the memory bandwidth with each candidate of the backend; return the highest.
+
+    Args:
+        calls: the number of timed calls of each candidate, of which the fastest counts.
+    """
     return max(
         Bandwidth(candidate(calls), name)
         for name, candidate in _CANDIDATES[keras.backend.backend()].items()
@@ -26,10 +32,12 @@ def measured(calls: int = 10) -> Bandwidth:
 
 
 def _rate(arrays: int, seconds: float) -> float:
+    """Return the bytes per second at which float32 arrays of `FLOATS` elements were moved."""
     return 4 * FLOATS * arrays / seconds
 
 
 def _xla(calls: int) -> float:
+    """Return the bytes per second of `w -= 0.01 * u` in TensorFlow, compiled by XLA."""
     import tensorflow as tf
 
     w, u = (tf.Variable(tf.ones(FLOATS)) for _ in range(2))
@@ -42,6 +50,7 @@ def _xla(calls: int) -> float:
 
 
 def _momentum_kernel(calls: int) -> float:
+    """Return the bytes per second of TensorFlow's kernel for a step of momentum SGD."""
     import tensorflow as tf
 
     w, u, g = (tf.Variable(tf.ones(FLOATS)) for _ in range(3))
@@ -56,6 +65,7 @@ def _momentum_kernel(calls: int) -> float:
 
 
 def _jax(calls: int) -> float:
+    """Return the bytes per second of `w -= 0.01 * u` in JAX, in the memory of `w`."""
     import jax
 
     add = jax.jit(lambda w, u: w - 0.01 * u, donate_argnums=0)
@@ -69,6 +79,7 @@ def _jax(calls: int) -> float:
 
 
 def _torch(calls: int) -> float:
+    """Return the bytes per second of `w -= 0.01 * u` in PyTorch, in place."""
     import torch
 
     from steps_torch import finished

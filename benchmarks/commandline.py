@@ -1,11 +1,16 @@
-"""The arguments that all benchmarks have."""
+"""Command-line arguments that benchmarks share."""
 
 import argparse
 import pathlib
 
 
 def parser(description: str | None, quick: str) -> argparse.ArgumentParser:
-    """With `--quick`, which is described by `quick`, `--report` and `--output`."""
+    """Return a parser of the arguments `--quick`, `--report` and `--output`.
+
+    Args:
+        description: the text of `--help`.
+        quick: the help of `--quick`.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )

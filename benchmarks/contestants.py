@@ -1,4 +1,4 @@
-"""The optimizers of Keras that are compared, and the contestants of other libraries."""
+"""Contestants of the benchmarks: optimizers of Keras, and steps of other libraries."""
 
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -29,15 +29,22 @@ MICRO_BATCHES = 4
 
 
 def accumulating(name: str) -> keras.optimizers.Optimizer:
+    """Return a Keras optimizer whose accumulation cycle has `MICRO_BATCHES` micro-batches."""
     return KERAS[name](gradient_accumulation_steps=MICRO_BATCHES)
 
 
 def weights(shapes: Sequence[Shape]) -> list[keras.Variable]:
+    """Return variables of the given shapes, filled with ones."""
     return [keras.Variable(keras.initializers.Ones(), shape=shape) for shape in shapes]
 
 
 class Library(NamedTuple):
-    """The package that a contestant is from, and the backend whose processes import it."""
+    """The package of a contestant that is not a Keras optimizer, and its Keras backend.
+
+    Attributes:
+        package: the package to install.
+        backend: the Keras backend whose processes may import the package.
+    """
 
     package: str
     backend: str
@@ -47,12 +54,12 @@ _OTHERS = {"PyTorch": Library("torch", "torch"), "Optax": Library("optax", "jax"
 
 
 def backend_of(name: str) -> str:
-    """Return the backend whose process takes the steps of a contestant."""
+    """Return the Keras backend whose process takes the steps of a contestant."""
     return _OTHERS[name].backend if name in _OTHERS else keras.backend.backend()
 
 
 def missing() -> dict[str, str]:
-    """Return the contestants whose package is not installed, with its name."""
+    """Return the contestants that cannot run, each with its package, which is not installed."""
     return {
         name: library.package
         for name, library in _OTHERS.items()

@@ -1,4 +1,4 @@
-"""Times the steps within `fit`."""
+"""Timing of the training steps within `fit`."""
 
 import time
 from typing import Any
@@ -10,7 +10,7 @@ from timing import Sampler
 
 
 class _Clock(keras.callbacks.Callback):
-    """When each batch ended."""
+    """Callback that keeps the time at which each batch ended."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,7 +21,15 @@ class _Clock(keras.callbacks.Callback):
 
 
 def fit_sampler(model: keras.Model, batch: Any, steps: int) -> Sampler:
-    """A call of `fit` on one batch again and again; its first step is not counted."""
+    """Return a sampler that trains with `fit` on one batch and times each step but the first.
+
+    The first step of a call of `fit` is left out, as it includes the start of `fit`.
+
+    Args:
+        model: a compiled model.
+        batch: inputs and labels.
+        steps: the number of timed steps in each call of the sampler.
+    """
     dataset = tf.data.Dataset.from_tensors(batch).repeat()
 
     def sample() -> list[float]:

@@ -1,4 +1,4 @@
-"""Random gradients that TensorFlow cannot see through."""
+"""Random gradients that TensorFlow cannot treat as constants of a graph."""
 
 import math
 from collections.abc import Sequence
@@ -9,14 +9,18 @@ from shapes import Shape
 
 
 class Gradients:
-    """Random gradients for all contestants, who read them and leave them as they are.
+    """Random gradients that all contestants read and none writes to.
 
-    In a training function gradients are computed. A tensor from outside is no
-    substitute if it is small: TensorFlow makes it a constant, whose norm could
-    be computed beforehand. So small gradients are rows of a larger tensor.
+    Gradients of a training function are computed within it. A tensor from outside cannot
+    stand in for a small gradient: TensorFlow makes small tensors constants of the graph, and
+    could compute their norm when it compiles. So small gradients are rows of a larger tensor.
+
+    Args:
+        shapes: the shapes of the weights.
     """
 
     LARGEST_CONSTANT = 128
+    """Number of elements up to which a gradient is made a row of a larger tensor."""
 
     def __init__(self, shapes: Sequence[Shape]) -> None:
         self.shapes = list(shapes)
@@ -30,7 +34,10 @@ class Gradients:
                 self._rows[shape] = _random((count, *shape), seed=i)
 
     def tensors(self) -> list[tf.Tensor]:
-        """To be called where they are used: in the function, if there is one."""
+        """Return the gradients as tensors.
+
+        Call this inside the `tf.function` that uses the tensors, if there is one.
+        """
         rows = {shape: iter(tf.unstack(stacked)) for shape, stacked in self._rows.items()}
         return [
             self._large[i] if i in self._large else next(rows[shape])

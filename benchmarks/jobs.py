@@ -1,4 +1,4 @@
-"""What is measured in a process of its own, and how such a process is started."""
+"""Measurements that run in a process of their own, and the function that starts it."""
 
 import functools
 import importlib.util
@@ -18,23 +18,25 @@ from shapes import Shape, parameters
 from timing import interleaved, paired_ratio, quartiles_ms
 
 FLOATS_MOVED = 6
-"""Per parameter: the gradient is read twice, momentum and weight are read and written."""
+"""Floats that a step moves per parameter: it reads the gradient twice, and reads and writes both
+momentum and weight."""
 
 BACKENDS = ("tensorflow", "jax", "torch")
+# Each of these environment variables keeps one backend off an accelerator.
 _ON_CPU = {"CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu", "KERAS_TORCH_DEVICE": "cpu"}
 
 
 def alone(job: Callable[..., Any], *arguments: Any, backend: str | None = None) -> Any:
     """Run a job in a new process and return its result.
 
-    The process has memory and devices of its own. It imports one backend, as PyTorch can
-    crash beside TensorFlow and its waiting threads would take a core from others. If this
-    backend runs on CPUs, the process of another one does, too.
+    The process has its own memory and devices. It imports one backend only: PyTorch can
+    crash beside TensorFlow, and PyTorch's waiting threads would take a core from other
+    libraries. If the backend in use runs on CPUs, a process with another backend does, too.
 
     Args:
-        job: a function of a module.
-        *arguments: of the job.
-        backend: of the process; `None` for the one in use.
+        job: a function that can be pickled, so one at the top level of a module.
+        *arguments: the arguments of the job.
+        backend: the Keras backend of the new process; `None` for the backend in use.
     """
     here = keras.backend.backend()
     os.environ.update(TF_CPP_MIN_LOG_LEVEL="3", KERAS_BACKEND=backend or here)
@@ -47,9 +49,9 @@ def alone(job: Callable[..., Any], *arguments: Any, backend: str | None = None) 
 
 @functools.cache
 def device() -> str | None:
-    """Return the name of the accelerator that steps run on, `None` for CPUs.
+    """Return the name of the accelerator that steps run on, or `None` for CPUs.
 
-    A process of its own looks for it, so that this one leaves the accelerator's memory alone.
+    A new process looks for the accelerator, so that this process does not occupy its memory.
     """
     return alone(accelerator)
 
@@ -57,7 +59,14 @@ def device() -> str | None:
 def step_times(
     mode: str, shapes: Sequence[Shape], seconds: float, names: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """Time the contestants that `modes.samplers` returns, interleaved."""
+    """Time the steps of several contestants, interleaved, and return quartiles and counts.
+
+    Args:
+        mode: a way to take a step, a key of `modes.CONTESTANTS`.
+        shapes: the shapes of the weights.
+        seconds: the time to measure for, all contestants together.
+        names: the contestants; `None` for all whose steps this backend can take.
+    """
     samples = interleaved(samplers(mode, shapes, names), seconds)
     result = {
         "parameters": parameters(shapes),
@@ -75,10 +84,11 @@ def step_times(
 
 
 def memory_limit(shapes: Sequence[Shape]) -> dict[str, Any]:
-    """Measure the shortest time in which memory can move the data of a step.
+    """Measure the shortest time in which memory can move the data of one step.
 
-    The fastest library counts, each in a process of its own, for none is the fastest
-    everywhere. On an accelerator, which others may not be built for, it is the one in use.
+    Each installed library measures the bandwidth in its own process and the fastest counts,
+    because none is the fastest on every machine. On an accelerator only the backend in use
+    measures, because other libraries may not be built for that accelerator.
     """
     installed = [backend for backend in BACKENDS if importlib.util.find_spec(backend)]
     measured = [keras.backend.backend()] if device() else installed
@@ -91,7 +101,15 @@ def memory_limit(shapes: Sequence[Shape]) -> dict[str, Any]:
 
 
 def step_costs(shapes: Sequence[Shape], name: str) -> dict[str, float | None]:
-    """What the first step of a built optimizer costs, and the memory of a later one."""
+    """Measure the time and the peak memory of an optimizer's first step, and of a later step.
+
+    A peak is `None` where the system does not report it. Percentages are of the size of the
+    weights.
+
+    Args:
+        shapes: the shapes of the weights.
+        name: an optimizer, one of `modes.COSTS_OF`.
+    """
     step = function_step(name, shapes)
     begin = time.perf_counter()
     first_peak = peak_of(step)

@@ -1,9 +1,9 @@
 """Times what GradientNormLogger adds to the training steps of a ResNet-20.
 
-All variants are interleaved in one process, in short calls of `fit`; what is fetched
-and written at the end of an epoch counts as part of its steps. A step at batch 128
-takes so long that the noise hides what a logger adds. So that is also measured on one
-tiny image, where the same variables are updated and little else happens.
+All variants are interleaved in one process, in short calls of `fit`. The time to fetch and
+write values at the end of an epoch counts as part of the epoch's steps. A step at batch 128
+takes so long that noise hides what a logger adds. So the loggers are also timed on batches of
+one tiny image, where the same variables are updated and little else is computed.
 
     python benchmarks/logging_cost.py             twenty minutes
     python benchmarks/logging_cost.py --quick     a smoke run
@@ -57,11 +57,15 @@ VARIANTS = [
 
 
 def name_of(optimizer: str, logger: str | None) -> str:
+    """Return the name of a variant, by which results are stored."""
     return f"{optimizer}, {logger or 'no logger'}"
 
 
 class _Clock(keras.callbacks.Callback):
-    """When the first step ended, and when the epoch did. Comes after the logger."""
+    """Callback that times an epoch from its second step on, logging at its end included.
+
+    It must be listed after the logger, whose callbacks then end before this one's.
+    """
 
     async_safe = True
 
@@ -79,7 +83,14 @@ class _Clock(keras.callbacks.Callback):
 
 
 def sampler(optimizer: str, logger: str | None, size: str, folder: str) -> Sampler:
-    """Seconds per step of an epoch, but for its first step."""
+    """Return a sampler that trains one epoch and gives its seconds per step, without the first.
+
+    Args:
+        optimizer: a key of `contestants.KERAS`.
+        logger: a key of `LOGGERS`, or `None` to train without a logger.
+        size: "tiny" for batches of one 4x4 image, or "batch".
+        folder: the folder that the logger writes to.
+    """
     count = 1 if size == "tiny" else BATCH
     side = 4 if size == "tiny" else 32
     generator = np.random.default_rng(0)
@@ -105,6 +116,7 @@ def sampler(optimizer: str, logger: str | None, size: str, folder: str) -> Sampl
 
 
 def make_logger(name: str, folder: str) -> GradientNormLogger:
+    """Return the logger of this name in `LOGGERS`; its files, if any, are in `folder`."""
     arguments = dict(LOGGERS[name])
     if arguments.pop("files", False):
         arguments |= {"log_dir": folder, "filename": f"{folder}/log.csv"}
@@ -112,14 +124,21 @@ def make_logger(name: str, folder: str) -> GradientNormLogger:
 
 
 def times(size: str, seconds: float) -> dict[str, list[float]]:
-    """Samples of all variants. The n-th of all belong together."""
+    """Time all variants, interleaved, and return their samples by variant.
+
+    The n-th sample of every variant was measured in the same round.
+    """
     with tempfile.TemporaryDirectory() as folder:
         samplers = {name_of(*v): sampler(*v, size, folder) for v in VARIANTS}
         return interleaved(samplers, seconds, warm_up=1)
 
 
 def costs(samples: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """Against the same optimizer without a logger, within a round."""
+    """Return what each logger adds to a step, in milliseconds and in percent.
+
+    Each sample is compared with the sample of the same round of the same optimizer without a
+    logger.
+    """
     result: dict[str, Any] = {}
     for optimizer, logger in VARIANTS:
         own = np.array(samples[name_of(optimizer, logger)])
@@ -134,7 +153,7 @@ def costs(samples: Mapping[str, Sequence[float]]) -> dict[str, Any]:
 
 
 def table(results: Mapping[str, Any]) -> list[list[str]]:
-    """The rows of the README."""
+    """Return the rows of the README's table of what logging costs."""
     rows = [["optimizer", "`GradientNormLogger`", "adds, ms", "% of a step", "% measured in steps"]]
     for optimizer, logger in VARIANTS:
         if logger is None:
@@ -155,6 +174,7 @@ def table(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Time all variants, write the results to `logging_cost.json` and return them."""
     results: dict[str, Any] = {"machine": machine()}
     for size, share in (("tiny", 0.1), ("batch", 0.9)):
         print(f"Measuring: {size} ...", flush=True)

@@ -1,8 +1,8 @@
 """Shows that the memory of GradientNormLogger does not grow with the length of an epoch.
 
-One epoch of a model with 60 variables, with all values of every update written to a CSV file
-and to TensorBoard. Prints the memory of the process, how many blocks of it Python has
-allocated, and how many updates the CSV file still lacks.
+It trains a model with 60 variables for one epoch. All values of every update are written to a
+CSV file and to TensorBoard. It prints the memory of the process, the number of blocks that
+Python has allocated, and the number of updates that the CSV file still lacks.
 
     python benchmarks/logging_memory.py            20,000 updates, five minutes
     python benchmarks/logging_memory.py --trace    bytes instead of blocks, an hour
@@ -32,14 +32,19 @@ QUICK = (10, 20)
 
 
 def python_memory() -> str:
-    """Return what Python has allocated: bytes if that is traced, else blocks."""
+    """Return the memory that Python has allocated: bytes if `tracemalloc` traces, else blocks."""
     if tracemalloc.is_tracing():
         return f"{tracemalloc.get_traced_memory()[0] / 1e6:.1f} MB"
     return f"{sys.getallocatedblocks():,} blocks"
 
 
 class Meter(keras.callbacks.Callback):
-    """Prints the memory in use after some numbers of updates."""
+    """Callback that prints the memory in use after chosen numbers of updates.
+
+    Args:
+        updates: the numbers of updates after which to print, in ascending order.
+        filename: the CSV file that a logger writes; its missing updates are counted.
+    """
 
     async_safe = True
 
@@ -59,6 +64,7 @@ class Meter(keras.callbacks.Callback):
         self._bar.close()
 
     def _cells(self, updates: int) -> list[str]:
+        """Return the cells of the table's row for the present number of updates."""
         process = resident()
         return [
             f"{updates:,}",
@@ -68,22 +74,25 @@ class Meter(keras.callbacks.Callback):
         ]
 
     def _updates_written(self) -> int:
+        """Return the number of lines of the CSV file, without its header."""
         with self._filename.open("rb") as file:
             return max(sum(1 for _ in file) - 1, 0)
 
 
 def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the same batch of two samples without end."""
     x = np.random.default_rng(0).normal(size=(2, FEATURES)).astype("float32")
     while True:
         yield x, x
 
 
 def measure(updates: Sequence[int], **arguments: Any) -> None:
-    """Train one epoch, and print the memory in use after each of these numbers of updates.
+    """Train for one epoch, and print the memory in use after chosen numbers of updates.
 
     Args:
-        updates: how many, in ascending order.
-        **arguments: of the logger.
+        updates: the numbers of updates after which to print, in ascending order. The epoch
+            ends at the last one.
+        **arguments: keyword arguments of the logger.
     """
     layers = [keras.layers.Dense(FEATURES, "tanh") for _ in range(LAYERS)]
     model = keras.Sequential([keras.Input((FEATURES,)), *layers])

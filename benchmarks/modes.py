@@ -1,4 +1,4 @@
-"""The ways in which a program may take the step of an optimizer, on the backend in use."""
+"""Modes, the ways in which a program may take a step, on the backend in use."""
 
 import importlib
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ from timing import Sampler
 _here = importlib.import_module(f"modes_{keras.backend.backend()}")
 
 CONTESTANTS: dict[str, tuple[str, ...]] = _here.CONTESTANTS
-"""By mode, those of other libraries included."""
+"""Names of the contestants of each mode, steps of other libraries included."""
 COSTS_OF: tuple[str, ...] = _here.COSTS_OF
-"""Whose first step is measured."""
+"""Names of the optimizers whose first step is measured."""
 
 
 def samplers(
@@ -24,8 +24,9 @@ def samplers(
 
     Args:
         mode: a key of `CONTESTANTS`.
-        shapes: of the weights.
-        names: of contestants whose steps this backend can take; `None` for all of these.
+        shapes: the shapes of the weights.
+        names: the contestants, whose steps this backend must be able to take; `None` for all
+            whose steps it can take.
     """
     if names is None:
         here = keras.backend.backend()
@@ -40,10 +41,15 @@ def contestants(mode: str) -> dict[str, str]:
 
 
 def function_step(name: str, shapes: Sequence[Shape]) -> Step:
-    """The step of a built optimizer as it is a part of Keras' training function."""
+    """Return a step of a built optimizer, run as Keras' training function runs it.
+
+    Args:
+        name: a Keras optimizer, one of the contestants or of `COSTS_OF`.
+        shapes: the shapes of the weights.
+    """
     return _here.function_step(name, _here.gradients("function", shapes))
 
 
 def accelerator() -> str | None:
-    """The name of the device that steps run on, None for CPUs."""
+    """Return the name of the accelerator that steps run on, or `None` for CPUs."""
     return _here.accelerator()

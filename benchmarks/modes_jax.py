@@ -1,4 +1,7 @@
-"""The ways in which a program may take the step of an optimizer on JAX."""
+"""Modes, the ways in which a program may take a step, on JAX.
+
+Benchmarks use it through `modes.py`.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -20,26 +23,31 @@ COSTS_OF = ("SNGM", "SGD")
 
 
 def accelerator() -> str | None:
+    """Return the name of the accelerator that steps run on, or `None` for CPUs."""
     device = jax.devices()[0]
     return None if device.platform == "cpu" else device.device_kind
 
 
 def gradients(mode: str, shapes: Sequence[Shape]) -> list[jax.Array]:
+    """Return random gradients, the same for all contestants and modes."""
     keys = jax.random.split(jax.random.key(0), len(shapes))
     return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
 def sampler(mode: str, name: str, gradients: Sequence[jax.Array]) -> Sampler:
+    """Return a sampler of the time that a contestant takes for a step in a mode."""
     if name == "Optax":
         return stopwatch(optax_chain([np.asarray(g) for g in gradients]))
     return _KERAS[mode](name, gradients)
 
 
 def function_step(name: str, gradients: Sequence[jax.Array]) -> Step:
+    """Return a compiled step of a Keras optimizer among the contestants."""
     return _stateless(KERAS[name](), gradients)
 
 
 def _stateless(optimizer: keras.optimizers.Optimizer, gradients: Sequence[jax.Array]) -> Step:
+    """Return a step that compiles the optimizer's `stateless_apply`."""
     variables = weights([g.shape for g in gradients])
     optimizer.build(variables)
     return compiled(
@@ -51,10 +59,12 @@ def _stateless(optimizer: keras.optimizers.Optimizer, gradients: Sequence[jax.Ar
 
 
 def _function(name: str, gradients: Sequence[jax.Array]) -> Sampler:
+    """Return a sampler of steps within `jax.jit`."""
     return stopwatch(function_step(name, gradients))
 
 
 def _eager(name: str, gradients: Sequence[jax.Array]) -> Sampler:
+    """Return a sampler of steps by `optimizer.apply` outside of `jax.jit`."""
     variables = weights([g.shape for g in gradients])
     optimizer = KERAS[name]()
     optimizer.build(variables)
@@ -67,7 +77,7 @@ def _eager(name: str, gradients: Sequence[jax.Array]) -> Sampler:
 
 
 def _accumulate(name: str, gradients: Sequence[jax.Array]) -> Sampler:
-    """Time per micro-batch."""
+    """Return a sampler of whole accumulation cycles, in seconds per micro-batch."""
     step = _stateless(accumulating(name), gradients)
     return stopwatch(lambda: [step() for _ in range(MICRO_BATCHES)], steps=MICRO_BATCHES)
 

@@ -1,4 +1,7 @@
-"""The ways in which a program may take the step of an optimizer on TensorFlow."""
+"""Modes, the ways in which a program may take a step, on TensorFlow.
+
+Benchmarks use it through `modes.py`.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,7 +27,7 @@ COSTS_OF = ("SNGM", *SNGM_COMPILATIONS, "SGD")
 
 
 def momentum_kernel(gradients: Gradients) -> Step:
-    """TensorFlow's kernel for momentum SGD: a step without a norm and without Keras."""
+    """Return a step by TensorFlow's kernel for momentum SGD, without a norm and without Keras."""
     weights = [tf.Variable(tf.ones(shape)) for shape in gradients.shapes]
     momentums = [tf.Variable(tf.zeros(shape)) for shape in gradients.shapes]
 
@@ -48,28 +51,33 @@ CONTESTANTS: dict[str, tuple[str, ...]] = {
 
 
 def accelerator() -> str | None:
+    """Return the name of the first GPU, which steps run on, or `None` for CPUs."""
     for gpu in tf.config.list_physical_devices("GPU"):
         return tf.config.experimental.get_device_details(gpu)["device_name"]
     return None
 
 
 def gradients(mode: str, shapes: Sequence[Shape]) -> Gradients:
+    """Return random gradients; for mode `mirrored`, split the CPU into two devices before."""
     if mode == "mirrored":
         _split_cpu()
     return Gradients(shapes)
 
 
 def sampler(mode: str, name: str, gradients: Gradients) -> Sampler:
+    """Return a sampler of the time that a contestant takes for a step in a mode."""
     if name == "momentum kernel":
         return stopwatch(momentum_kernel(gradients))
     return _KERAS[mode](name, gradients)
 
 
 def function_step(name: str, gradients: Gradients) -> Step:
+    """Return a step of a Keras optimizer in a `tf.function`."""
     return _in_graph((KERAS | SNGM_COMPILATIONS)[name](), gradients)
 
 
 def _in_graph(optimizer: keras.optimizers.Optimizer, gradients: Gradients) -> Step:
+    """Return a step that runs the optimizer's `apply` in a `tf.function`."""
     variables = weights(gradients.shapes)
     optimizer.build(variables)
 
@@ -80,11 +88,13 @@ def _in_graph(optimizer: keras.optimizers.Optimizer, gradients: Gradients) -> St
 
 
 def _traced(step: Step) -> Step:
-    # A partial, for TensorFlow warns of many traces of one piece of code.
+    """Return a step as a `tf.function`."""
+    # TensorFlow warns of many traces of one Python function; each partial is a new object.
     return tf.function(partial(step), autograph=False)
 
 
 def _eager(name: str, gradients: Gradients) -> Sampler:
+    """Return a sampler of steps by `optimizer.apply` outside of a `tf.function`."""
     variables = weights(gradients.shapes)
     tensors = gradients.tensors()
     optimizer = KERAS[name]()
@@ -93,11 +103,12 @@ def _eager(name: str, gradients: Gradients) -> Sampler:
 
 
 def _function(name: str, gradients: Gradients) -> Sampler:
+    """Return a sampler of steps in a `tf.function`."""
     return stopwatch(function_step(name, gradients))
 
 
 def _accumulate(name: str, gradients: Gradients) -> Sampler:
-    """Time per micro-batch."""
+    """Return a sampler of whole accumulation cycles, in seconds per micro-batch."""
     step = _in_graph(accumulating(name), gradients)
 
     def update() -> None:
@@ -108,6 +119,7 @@ def _accumulate(name: str, gradients: Gradients) -> Sampler:
 
 
 def _mirrored(name: str, gradients: Gradients) -> Sampler:
+    """Return a sampler of steps on two replicas of a `MirroredStrategy`."""
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     with strategy.scope():
         variables = weights(gradients.shapes)
@@ -115,14 +127,14 @@ def _mirrored(name: str, gradients: Gradients) -> Sampler:
         optimizer.build(variables)
 
     def replica_step() -> None:
-        # Each replica has tensors of its own, as if it had computed them.
+        # Replicas that compute gradients do not share tensors, so each gets copies.
         optimizer.apply([tf.identity(g) for g in gradients.tensors()], variables)
 
     return stopwatch(_traced(lambda: strategy.run(replica_step)))
 
 
 def _split_cpu() -> None:
-    """Two devices in place of one, as long as TensorFlow has not used it yet."""
+    """Split the CPU into two logical devices; TensorFlow must not have used the CPU yet."""
     tf.config.set_logical_device_configuration(
         tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
     )
@@ -144,6 +156,7 @@ class _OptimizerAlone(keras.Model):
 
 
 def _fit(name: str, gradients: Gradients) -> Sampler:
+    """Return a sampler of training steps of `fit(jit_compile=True)` that only run the optimizer."""
     model = _OptimizerAlone(gradients)
     model.compile(optimizer=KERAS[name](), jit_compile=True)
     return fit_sampler(model, tf.constant([0.0]), STEPS_OF_A_FIT)

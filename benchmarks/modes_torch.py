@@ -1,4 +1,7 @@
-"""The ways in which a program may take the step of an optimizer on PyTorch."""
+"""Modes, the ways in which a program may take a step, on PyTorch.
+
+Benchmarks use it through `modes.py`.
+"""
 
 from collections.abc import Sequence
 
@@ -18,21 +21,26 @@ COSTS_OF = ("SNGM", "SGD")
 
 
 def device() -> torch.device:
-    """Where Keras puts variables."""
+    """Return the device on which Keras creates variables."""
     return keras.ops.zeros(()).device
 
 
 def accelerator() -> str | None:
+    """Return the name of the GPU that steps run on, or `None` for CPUs."""
     return torch.cuda.get_device_name() if device().type == "cuda" else None
 
 
 def gradients(mode: str, shapes: Sequence[Shape]) -> list[torch.Tensor]:
-    """Of all contestants. Some write to them, which leaves them as good as others."""
+    """Return random gradients for all contestants.
+
+    Some contestants write to the gradients. The changed gradients serve the others as well.
+    """
     generator = torch.Generator(device()).manual_seed(0)
     return [torch.randn(shape, generator=generator, device=device()) for shape in shapes]
 
 
 def sampler(mode: str, name: str, gradients: Sequence[torch.Tensor]) -> Sampler:
+    """Return a sampler of the time that a contestant takes for a step in a mode."""
     if name == "PyTorch":
         return stopwatch(clipped_sgd([g.cpu().numpy() for g in gradients], device()))
     if mode == "function":
@@ -42,15 +50,17 @@ def sampler(mode: str, name: str, gradients: Sequence[torch.Tensor]) -> Sampler:
 
 
 def function_step(name: str, gradients: Sequence[torch.Tensor]) -> Step:
+    """Return a step of a Keras optimizer among the contestants."""
     return _apply(KERAS[name](), gradients)
 
 
 def _apply(optimizer: keras.optimizers.Optimizer, gradients: Sequence[torch.Tensor]) -> Step:
+    """Return a step by the optimizer's `apply`, which waits for the device."""
     variables = weights([g.shape for g in gradients])
     optimizer.build(variables)
 
     def step() -> None:
-        with torch.no_grad():  # as in Keras' training step
+        with torch.no_grad():  # Keras' training step does so, too.
             optimizer.apply(gradients, variables)
 
     return finished(step, device())

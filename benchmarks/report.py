@@ -1,4 +1,4 @@
-"""Tables and the picture of what `step_time.py` has measured."""
+"""Tables and a picture of the times that `step_time.py` measures."""
 
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -21,9 +21,10 @@ BARS = {
     "Optax": "tab:purple",
 }
 RIVALS = ("SGD", "Optax", "PyTorch")
-"""Compared with SNGM round by round."""
+"""Contestants whose ratio to SNGM within a round is shown."""
 LIMIT = "memory bandwidth"
 
+# Each row of the summary: a mode, the contestant, and the SNGM that it is compared with.
 _SUMMARY = {
     "SGD": ("function", "SGD", "SNGM"),
     "SGD, eager": ("eager", "SGD", "SNGM"),
@@ -42,12 +43,15 @@ _SUMMARY = {
     "PyTorch": ("function", "PyTorch", "SNGM"),
 }
 _LEAST_LIMIT_MS = 1.0
-"""Below this a step is calls, and memory says nothing about it."""
+"""Least memory limit that a step is compared with. In shorter steps calls take most of the time,
+and the bandwidth of the memory says nothing about them."""
 _LEAST_SHOWN = 0.2
-"""In the picture, of the time of SGD. Limits below would squeeze all the rest."""
+"""Lower end of the picture's axis, as a fraction of the time of SGD. Memory limits below it are cut
+off, as they would squeeze everything else."""
 
 
 def print_tables(results: dict[str, Any]) -> None:
+    """Print the machine and all tables of a file of results."""
     machine = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     print(f"\n{machine['processor']}, {machine['cores']} cores")
@@ -66,7 +70,7 @@ def print_tables(results: dict[str, Any]) -> None:
 
 
 def summary(results: dict[str, Any]) -> list[list[str]]:
-    """The rows of the README's table: how many times as long as SNGM others take."""
+    """Return the rows of the README's table of step times, others as multiples of SNGM's."""
     columns = [["", "variables, parameters", "SNGM, ms", *_SUMMARY, "SNGM / limit"]]
     for model, modes in results["steps"].items():
         measured = modes["function"]
@@ -80,7 +84,7 @@ def summary(results: dict[str, Any]) -> list[list[str]]:
 
 
 def training(results: dict[str, Any]) -> list[list[str]]:
-    """The rows of the README's table of whole training steps."""
+    """Return the rows of the README's table of whole training steps."""
     rows = [["task", "batch", "XLA", "SNGM, ms", "SGD", "Adam"]]
     for task, modes in results["steps"].items():
         for mode, measured in modes.items():
@@ -97,11 +101,13 @@ def training(results: dict[str, Any]) -> list[list[str]]:
 
 
 def _ratio(measured: dict[str, Any] | None, over: str, sngm: str = "SNGM") -> str:
+    """Return the median time of `over` divided by that of `sngm`, or a dash if not measured."""
     times = measured["times_ms"] if measured else {}
     return f"{times[over][1] / times[sngm][1]:.2f}" if over in times else "–"
 
 
 def print_mode(results: dict[str, Any], mode: str) -> None:
+    """Print the table of step times of one mode, a row for each model."""
     measured = {model: modes[mode] for model, modes in results["steps"].items() if modes.get(mode)}
     names = list(dict.fromkeys(name for m in measured.values() for name in m["times_ms"]))
     print(f"\nMode `{mode}`, ms per step: median (quartiles)\n")
@@ -120,13 +126,17 @@ def print_mode(results: dict[str, Any], mode: str) -> None:
 
 
 def _limit(results: dict[str, Any], model: str, mode: str) -> float | None:
-    """The time in which memory could move one step's data, measured beside `function`."""
+    """Return the time in which memory could move the data of one step, `None` if unknown.
+
+    It was measured together with mode `function`.
+    """
     if mode in ("mirrored", "accumulate"):
-        return None  # these move other amounts
+        return None  # A step in these modes moves another amount of data.
     return (results["steps"][model].get("function") or {}).get("limit_ms")
 
 
 def print_costs(costs: dict[str, dict[str, Any]]) -> None:
+    """Print the table of the time and the memory of first steps, if there are any."""
     if not costs:
         return
     print("\nThe first step, and the memory a step takes besides what is there\n")
@@ -152,6 +162,7 @@ def print_costs(costs: dict[str, dict[str, Any]]) -> None:
 
 
 def print_growth(title: str, of: str, points: Sequence[dict[str, Any]]) -> None:
+    """Print the table of step times by number of `of`, "parameters" or "variables"."""
     if not points:
         return
     print(f"\n{title}, ms per step: median (quartiles)\n")
@@ -165,6 +176,7 @@ def print_growth(title: str, of: str, points: Sequence[dict[str, Any]]) -> None:
 
 
 def print_table_model(table: dict[str, Any]) -> None:
+    """Print the step times of the model that is one embedding table, if there are any."""
     if not table:
         return
     print("\nOne table of 10^9 parameters, ms per step: median (quartiles)\n")
@@ -177,6 +189,7 @@ def print_table_model(table: dict[str, Any]) -> None:
 
 
 def draw(results: dict[str, Any], path: pathlib.Path) -> None:
+    """Draw step times by model and by size into a file, if there are any."""
     growth = {of: points for of, points in results["growth"].items() if points}
     bars = ["models"] if "function" in _modes(results) else []
     if not (bars or growth):
@@ -195,6 +208,7 @@ def draw(results: dict[str, Any], path: pathlib.Path) -> None:
 
 
 def _draw_models(ax: Axes, steps: dict[str, Any]) -> None:
+    """Draw the step times of all models in mode `function` as bars, relative to SGD's."""
     measured = {model: modes["function"] for model, modes in steps.items() if modes.get("function")}
     names = [name for name in BARS if any(name in m["times_ms"] for m in measured.values())]
     width = 0.85 / len(names)
@@ -218,7 +232,7 @@ def _draw_models(ax: Axes, steps: dict[str, Any]) -> None:
     ax.axhline(1.0, color="tab:orange", linewidth=0.8, zorder=0)
     ax.set_xticks(range(len(measured)), [_model_label(*item) for item in measured.items()])
     ax.set_yscale("log")
-    ax.set_ylim(_LEAST_SHOWN, 3 * ax.get_ylim()[1])  # room for the legend
+    ax.set_ylim(_LEAST_SHOWN, 3 * ax.get_ylim()[1])  # The legend needs room.
     ax.yaxis.set_major_formatter("{x:g}")
     ax.set_ylabel("time of a step, Keras SGD = 1")
     ax.set_title("The step alone, in a training function")
@@ -226,6 +240,7 @@ def _draw_models(ax: Axes, steps: dict[str, Any]) -> None:
 
 
 def _relative(measured: dict[str, Any], milliseconds: float) -> float:
+    """Return a time as a multiple of the median time of SGD."""
     return milliseconds / measured["times_ms"]["SGD"][1]
 
 
@@ -235,6 +250,7 @@ def _model_label(model: str, measured: dict[str, Any]) -> str:
 
 
 def _short(parameters: int) -> str:
+    """Format a number of parameters in thousands or millions."""
     if parameters >= 1e6:
         return f"{parameters / 1e6:.1f} M"
     return f"{parameters / 1e3:.0f} k"
@@ -260,6 +276,7 @@ def _draw_growth_with_variables(ax: Axes, points: Sequence[dict[str, Any]]) -> N
 
 
 def _draw_growth(ax: Axes, of: str, points: Sequence[dict[str, Any]]) -> None:
+    """Draw the step times of SNGM and SGD by number of `of`, "parameters" or "variables"."""
     for name in ("SNGM", "SGD"):
         ax.plot(
             [point[of] for point in points],
@@ -276,7 +293,7 @@ def _draw_growth(ax: Axes, of: str, points: Sequence[dict[str, Any]]) -> None:
 
 
 def _modes(results: dict[str, Any]) -> list[str]:
-    """The modes that at least one model was measured in."""
+    """Return the modes in which at least one model was measured."""
     measured = (
         mode for modes in results["steps"].values() for mode, result in modes.items() if result
     )
@@ -284,6 +301,7 @@ def _modes(results: dict[str, Any]) -> list[str]:
 
 
 def print_rows(rows: Sequence[Sequence[str]]) -> None:
+    """Print a Markdown table, the first row as its header."""
     header, *others = rows
     print_header(*header)
     for row in others:
@@ -300,6 +318,7 @@ def print_row(*cells: str) -> None:
 
 
 def spread(quartiles: Iterable[float] | None) -> str:
+    """Format quartiles as "median (lower–upper)", `None` as a dash."""
     if quartiles is None:
         return "–"
     low, median, high = map(number, quartiles)
@@ -307,7 +326,7 @@ def spread(quartiles: Iterable[float] | None) -> str:
 
 
 def number(value: float | None) -> str:
-    """Three significant digits, never an exponent."""
+    """Format a number with three significant digits and without an exponent, `None` as a dash."""
     if value is None:
         return "–"
     if abs(value) >= 100:

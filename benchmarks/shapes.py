@@ -7,16 +7,17 @@ Shape = tuple[int, ...]
 
 
 def parameters(shapes: Sequence[Shape]) -> int:
+    """Return the number of parameters of all variables together."""
     return sum(math.prod(shape) for shape in shapes)
 
 
 def even(parameters: int, variables: int) -> list[Shape]:
-    """So many parameters, in vectors of one length."""
+    """Return the shapes of `variables` vectors of one length, `parameters` in all."""
     return [(parameters // variables,)] * variables
 
 
 def _resnet20() -> list[Shape]:
-    """The CIFAR variant, convolutions without bias."""
+    """Return the shapes of the ResNet-20 for CIFAR, whose convolutions have no bias."""
     shapes = _normalized_conv(3, 3, 16, bias=False)
     channels = 16
     for width in (16, 32, 64):
@@ -28,7 +29,7 @@ def _resnet20() -> list[Shape]:
 
 
 def _resnet50() -> list[Shape]:
-    """As in `keras.applications`, convolutions with bias."""
+    """Return the shapes of the ResNet-50 of `keras.applications`, convolutions with bias."""
     shapes = _normalized_conv(7, 3, 64)
     channels = 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
@@ -43,13 +44,13 @@ def _resnet50() -> list[Shape]:
 
 
 def _normalized_conv(size: int, inputs: int, outputs: int, bias: bool = True) -> list[Shape]:
-    """A convolution and the scale and offset of its batch normalization."""
+    """Return the shapes of a convolution and of its batch normalization's scale and offset."""
     vectors = 3 if bias else 2
     return [(size, size, inputs, outputs), *[(outputs,)] * vectors]
 
 
 def _bert_base(width: int = 768) -> list[Shape]:
-    """Without the pooler."""
+    """Return the shapes of BERT-base without its pooler."""
     embeddings = [(30522, width), (512, width), (2, width)]
     normalization = [(width,)] * 2
     layer = [
@@ -61,6 +62,7 @@ def _bert_base(width: int = 768) -> list[Shape]:
     return [*embeddings, *normalization, *layer * 12]
 
 
+# Shapes of the trainable variables of each model.
 MODELS: dict[str, list[Shape]] = {
     "resnet20": _resnet20(),
     "vectors": [(64,)] * 1_000,
@@ -68,6 +70,7 @@ MODELS: dict[str, list[Shape]] = {
     "bert_base": _bert_base(),
 }
 
+# Names of the models in tables and pictures.
 NAMES = {
     "resnet20": "ResNet-20",
     "vectors": "1,000 x 64",

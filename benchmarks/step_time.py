@@ -1,9 +1,9 @@
 """Times the step of SNGM against other optimizers, with random gradients.
 
-Every model and mode has a process of its own, in which the optimizers that are compared are
-interleaved. A process imports one backend alone: beside TensorFlow, the steps of PyTorch and
-those of Optax are taken in processes of their own. So is the bandwidth of the memory measured,
-once with each library.
+Every model and mode is measured in its own process, in which the compared optimizers are
+interleaved. A process imports only one backend: if Keras runs on TensorFlow, the steps of
+PyTorch and of Optax are taken in separate processes. The bandwidth of the memory is also measured
+in separate processes, once with each library.
 
     python benchmarks/step_time.py                    everything, about an hour
     python benchmarks/step_time.py --quick            a smoke run
@@ -11,7 +11,7 @@ once with each library.
     python benchmarks/step_time.py --report           tables and picture once more
     KERAS_BACKEND=jax python benchmarks/step_time.py  with JAX, or torch
 
-Each backend has a file of results, and one more for steps on an accelerator.
+Results of each backend are in one file, those of steps on an accelerator in another.
 """
 
 import argparse
@@ -37,7 +37,7 @@ GROWING = ("SNGM", "SGD")
 
 
 class Job(NamedTuple):
-    """Something to measure, and what to do with the result."""
+    """A measurement: its title, a function that measures, and one that stores the result."""
 
     title: str
     measure: Callable[[], Any]
@@ -45,6 +45,7 @@ class Job(NamedTuple):
 
 
 def step_jobs(results: dict[str, Any], arguments: argparse.Namespace) -> list[Job]:
+    """Return the jobs that time steps, one for each model and mode."""
     return [
         Job(
             f"{model}, {mode}",
@@ -59,10 +60,14 @@ def step_jobs(results: dict[str, Any], arguments: argparse.Namespace) -> list[Jo
 
 
 def model_times(shapes: Sequence[Shape], mode: str, seconds: float) -> dict[str, Any]:
-    """Time all contestants of a mode: those of this backend interleaved, the others alone."""
+    """Time all contestants of a mode.
+
+    The contestants of this backend are interleaved in one process. Each contestant of another
+    backend has its own process.
+    """
     result = times(mode, shapes, seconds)
     for name, backend in others(mode).items():
-        # Every backend has this mode, and the step of another library is the same in all modes.
+        # The step of another library is the same in all modes, and every backend has `function`.
         job = (step_times, "function", shapes, seconds / 4, [name])
         own = alone(*job, backend=backend)
         for key in ("times_ms", "samples"):
@@ -73,7 +78,7 @@ def model_times(shapes: Sequence[Shape], mode: str, seconds: float) -> dict[str,
 def others(mode: str) -> dict[str, str]:
     """Return the contestants of a mode whose steps other backends take, with these backends.
 
-    Beside an accelerator those are left out whose library does not use it.
+    If steps run on an accelerator, contestants whose library does not use one are left out.
     """
     return {
         name: backend
@@ -86,12 +91,16 @@ def others(mode: str) -> dict[str, str]:
 def times(
     mode: str, shapes: Sequence[Shape], seconds: float, names: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """Time contestants of this backend; in mode `function` also measure the memory's limit."""
+    """Time contestants of this backend in a new process.
+
+    In mode `function`, also measure the time in which memory could move the data of a step.
+    """
     limit = memory_limit(shapes) if mode == "function" else {}
     return {**limit, **alone(step_times, mode, shapes, seconds, names)}
 
 
 def cost_jobs(results: dict[str, Any], arguments: argparse.Namespace) -> list[Job]:
+    """Return the jobs that measure the time and the memory of first steps."""
     return [
         Job(
             f"{model}, first step of {name}",
@@ -106,6 +115,7 @@ def cost_jobs(results: dict[str, Any], arguments: argparse.Namespace) -> list[Jo
 
 
 def growth_jobs(results: dict[str, Any], arguments: argparse.Namespace) -> list[Job]:
+    """Return the jobs that time steps by number of parameters and by number of variables."""
     series = {
         "parameters": [even(total, 10) for total in arguments.parameters],
         "variables": [even(10**6, variables) for variables in arguments.variables],
@@ -122,13 +132,17 @@ def growth_jobs(results: dict[str, Any], arguments: argparse.Namespace) -> list[
 
 
 def _add_point(points: list[dict[str, Any]], of: str, result: dict[str, Any] | None) -> None:
+    """Insert a result into points sorted by `of`; it replaces a point of the same size."""
     if result:
         points[:] = [point for point in points if point[of] != result[of]] + [result]
         points.sort(key=lambda point: point[of])
 
 
 def growth_point(shapes: Sequence[Shape], seconds: float) -> dict[str, Any] | None:
-    """Interleaved where memory allows, otherwise one optimizer after the other."""
+    """Time SNGM and SGD: interleaved if memory allows, otherwise one after the other.
+
+    Returns `None` if there is not even memory for one of them.
+    """
     if _fits(shapes, arrays=7):
         return times("function", shapes, seconds, GROWING)
     if not _fits(shapes, arrays=5):
@@ -138,6 +152,8 @@ def growth_point(shapes: Sequence[Shape], seconds: float) -> dict[str, Any] | No
 
 
 def table_jobs(results: dict[str, Any], arguments: argparse.Namespace) -> list[Job]:
+    """Return the jobs that time steps on one large embedding table."""
+
     def measure(name: str) -> dict[str, Any] | None:
         if not _fits(TABLE, arrays=5):
             return None
@@ -154,15 +170,17 @@ def table_jobs(results: dict[str, Any], arguments: argparse.Namespace) -> list[J
 
 
 def _fits(shapes: Sequence[Shape], arrays: int) -> bool:
-    """Whether memory holds so many arrays of the size of the weights."""
+    """Return whether free memory holds `arrays` float32 copies of the weights."""
     return 4 * arrays * parameters(shapes) < memory.available()
 
 
 def run(arguments: argparse.Namespace) -> pathlib.Path:
-    """Adds to what was measured before; writes after every job, for a run takes long.
+    """Measure all that was asked for, and add it to the results of earlier runs.
+
+    The file is written after every job, so that an interrupted run loses one job only.
 
     Returns:
-        The file with the results.
+        The path of the file with the results.
     """
     results: dict[str, Any] = {
         "steps": {},
@@ -186,7 +204,7 @@ def run(arguments: argparse.Namespace) -> pathlib.Path:
             bar.set_description(job.title)
             try:
                 result = job.measure()
-            except Exception as error:  # the other jobs can still be done
+            except Exception as error:  # The other jobs can still be done.
                 tqdm.write(f"{job.title} failed:\n" + "".join(traceback.format_exception(error)))
                 result = None
             else:
@@ -199,7 +217,7 @@ def run(arguments: argparse.Namespace) -> pathlib.Path:
 
 
 def _stem() -> str:
-    """What the names of this backend's files begin with."""
+    """Return the beginning of the names of the files with this backend's results."""
     return f"step_time_{keras.backend.backend()}"
 
 

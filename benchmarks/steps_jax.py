@@ -1,4 +1,4 @@
-"""Steps that JAX compiles."""
+"""Optimizer steps that JAX compiles."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,11 +12,15 @@ from contestants import Step
 def compiled(
     update: Callable[..., tuple[Any, Any]], weights: Any, state: Any, gradients: Any
 ) -> Step:
-    """Steps that write to the memory of what they replace, as those of training do.
+    """Return a step compiled by `jax.jit` that donates weights and state, as training does.
 
     Args:
-        update: makes new weights and a new state of weights, state and gradients. JAX
-            writes a result to the first argument of its shape, so their order matters.
+        update: function of weights, state and gradients that returns the new weights and the
+            new state. JAX writes each result into the memory of the first donated argument
+            of the same shape, so the order of arguments and results matters.
+        weights: the initial weights.
+        state: the initial state of the optimizer.
+        gradients: the gradients of every step.
     """
     jitted = jax.jit(update, donate_argnums=(0, 1))
 
@@ -28,8 +32,8 @@ def compiled(
 
 
 def optax_chain(gradients: Sequence[np.ndarray]) -> Step:
-    """SNGM, put together from what Optax has."""
-    import optax  # steps of Keras' optimizers do without it
+    """Return a step of SNGM put together from transformations of Optax."""
+    import optax  # Steps of Keras' optimizers can be timed where Optax is not installed.
 
     transformation = optax.chain(
         optax.normalize_by_update_norm(),

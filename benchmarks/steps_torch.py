@@ -1,4 +1,4 @@
-"""Steps of PyTorch."""
+"""Optimizer steps of PyTorch."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,7 +9,7 @@ from contestants import Step
 
 
 def finished(step: Callable[[], object], device: torch.device) -> Step:
-    """A step that returns when the device has taken it."""
+    """Return a step that waits until the device has finished."""
     if device.type != "cuda":
         return step
 
@@ -21,10 +21,10 @@ def finished(step: Callable[[], object], device: torch.device) -> Step:
 
 
 def clipped_sgd(gradients: Sequence[np.ndarray], device: torch.device) -> Step:
-    """Clipping by the global norm, then momentum SGD in one kernel per variable."""
+    """Return a step that clips by the global norm, then takes a fused step of momentum SGD."""
     weights = [torch.ones(g.shape, requires_grad=True, device=device) for g in gradients]
     for w, g in zip(weights, gradients, strict=True):
-        w.grad = torch.tensor(g, device=device)  # a copy, for clipping writes to it
+        w.grad = torch.tensor(g, device=device)  # Clipping writes to this copy.
     optimizer = torch.optim.SGD(weights, lr=0.01, momentum=0.9, fused=True)
 
     def step() -> None:

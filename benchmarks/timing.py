@@ -1,4 +1,4 @@
-"""Times contestants against each other: all of them in every round, in random order."""
+"""Timing of contestants against each other: all of them in every round, in random order."""
 
 import gc
 import importlib.metadata
@@ -13,15 +13,19 @@ from contextlib import contextmanager
 import numpy as np
 
 Sampler = Callable[[], list[float]]
-"""Makes some steps and returns the seconds of each."""
+"""Function that takes some steps and returns the seconds of each."""
 
 PACKAGES = ("keras-sngm", "tensorflow", "keras", "numpy", "jax", "optax", "torch")
 
 
 def stopwatch(call: Callable[[], object], steps: int = 1) -> Sampler:
-    """A call that makes `steps` steps, as one sample, after one that is not timed.
+    """Return a sampler that times one call of `call`, in seconds per step.
 
-    That one brings back to the caches what the others have driven out.
+    An untimed call before it fills the caches again, which other contestants have used since.
+
+    Args:
+        call: takes `steps` steps.
+        steps: the number of steps in a call.
     """
 
     def sample() -> list[float]:
@@ -40,7 +44,19 @@ def interleaved(
     at_least: int = 5,
     at_most: int = 1_000,
 ) -> dict[str, list[float]]:
-    """Rounds until `seconds` are over. The n-th samples of all belong together."""
+    """Call all samplers once per round, in random order, until the time is over.
+
+    Args:
+        samplers: a sampler for each contestant.
+        seconds: the time after which no new round begins.
+        warm_up: the number of untimed calls of each sampler before the first round.
+        at_least: the least number of rounds, however long they take.
+        at_most: the greatest number of rounds.
+
+    Returns:
+        The samples by contestant. The n-th samples of all contestants are from the same round
+        if all samplers return equally many.
+    """
     for sampler in samplers.values():
         for _ in range(warm_up):
             sampler()
@@ -61,9 +77,9 @@ def interleaved(
 
 @contextmanager
 def _no_collection() -> Iterator[Callable[[], int]]:
-    """No garbage collection but on request."""
+    """Turn off automatic garbage collection; yield a function that collects on request."""
     gc.collect()
-    gc.freeze()  # so that what is requested takes no time
+    gc.freeze()  # Collections on request skip frozen objects, so that they are fast.
     gc.disable()
     try:
         yield gc.collect
@@ -73,28 +89,29 @@ def _no_collection() -> Iterator[Callable[[], int]]:
 
 
 def best(call: Callable[[], object], calls: int) -> float:
-    """Seconds of the fastest call after the first."""
+    """Return the seconds of the fastest of `calls` timed calls."""
     call()
     sampler = stopwatch(call)
     return min(sampler()[0] for _ in range(calls))
 
 
 def quartiles(values: Iterable[float]) -> list[float]:
-    """First quartile, median, third quartile."""
+    """Return the first quartile, the median and the third quartile."""
     return [float(q) for q in np.percentile(list(values), [25, 50, 75])]
 
 
 def quartiles_ms(seconds: Iterable[float]) -> list[float]:
+    """Return the quartiles of times in seconds, in milliseconds."""
     return [1e3 * q for q in quartiles(seconds)]
 
 
 def paired_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
-    """Quartiles of the ratio within a round."""
+    """Return the quartiles of the ratio of two contestants within a round."""
     return quartiles(a / b for a, b in zip(numerators, denominators, strict=True))
 
 
 def machine() -> dict[str, object]:
-    """What the times were measured on."""
+    """Describe the machine and the installed packages that times are measured with."""
     return {
         "processor": _processor(),
         "cores": _cores(),
@@ -113,12 +130,14 @@ def _processor() -> str:
 
 
 def _cores() -> int | None:
+    """Return the number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count()
 
 
 def _versions() -> dict[str, str]:
+    """Return the versions of those of `PACKAGES` that are installed."""
     versions = {}
     for package in PACKAGES:
         try:

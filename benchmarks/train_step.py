@@ -32,21 +32,22 @@ from common import models
 from common.arguments import parsed_on
 
 OPTIMIZERS = ("SNGM", "SGD", "Adam")
+# The `jit_compile` of each mode.
 MODES = {"graph": False, "xla": True}
 
 
 class Task(NamedTuple):
-    """A model and one batch for it."""
+    """A model, and one batch of data to train it with."""
 
     make_model: Callable[[], keras.Model]
     inputs: np.ndarray
     labels: np.ndarray
     steps_of_a_fit: int
-    """Many where a step is so short that the beginning of `fit` would show."""
+    """Timed steps in a call of `fit`. Short steps need many, or the start of `fit` would show."""
 
 
 def resnet20(quick: bool) -> Task:
-    """A ResNet-20 on 32x32 images."""
+    """Return the task to train a ResNet-20 on 32x32 images."""
     batch_size = 16 if quick else 512
     generator = np.random.default_rng(0)
     return Task(
@@ -58,7 +59,7 @@ def resnet20(quick: bool) -> Task:
 
 
 def transformer(quick: bool, tokens: int = 5_000, length: int = 64, width: int = 128) -> Task:
-    """Three layers, the next token as the label."""
+    """Return the task to train a transformer of three layers to predict the next token."""
     batch_size = 4 if quick else 32
     text = np.random.default_rng(0).integers(tokens, size=(batch_size, length + 1))
 
@@ -71,7 +72,10 @@ def transformer(quick: bool, tokens: int = 5_000, length: int = 64, width: int =
 
 
 def embedding(quick: bool, ids: int = 20, width: int = 32) -> Task:
-    """A large table whose gradient is sparse, and a small network on top."""
+    """Return the task to train a large embedding table and a small network on top of it.
+
+    The gradient of the table is sparse.
+    """
     rows, batch_size = (1_000, 64) if quick else (100_000, 1_024)
     generator = np.random.default_rng(0)
 
@@ -99,7 +103,14 @@ TASKS = {"resnet20": resnet20, "transformer": transformer, "embedding": embeddin
 
 
 def train_times(name: str, mode: str, seconds: float, quick: bool) -> dict[str, Any]:
-    """Times of a training step with each of the optimizers."""
+    """Time the training step of a task with each of the optimizers, interleaved.
+
+    Args:
+        name: a key of `TASKS`.
+        mode: a key of `MODES`.
+        seconds: the time to measure for, all optimizers together.
+        quick: whether to train on small batches.
+    """
     task = TASKS[name](quick)
     samplers = {}
     for optimizer in OPTIMIZERS:
@@ -121,7 +132,7 @@ def train_times(name: str, mode: str, seconds: float, quick: bool) -> dict[str, 
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Adds to what was measured before."""
+    """Measure all tasks that were asked for, and add them to the results of earlier runs."""
     path = arguments.output / "train_step.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"steps": {}}
     results["machine"] = machine()
@@ -131,7 +142,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             bar.set_description(f"{task}, {mode}")
             try:
                 measured = alone(train_times, task, mode, arguments.seconds, arguments.quick)
-            except Exception as error:  # the other jobs can still be done
+            except Exception as error:  # The other jobs can still be done.
                 tqdm.write(f"{task}, {mode} failed:\n{''.join(traceback.format_exception(error))}")
                 continue
             results["steps"].setdefault(task, {})[mode] = measured

@@ -1,16 +1,16 @@
 """Trains a ResNet on CIFAR-10 with SNGM at batch 4,096, on all GPUs of this machine.
 
 The networks, the dataset and the batch size are those of the paper
-(https://arxiv.org/abs/2007.13985). The learning rate is not tuned: this needs GPUs.
+(https://arxiv.org/abs/2007.13985). The learning rate is not tuned, as tuning needs GPUs.
 
     python examples/cifar10_resnet.py
     python examples/cifar10_resnet.py --depth 56 --accumulate 4 --precision mixed_bfloat16
     python examples/cifar10_resnet.py --learning-rate 0.5
 
-A batch is split among the GPUs, and further into `--accumulate` micro-batches where
-memory is short; neither changes what is learned, but for the statistics of batch
-normalization. Interrupted training goes on from its last epoch when it is started again.
-Gradient norms are in `<output>/norms.csv` and, with all else, in TensorBoard:
+A batch is split among the GPUs. If memory is short, `--accumulate` splits it further into
+micro-batches. Neither changes what is learned, except for the statistics of batch
+normalization. After an interruption the same command resumes from the last epoch.
+Gradient norms are written to `<output>/norms.csv` and to TensorBoard:
 
     tensorboard --logdir <output>/logs
 """
@@ -29,19 +29,22 @@ from keras_sngm import SNGM, GradientNormLogger
 WEIGHT_DECAY = 1e-4
 DECAY_POWER = 1.1
 PADDING = 4
-# float16 needs it; SNGM divides it out again, so it changes nothing that is learned.
+# float16 needs a loss scale. SNGM divides gradients by it, so that it does not change training.
 LOSS_SCALE = 1024.0
 
 
 def augmented(image: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Shifted by up to 4 pixels each way, every other one mirrored."""
+    """Shift an image by up to 4 pixels each way at random, and mirror it with probability 1/2."""
     padded = tf.pad(image, [[PADDING, PADDING], [PADDING, PADDING], [0, 0]])
     cropped = tf.image.random_crop(padded, tf.shape(image))
     return tf.image.random_flip_left_right(cropped), label
 
 
 def training_batches(task: data.Task, size: int) -> tf.data.Dataset:
-    """Whole batches: a smaller one at the end would weigh as much as the others."""
+    """Return shuffled and augmented batches of `size` samples.
+
+    The rest of an epoch is dropped: a smaller batch would weigh as much as the others.
+    """
     train = task.train.cache().shuffle(int(task.train.cardinality()))
     train = train.map(augmented, num_parallel_calls=tf.data.AUTOTUNE)
     return train.batch(size, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
@@ -50,7 +53,13 @@ def training_batches(task: data.Task, size: int) -> tf.data.Dataset:
 def compiled_model(
     arguments: argparse.Namespace, task: data.Task, micro_batches: int
 ) -> keras.Model:
-    """The model with its optimizer, for so many micro-batches in all."""
+    """Return the model, compiled with an SNGM whose learning rate decays to zero.
+
+    Args:
+        arguments: the command line.
+        task: the data to train on.
+        micro_batches: the number of micro-batches of the whole training.
+    """
     rate = keras.optimizers.schedules.PolynomialDecay(
         arguments.learning_rate, micro_batches, end_learning_rate=0.0, power=DECAY_POWER
     )
@@ -76,11 +85,11 @@ def compiled_model(
 
 
 def train(arguments: argparse.Namespace) -> float:
-    """Returns the accuracy on test data."""
+    """Train and save the model, and return its accuracy on test data."""
     keras.utils.set_random_seed(arguments.seed)
     task = data.load(arguments.dataset, arguments.quick)
     batches = training_batches(task, arguments.batch_size // arguments.accumulate)
-    # Whole updates alone: what is left of an epoch would wait for the next one.
+    # An epoch must not end inside an accumulation cycle, which the next epoch would complete.
     updates = int(task.train.cardinality()) // arguments.batch_size
     steps = updates * arguments.accumulate
     with tf.distribute.MirroredStrategy().scope():

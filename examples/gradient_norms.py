@@ -1,16 +1,16 @@
 """Watches a conv net and a small transformer learn with SNGM and with momentum SGD.
 
-Everything that `GradientNormLogger` can log is switched on. The data need no network:
-MNIST-1D is generated, the text is the help that comes with Python.
+Everything that `GradientNormLogger` can log is switched on. The data need no download:
+MNIST-1D is generated, and the text is the help that comes with Python.
 
     python examples/gradient_norms.py            a few minutes
     python examples/gradient_norms.py --quick    a smoke run
     tensorboard --logdir results/gradient_norms/tensorboard
 
-Both optimizers get the same batches, in micro-batches, whose differences give the
-gradient noise scale. This shows what can be seen, it does not compare the optimizers:
-learning rates of the conv net are those of large_batch.py, those of the transformer were
-not tuned.
+Both optimizers get the same batches, split into micro-batches, from whose differences SNGM
+estimates the gradient noise scale. This shows what can be logged. It does not compare the
+optimizers: the learning rates of the conv net are those of large_batch.py, and the learning
+rates of the transformer were not tuned.
 """
 
 import argparse
@@ -35,15 +35,15 @@ MOST_LAYERS = 8
 
 
 class Task(NamedTuple):
-    """What to train, and how.
+    """A training job: the data, the model, and the settings of training.
 
     Attributes:
-        pairs: inputs and labels.
-        make_model: gives logits.
-        micro_batch: samples that go through the network at once.
-        epochs: how often to see the data.
-        depth: how many parts of a variable's path name its layer.
-        rates: learning rates by optimizer.
+        pairs: pairs of an input and a label.
+        make_model: returns a new model, whose outputs are logits.
+        micro_batch: the number of samples in a micro-batch.
+        epochs: the number of epochs.
+        depth: the number of parts of a variable's path that name its layer.
+        rates: the learning rate of each optimizer.
     """
 
     pairs: tf.data.Dataset
@@ -55,7 +55,7 @@ class Task(NamedTuple):
 
 
 def conv_net(quick: bool) -> Task:
-    """MNIST-1D."""
+    """Return the task to train a conv net on MNIST-1D."""
     task = data.mnist1d(quick)
     return Task(
         task.train,
@@ -68,7 +68,12 @@ def conv_net(quick: bool) -> Task:
 
 
 def transformer(quick: bool, length: int = 64) -> Task:
-    """Which character follows."""
+    """Return the task to train a transformer on text, to predict the next character.
+
+    Args:
+        quick: whether to use little data.
+        length: the number of characters in a sample.
+    """
     text = data.python_manual(length, pieces=64 if quick else 4096)
     return Task(
         text.pairs,
@@ -100,7 +105,7 @@ KINDS = {"SNGM": sngm, "SGD": sgd}
 
 
 def train(name: str, task: Task, output: pathlib.Path, bar: tqdm) -> dict[str, list[dict]]:
-    """What was logged of each update, by optimizer."""
+    """Train on a task with each optimizer; return what was logged of each update, by optimizer."""
     samples, epochs = int(task.pairs.cardinality()), task.epochs
     updates = samples // (task.micro_batch * MICRO_BATCHES)
     batches = (
@@ -113,9 +118,9 @@ def train(name: str, task: Task, output: pathlib.Path, bar: tqdm) -> dict[str, l
     logged = {}
     for kind, make in KINDS.items():
         keras.utils.set_random_seed(0)
-        keras.backend.clear_session()  # so that layers get the same names each time
+        keras.backend.clear_session()  # Layers then get the same names each time.
         model = task.make_model()
-        # Schedules count micro-batches.
+        # Learning-rate schedules count micro-batches, not updates.
         schedule = keras.optimizers.schedules.PolynomialDecay(
             task.rates[kind], epochs * updates * MICRO_BATCHES, end_learning_rate=0.0
         )
@@ -143,7 +148,7 @@ def train(name: str, task: Task, output: pathlib.Path, bar: tqdm) -> dict[str, l
 
 
 def draw(logged: dict[str, dict[str, list[dict]]], path: pathlib.Path) -> None:
-    """A row for each task."""
+    """Draw norms, ratios and noise scales by update, a row of panels for each task."""
     figure, rows = plt.subplots(
         len(logged), 4, figsize=(15, 3.4 * len(logged)), layout="constrained", squeeze=False
     )
@@ -166,12 +171,13 @@ def draw(logged: dict[str, dict[str, list[dict]]], path: pathlib.Path) -> None:
 
 
 def plot(panel: Axes, lines: list[dict], key: str, label: str) -> None:
+    """Draw one logged value against the number of the update."""
     values = np.array([line[key] for line in lines])
     panel.plot([line["step"] for line in lines], values, label=label, lw=1)
 
 
 def plot_layers(panel: Axes, lines: list[dict]) -> None:
-    """Those with the largest gradients."""
+    """Draw the gradient norms of the `MOST_LAYERS` layers with the largest mean norms."""
     keys = [key for key in lines[0] if key.startswith("grad_norm/")]
     keys.sort(key=lambda key: -np.mean([line[key] for line in lines]))
     for key in keys[:MOST_LAYERS]:

@@ -1,8 +1,8 @@
 """Trains one network with SNGM, momentum SGD and LAMB at a large batch.
 
 Momentum SGD at a small batch is the reference. Every method trains for the same
-number of epochs, at the learning rate that was best for it on validation data in
-study.py, which compares more methods and searches their rates.
+number of epochs, at the learning rate that the large-batch study found best for it on
+validation data. The study, `python -m study`, compares more methods and searches their rates.
 
     python examples/large_batch.py                       the main job
     python examples/large_batch.py --quick               a smoke run
@@ -34,10 +34,13 @@ WEIGHT_DECAY = 1e-4
 
 
 class Method(NamedTuple):
-    """A method of `study.methods` at a batch size.
+    """A method at the large or the small batch size, with its tuned learning rate.
 
-    `tuned` is the k for which the learning rate 2^(k/2) was best on the validation data
-    of MNIST-1D.
+    Attributes:
+        name: a key of `study.methods.METHODS`.
+        large_batch: whether it trains at the large batch size.
+        tuned: the k for which the learning rate 2^(k/2) was best on the validation data of
+            MNIST-1D.
     """
 
     name: str
@@ -54,7 +57,7 @@ METHODS = (
 
 
 class Run(NamedTuple):
-    """What one training run gave."""
+    """Settings and results of one training run."""
 
     method: str
     batch_size: int
@@ -69,7 +72,14 @@ class Run(NamedTuple):
 
 
 class Trainer:
-    """Trains one fresh model after another on a task, under one progress bar."""
+    """A trainer of new models on one task, which advances one progress bar.
+
+    Args:
+        task: the data to train on.
+        epochs: the number of epochs of each run.
+        strategy: the strategy that models are trained under.
+        bar: a progress bar that counts epochs.
+    """
 
     def __init__(
         self, task: data.Task, epochs: int, strategy: tf.distribute.Strategy, bar: tqdm
@@ -81,6 +91,7 @@ class Trainer:
         self.train_size = int(task.train.cardinality())
 
     def run(self, method: Method, batch_size: int, learning_rate: float, seed: int) -> Run:
+        """Train a new model and evaluate it on test data."""
         self.bar.set_description(f"{method.name}, batch {batch_size}, lr {learning_rate:.4g}")
         keras.utils.set_random_seed(seed)
         steps = self.epochs * (self.train_size // batch_size)
@@ -110,6 +121,7 @@ class Trainer:
         )
 
     def _model(self, method: Method, learning_rate: float, steps: int) -> keras.Model:
+        """Return a new model, compiled whose learning rate decays to zero in `steps` steps."""
         schedule = keras.optimizers.schedules.PolynomialDecay(
             learning_rate, steps, end_learning_rate=0.0, power=methods.DECAY_POWER
         )
@@ -123,7 +135,8 @@ class Trainer:
         return model
 
     def _batches(self, batch_size: int) -> tf.data.Dataset:
-        # A last, smaller batch would weigh as much as a whole one in SNGM.
+        """Return the shuffled batches of an epoch, all of the same size."""
+        # A smaller batch at the end would weigh as much as a whole one in SNGM.
         train = self.task.train.cache().shuffle(min(self.train_size, 50_000))
         return train.batch(batch_size, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
 
@@ -133,11 +146,12 @@ def _evaluation_batches(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def _floats(variables: Sequence[keras.Variable]) -> int:
+    """Return the number of elements of all variables together."""
     return sum(math.prod(v.shape) for v in variables)
 
 
 def compare(trainer: Trainer, arguments: argparse.Namespace) -> list[Run]:
-    """Every method at its tuned learning rate, over the seeds."""
+    """Train with every method at its tuned learning rate, once for each seed."""
     return [
         trainer.run(method, _batch_size(method, arguments), 2.0 ** (method.tuned / 2), seed)
         for method in METHODS
@@ -150,7 +164,7 @@ def _batch_size(method: Method, arguments: argparse.Namespace) -> int:
 
 
 def grouped(runs: Sequence[Run], *fields: str) -> dict[tuple, list[Run]]:
-    """The runs that agree in the named fields, together."""
+    """Group runs by the values of the named fields."""
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
         groups.setdefault(tuple(getattr(run, field) for field in fields), []).append(run)
@@ -178,7 +192,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def draw(runs: Sequence[Run], path: pathlib.Path) -> None:
-    """Validation accuracy and gradient norm by epoch; bands span the seeds."""
+    """Draw validation accuracy and gradient norm by epoch: means, with bands that span seeds."""
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for (name, batch_size), group in grouped(runs, "method", "batch_size").items():
         for panel, field, scale in zip(
@@ -200,6 +214,7 @@ def draw(runs: Sequence[Run], path: pathlib.Path) -> None:
 
 
 def save(runs: Sequence[Run], arguments: argparse.Namespace, path: pathlib.Path) -> None:
+    """Write the command line and all runs to a JSON file."""
     settings = {key: str(value) for key, value in vars(arguments).items()}
     path.write_text(
         json.dumps({"settings": settings, "runs": [run._asdict() for run in runs]}, indent=1)
@@ -207,6 +222,7 @@ def save(runs: Sequence[Run], arguments: argparse.Namespace, path: pathlib.Path)
 
 
 def strategy_named(name: str) -> tf.distribute.Strategy:
+    """Return the default strategy for "none", else one over all GPUs, or all CPU devices."""
     if name == "none":
         return tf.distribute.get_strategy()
     devices = tf.config.list_logical_devices("GPU") or tf.config.list_logical_devices("CPU")

@@ -1,11 +1,11 @@
-r"""Trains one network with SNGM on several machines, and goes on after one of them fails.
+r"""Trains one network with SNGM on several machines, and resumes after one of them fails.
 
 The training loop is written out: Keras' `fit` cannot train under
 `MultiWorkerMirroredStrategy`, whatever the optimizer
 (https://github.com/keras-team/keras/issues/20585).
 
 Start the program once per worker, with the same arguments and a TF_CONFIG that
-names all workers and says which one this is. Two workers on one machine:
+names all workers and the index of this one. Two workers on one machine:
 
     W='"cluster": {"worker": ["localhost:23456", "localhost:23457"]}'
     TF_CONFIG="{$W, \"task\": {\"type\": \"worker\", \"index\": 0}}" \
@@ -13,13 +13,13 @@ names all workers and says which one this is. Two workers on one machine:
     TF_CONFIG="{$W, \"task\": {\"type\": \"worker\", \"index\": 1}}" \
         python examples/multi_worker.py
 
-Without TF_CONFIG there is one worker. Since all of them together take the same
-batches as one would alone, their number changes only the rounding of the result.
+Without TF_CONFIG there is one worker. All workers together train on the same
+batches as one worker alone, so their number changes only the rounding of the result.
 
 When a worker dies, the others end with an `UnavailableError` within seconds.
-Then start all of them again with the same arguments: they go on from the last
-checkpoint in `--output`, and end where they would have ended undisturbed. A job
-that reaches its end removes its checkpoints.
+Then start all workers again with the same arguments: they resume from the last
+checkpoint in `--output`, with the same result as without the interruption. When
+training is complete the checkpoints are removed.
 """
 
 import argparse
@@ -45,7 +45,7 @@ Batch = tuple[tf.Tensor, tf.Tensor]
 
 
 def is_chief(strategy: tf.distribute.Strategy) -> bool:
-    """Whether this worker is the one that reports, and whose files are kept."""
+    """Return whether this worker is the chief, which reports and whose files are kept."""
     resolver = strategy.cluster_resolver
     jobs = resolver.cluster_spec().jobs
     if not jobs:
@@ -54,7 +54,12 @@ def is_chief(strategy: tf.distribute.Strategy) -> bool:
 
 
 def compiled_model(task: data.Task, steps: int) -> keras.Model:
-    """With all variables in place, as a checkpoint needs them."""
+    """Return a compiled model whose optimizer is built, so that a checkpoint has all variables.
+
+    Args:
+        task: the data to train on.
+        steps: the number of steps of the whole training.
+    """
     schedule = keras.optimizers.schedules.PolynomialDecay(
         LEARNING_RATE, steps, end_learning_rate=0.0, power=DECAY_POWER
     )
@@ -75,12 +80,20 @@ def batches(
     epochs: int,
     done: int,
 ) -> Iterable[Batch]:
-    """This worker's part of each batch after the first `done`."""
+    """Return this worker's shard of each batch after the first `done` batches.
+
+    Args:
+        strategy: the strategy over all workers.
+        train: all training samples.
+        batch_size: the number of samples in a batch of all workers together.
+        epochs: the number of epochs of the whole training.
+        done: the number of batches to leave out.
+    """
     size = int(train.cardinality())
 
     def for_worker(context: tf.distribute.InputContext) -> tf.data.Dataset:
-        # The seed gives every worker, in every run of the job, the same order
-        # of all samples; of these each worker takes its own, in turn.
+        # The seed gives every worker, in every run of the job, the same order of all
+        # samples. So the shards of the workers are disjoint.
         epoch = train.shuffle(size, seed=SEED).take(size - size % batch_size)
         remaining = epoch.repeat(epochs).skip(done * batch_size)
         own = remaining.shard(context.num_input_pipelines, context.input_pipeline_id)
@@ -92,13 +105,15 @@ def batches(
 def train_step(
     strategy: tf.distribute.Strategy, model: keras.Model, batch_size: int
 ) -> Callable[[Batch], None]:
+    """Return a compiled function that trains on one batch, on all replicas."""
+
     def on_replica(x: tf.Tensor, y: tf.Tensor) -> None:
         weights = model.trainable_variables
         with tf.GradientTape() as tape:
             losses = keras.losses.sparse_categorical_crossentropy(
                 y, model(x, training=True), from_logits=True
             )
-            # Not the mean over this replica's samples: SNGM sums the gradients.
+            # SNGM sums the gradients of replicas, so each divides by the size of the whole batch.
             loss = tf.reduce_sum(losses) / batch_size
         model.optimizer.apply(tape.gradient(loss, weights), weights)
 
@@ -117,7 +132,16 @@ def train(
     arguments: argparse.Namespace,
     folder: pathlib.Path,
 ) -> None:
-    """Goes on from the chief's last checkpoint, if there is one."""
+    """Train the model, from the chief's last checkpoint on if there is one.
+
+    Args:
+        strategy: the strategy over all workers.
+        model: a compiled model whose optimizer is built.
+        task: the data to train on.
+        steps: the number of steps of the whole training.
+        arguments: the command line.
+        folder: the folder that this worker writes checkpoints to.
+    """
     checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
     manager = tf.train.CheckpointManager(checkpoint, folder / "checkpoints", max_to_keep=1)
     last = tf.train.latest_checkpoint(arguments.output / "checkpoints")
@@ -162,10 +186,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
-    # Comes first: once TensorFlow is in use, it cannot join other workers.
+    # The strategy comes first: once TensorFlow is in use, it cannot join other workers.
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     task = data.load("mnist1d", arguments.quick)
-    keras.utils.set_random_seed(SEED)  # after `load`, which seeds NumPy when it makes the data
+    # `load` seeds NumPy when it generates the data, so the seed must be set after it.
+    keras.utils.set_random_seed(SEED)
     steps = arguments.epochs * (int(task.train.cardinality()) // arguments.batch_size)
     with strategy.scope():
         model = compiled_model(task, steps)
@@ -178,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model.save(folder / "model.keras")
     if is_chief(strategy):
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        # Outside the strategy, where the other workers are not needed.
+        # The chief evaluates outside the strategy, so that it does not need the other workers.
         trained = keras.saving.load_model(folder / "model.keras")
         _, accuracy = trained.evaluate(task.test.batch(1_000), verbose=0)
         print(f"Test accuracy {100 * accuracy:.1f} %\nWrote {folder / 'model.keras'}")

@@ -4,23 +4,23 @@ Two processes on the CPU of this machine:
 
     KERAS_BACKEND=jax python examples/multi_worker_jax.py
 
-For several machines start the program once on each, with the same arguments and with what
-`keras.distribution.initialize` reads from the environment: the address of the first, how
-many there are, and which one this is.
+For several machines start the program once on each, with the same arguments and with the
+environment variables of `keras.distribution.initialize`: the address of the first process, the
+number of processes, and the index of this process.
 
     export KERAS_DISTRIBUTION_JOB_ADDRESSES=10.0.0.1:1234
     export KERAS_DISTRIBUTION_NUM_PROCESSES=2
     export KERAS_DISTRIBUTION_PROCESS_ID=0
     KERAS_BACKEND=jax python examples/multi_worker_jax.py
 
-Since all processes together take the same batches as one would alone, their number changes
-only the rounding of the result. For that every process hands `fit` the same
-`tf.data.Dataset` of whole batches, from which Keras takes this process' part, and the same
-callbacks.
+All processes together train on the same batches as one process alone, so their number changes
+only the rounding of the result. To achieve this, every process passes the same callbacks and the
+same `tf.data.Dataset` of whole batches to `fit`, and Keras trains each process on its shard.
 
-When a process dies, the others end too, or can be ended. Then start all of them again with
-the same arguments: they go on from the end of the last epoch in `--output`, and end where
-they would have ended undisturbed. A job that reaches its end removes its checkpoint.
+When a process dies, the others end too, or can be ended. Then start all processes again with
+the same arguments: they resume from the checkpoint in `--output`, which is of the end of an
+epoch, with the same result as without the interruption. When training is complete the
+checkpoint is removed.
 """
 
 import argparse
@@ -47,10 +47,13 @@ CHECKPOINT = "checkpoint.weights.h5"
 
 
 class Checkpoint(keras.callbacks.Callback):
-    """Keeps weights and optimizer as they are after each epoch but the last.
+    """Callback that saves weights and optimizer state after each epoch but the last.
 
-    `BackupAndRestore` would read the files of this process, which may be an epoch behind
-    those of others when it died. All must go on from the same ones.
+    It takes the place of `BackupAndRestore`, which reads the files of its own process. Those
+    may be an epoch behind the files of other processes, and all must resume from the same state.
+
+    Args:
+        path: the file to write; it is replaced after each epoch.
     """
 
     def __init__(self, path: pathlib.Path) -> None:
@@ -65,7 +68,10 @@ class Checkpoint(keras.callbacks.Callback):
 
 
 def batches(train: tf.data.Dataset, batch_size: int, epochs: range) -> tf.data.Dataset:
-    """Of all processes together. The samples' order follows from the epoch's number."""
+    """Return the batches of all processes together for a range of epochs.
+
+    The order of the samples in an epoch depends on the number of the epoch alone.
+    """
     size = int(train.cardinality())
     x, y = next(iter(train.batch(size)))
 
@@ -87,7 +93,16 @@ def train(
     folder: pathlib.Path,
     reports: bool,
 ) -> None:
-    """Goes on from the first process' last checkpoint, if there is one."""
+    """Train the model, from the first process' last checkpoint on if there is one.
+
+    Args:
+        model: a compiled model whose optimizer is built.
+        task: the data to train on.
+        steps: the number of steps in an epoch.
+        arguments: the command line.
+        folder: the folder that this process writes to.
+        reports: whether this process shows progress.
+    """
     last = arguments.output / CHECKPOINT
     if last.exists():
         model.load_weights(last)
@@ -112,7 +127,12 @@ def train(
 
 
 def on_this_machine(processes: int, argv: Sequence[str]) -> int:
-    """Run this program so many times on the CPU; returns 0 if all of them reached the end."""
+    """Run this program in several processes on the CPU; return 0 if all succeed, else 1.
+
+    Args:
+        processes: the number of processes.
+        argv: the command line of each.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -165,22 +185,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     arguments = parse(argv)
     if "KERAS_DISTRIBUTION_NUM_PROCESSES" not in os.environ:
-        data.load("mnist1d", arguments.quick)  # once, before all processes read it
+        # The data are generated once here, before several processes read them.
+        data.load("mnist1d", arguments.quick)
         sys.exit(on_this_machine(arguments.processes, argv))
 
-    # Comes first: once JAX has made an array, it cannot join other processes.
+    # Initialization comes first: once JAX has made an array, it cannot join other processes.
     keras.distribution.initialize()
     # TensorFlow only reads the data, and would take the memory of GPUs that JAX needs.
     tf.config.set_visible_devices([], "GPU")
     task = data.load("mnist1d", arguments.quick)
-    keras.utils.set_random_seed(SEED)  # after `load`, which seeds NumPy when it makes the data
+    # `load` seeds NumPy when it generates the data, so the seed must be set after it.
+    keras.utils.set_random_seed(SEED)
     keras.distribution.set_distribution(keras.distribution.DataParallel())
     steps = int(task.train.cardinality()) // arguments.batch_size
     model = compiled_model(task, arguments.epochs * steps)
 
     reports = os.environ["KERAS_DISTRIBUTION_PROCESS_ID"] == "0"
-    # All processes must take part in saving, as Keras makes variables on the way. But
-    # one alone may write a file.
+    # All processes must take part in saving, because Keras creates variables meanwhile. But
+    # only one may write each file.
     with tempfile.TemporaryDirectory() as discarded:
         folder = arguments.output if reports else pathlib.Path(discarded)
         folder.mkdir(parents=True, exist_ok=True)
@@ -188,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         model.save(folder / "model.keras")
     if reports:
         (folder / CHECKPOINT).unlink(missing_ok=True)
-        # Outside the distribution, where the other processes are not needed.
+        # Evaluation is outside the distribution, so that it does not need the other processes.
         keras.distribution.set_distribution(None)
         trained = keras.saving.load_model(folder / "model.keras")
         _, accuracy = trained.evaluate(task.test.batch(1_000), verbose=0)

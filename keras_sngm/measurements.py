@@ -1,7 +1,7 @@
-"""What is measured on an update, and how it is laid out in the rows that hold it.
+"""Layout of what is measured on an update, on the device and on the host.
 
 The upper half is arithmetic on tensors, for backends to call; the lower half reads
-rows on the host.
+rows of measurements on the host.
 """
 
 import math
@@ -14,27 +14,31 @@ from keras import ops
 Tensor = Any
 
 BUCKETS = 30
-"""Of a histogram; as many as TensorBoard makes by itself."""
+"""Number of intervals of a histogram, the same as TensorBoard's own."""
 DETAILS = ("weight_norm", "update_norm", "momentum_norm", "alignment", "direction_norm")
+"""Names of what is measured on one variable around an update; `alignment` is the inner product of
+the momentum and the direction."""
 HISTOGRAM = BUCKETS + 2
 """Length of a histogram: least value, greatest value, counts."""
 NOISE_MOMENTS = 3
 """Averages that make up a noise scale: its numerator, its denominator, and 1."""
 _MOST_NUMBERS = 2**21
-"""On the device. Fewer updates are kept there if each has many numbers."""
+"""Most numbers kept on the device. Fewer updates are kept if each has many numbers."""
 
 
 class Plan(NamedTuple):
-    """What a logger wants to be kept of the updates.
+    """Choice of what a logger keeps of the updates on the device.
 
     Attributes:
-        per_variable: whether the norm of each variable's gradient is, too.
-        details_every: every how many updates `DETAILS` are, if ever.
-        histogram_every: every how many updates histograms are, if ever.
-        stops: whether no step is to be taken from the first on that has a gradient
-            which is not finite.
-        least_updates: how many updates must be kept until the rows are fetched.
-        most_updates: how many updates are kept if each has few numbers.
+        per_variable: whether the norm of each variable's gradient is kept.
+        details_every: number of updates from one set of `DETAILS` to the next, or `None` for
+            no details.
+        histogram_every: number of updates from one set of histograms to the next, or `None`
+            for no histograms.
+        stops: whether no step is taken any more from the first gradient on that has elements
+            which are not finite.
+        least_updates: the least number of updates to keep until the rows are fetched.
+        most_updates: the most updates to keep, which holds if each has few numbers.
     """
 
     per_variable: bool
@@ -45,10 +49,10 @@ class Plan(NamedTuple):
     most_updates: int
 
     def updates(self, variables: int) -> int:
-        """Return how many updates are kept until the rows are fetched.
+        """Return the number of updates that are kept on the device until the rows are fetched.
 
         Args:
-            variables: how many variables the optimizer has.
+            variables: the number of variables of the optimizer.
         """
         numbers = 4.0 + variables * self.per_variable
         numbers += len(DETAILS) * variables / (self.details_every or math.inf)
@@ -59,7 +63,9 @@ class Plan(NamedTuple):
 def details(
     before: Tensor, after: Tensor, momentum: Tensor | None, direction: Tensor | None
 ) -> Tensor:
-    """`DETAILS` of one variable; 0 for what it does not have.
+    """Measure one variable around an update: a vector of the values named in `DETAILS`.
+
+    A value that the variable does not have is 0.
 
     Args:
         before: the variable before the update.
@@ -81,22 +87,23 @@ def details(
 
 
 def histogram(tensor: Tensor, segment_sum: Callable[..., Tensor] = ops.segment_sum) -> Tensor:
-    """Least value, greatest value, and counts in `BUCKETS` intervals of one width.
+    """Return a tensor's least value, its greatest value, and counts in `BUCKETS` equal intervals.
 
-    All counts are 0 if an element is not finite, and all is 0 if there are none.
+    All counts are 0 if an element is not finite, and the whole vector is 0 if the tensor has
+    no elements.
 
     Args:
-        tensor: what to count the elements of.
-        segment_sum: as that of Keras.
+        tensor: the tensor whose elements are counted.
+        segment_sum: a function like `keras.ops.segment_sum`.
     """
     if 0 in tensor.shape:
         return ops.zeros((HISTOGRAM,), "float32")
     vector = ops.cast(ops.reshape(tensor, (-1,)), "float32")
     least, greatest = ops.min(vector), ops.max(vector)
     is_finite = ops.isfinite(least) & ops.isfinite(greatest)
-    # Halves, as the difference of two float32 numbers need not be one.
+    # The difference of two float32 numbers can overflow, that of their halves cannot.
     width = (greatest / 2 - least / 2) / BUCKETS
-    # Numbers from the host would have to be copied.
+    # Made from a tensor, as numbers would have to be copied from the host.
     one, zero = ops.ones_like(width), ops.zeros_like(width)
     offsets = (vector / 2 - least / 2) / ops.where(width > 0, width, one)
     offsets = ops.where(is_finite, offsets, zero)
@@ -108,11 +115,15 @@ def histogram(tensor: Tensor, segment_sum: Callable[..., Tensor] = ops.segment_s
 
 
 def _norm(tensor: Tensor) -> Tensor:
+    """Return the Euclidean norm of all elements of a tensor."""
     return ops.sqrt(_total(ops.square(tensor)))
 
 
 def _total(tensor: Tensor) -> Tensor:
-    """The sum, in two stages: one number alone would gather too many rounding errors."""
+    """Return the sum of all elements, added up in two stages.
+
+    One running sum over a large tensor would gather too many rounding errors.
+    """
     vector = ops.reshape(tensor, (-1,))
     side = math.isqrt(vector.shape[0])
     square = ops.reshape(vector[: side * side], (side, side))
@@ -120,16 +131,16 @@ def _total(tensor: Tensor) -> Tensor:
 
 
 class RowsLostError(RuntimeError):
-    """Updates were recorded over others before anybody fetched these."""
+    """An error about updates that were overwritten on the device before they were fetched."""
 
 
 class Rows(NamedTuple):
-    """Consecutive updates, one row each.
+    """Measurements of consecutive updates on the host, one element or row per update.
 
     Attributes:
-        norm: vector, of the whole gradient.
-        noise_scale: vector, NaN where none is known.
-        norms: matrix, of each variable's gradient; without columns if not wanted.
+        norm: vector, the norm of the whole gradient.
+        noise_scale: vector, the gradient noise scale, NaN where there is none.
+        norms: matrix, the norm of each variable's gradient; without columns if not kept.
     """
 
     norm: np.ndarray
@@ -138,11 +149,12 @@ class Rows(NamedTuple):
 
 
 def rows_from(table: np.ndarray, keeps_noise_scale: bool) -> Rows:
-    """Read what one optimizer has recorded, a row for each update.
+    """Split a table of what one optimizer has recorded into named measurements.
 
     Args:
-        table: norm, noise moments if there are any, and norms if these were planned.
-        keeps_noise_scale: whether there are noise moments.
+        table: one row per update: the norm, the averages behind the noise scale if there are
+            any, and each variable's norm if these are kept.
+        keeps_noise_scale: whether the rows have the averages behind the noise scale.
     """
     table = table.astype("float64")
     end = 1 + NOISE_MOMENTS * keeps_noise_scale
@@ -150,7 +162,12 @@ def rows_from(table: np.ndarray, keeps_noise_scale: bool) -> Rows:
 
 
 def _noise_scale(moments: np.ndarray) -> np.ndarray:
-    """Return the quotients: NaN where nothing was averaged, infinite if the second is not > 0."""
+    """Divide the averages behind the noise scale, one row per update.
+
+    Returns:
+        A vector: NaN where nothing has been averaged yet, infinity where the average of
+        norm(G)^2 is not positive.
+    """
     scale = np.full(len(moments), np.nan)
     if moments.shape[1]:
         noise, signal, weight = moments.T
@@ -161,7 +178,7 @@ def _noise_scale(moments: np.ndarray) -> np.ndarray:
 
 
 def joined_rows(parts: Sequence[Rows]) -> Rows:
-    """Join what each of the optimizers of a model has kept of the same updates."""
+    """Combine what the optimizers of one model have recorded of the same updates."""
     return Rows(
         np.sqrt(np.sum([part.norm**2 for part in parts], axis=0)),
         np.fmax.reduce([part.noise_scale for part in parts]),
@@ -170,12 +187,12 @@ def joined_rows(parts: Sequence[Rows]) -> Rows:
 
 
 def named_details(table: np.ndarray, has_momentum: np.ndarray) -> dict[str, float]:
-    """What the details of some variables are for all of them together.
+    """Combine the `DETAILS` of several variables into values for all of them together, by name.
 
     Args:
-        table: `DETAILS` of each of the variables.
-        has_momentum: whether each of them has one. What is about momentum is left
-            out if none has.
+        table: matrix, the `DETAILS` of each variable in a row.
+        has_momentum: boolean vector, which variables have a momentum. Values about the
+            momentum are left out if none has.
     """
     table = table.astype("float64")
     norms = dict(zip(DETAILS, np.sqrt(np.sum(table**2, axis=0)).tolist(), strict=True))
@@ -193,4 +210,5 @@ def named_details(table: np.ndarray, has_momentum: np.ndarray) -> dict[str, floa
 
 
 def _quotient(numerator: float, denominator: float) -> float:
+    """Return the quotient of two numbers, NaN if the second is 0."""
     return numerator / denominator if denominator else math.nan

@@ -1,4 +1,4 @@
-"""Estimates the gradient noise scale from the norms of small and large batches.
+"""Estimates of the gradient noise scale from the norms of small and large batches.
 
 S. McCandlish, J. Kaplan, D. Amodei et al., "An empirical model of large-batch training",
 https://arxiv.org/abs/1812.06162, appendix A.1.
@@ -13,16 +13,16 @@ from keras_sngm.update_rule import Tensor, filled
 
 
 def noise_moments(small: Tensor, large: Tensor, count: int, samples: float) -> list[Tensor]:
-    """Unbiased estimates of tr(Sigma) and norm(G)^2 from one batch.
+    """Estimate tr(Sigma) and norm(G)^2 from one batch, both without bias.
 
     G is the expected gradient, Sigma the covariance of the gradient of one sample
     (McCandlish et al., https://arxiv.org/abs/1812.06162, appendix A.1).
 
     Args:
-        small: mean of the squared norms of the gradients of small batches.
-        large: squared norm of the mean of these gradients.
-        count: how many small batches there are, at least 2.
-        samples: how many samples there are in each.
+        small: scalar, mean of the squared norms of the gradients of small batches.
+        large: scalar, squared norm of the mean of these gradients.
+        count: number of small batches, at least 2.
+        samples: number of samples in each small batch.
     """
     between = (small - large) * count / (count - 1)
     return [samples * between, large - between / count]
@@ -35,18 +35,20 @@ def noise_averages(
     estimates: Sequence[Tensor],
     is_taken: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The averages of `noise_moments` and of 1 after an update, and their quotient.
-
-    The quotient is the largest float where the second average is not positive: a number
-    that is finite, so that tools which look for others find only faults.
+    """Move the averages behind the gradient noise scale by one update, and divide them anew.
 
     Args:
-        momentum: weight of the past.
-        moments: vector, the averages before it.
-        noise_scale: the quotient before it.
-        estimates: what `noise_moments` has made of the update.
-        taken: whether it was; else it does not count, nor does one whose estimates are
-            not finite.
+        momentum: weight of the past in the averages.
+        moments: vector, averages of tr(Sigma), of norm(G)^2 and of 1 before the update.
+        noise_scale: scalar, the quotient of the first two before the update.
+        estimates: tr(Sigma) and norm(G)^2, estimated from this update.
+        is_taken: boolean scalar, `False` if the update was skipped. It then does not count,
+            nor does an update with an estimate that is not finite.
+
+    Returns:
+        The new averages and the new quotient. The quotient is the largest float32 while the
+        average of norm(G)^2 is not positive, so that tools which look for numbers that are
+        not finite find only faults.
     """
     new = ops.stack([*estimates, ops.ones_like(estimates[0])])
     counts = ops.logical_and(is_taken, ops.all(ops.isfinite(new)))

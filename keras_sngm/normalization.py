@@ -1,4 +1,4 @@
-"""Divides the gradient of a step by its norm, for gradients of any magnitude.
+"""Division of the gradient of a step by its norm, for gradients of any magnitude.
 
 Pure functions of tensors. Nothing here holds state or knows where a tensor lives.
 """
@@ -14,7 +14,7 @@ from keras_sngm.update_rule import Rule, Tensor, filled, nonzero
 
 
 class Normalization(NamedTuple):
-    """How to turn the gradient into a direction, and what was measured on it."""
+    """Factors that turn the gradient of a step into a direction, and what was measured on it."""
 
     prescale: Tensor
     """A power of two that brings the gradient into range, 1 on the usual path: a scalar for
@@ -31,23 +31,23 @@ class Normalization(NamedTuple):
     unclipped: Tensor
     """Euclidean norm of the whole gradient before `clipnorm` and `global_clipnorm`."""
     is_finite: Tensor
-    """Whether all elements of the gradient are."""
+    """Boolean, whether all elements of the gradient are finite."""
     is_taken: Tensor
-    """Whether the step is taken."""
+    """Boolean, whether the step is taken."""
 
 
 @functools.lru_cache(maxsize=256)
 def least_reliable_sums(
     sizes: tuple[int, ...], dtype: str, error: float | None = None
 ) -> np.ndarray:
-    """The least sums of squares that underflow cannot have spoilt.
+    """Return the least sum of squares of each variable that underflow cannot have falsified.
 
-    Every square below the smallest normal number may have been lost.
+    Every square below the smallest normal number of the dtype may have been rounded to zero.
 
     Args:
-        sizes: how many squares are added up in each sum.
-        dtype: in which.
-        error: how large a part of a sum may be lost. `None` for no more than rounding.
+        sizes: the number of squares in each sum.
+        dtype: the dtype that they are added up in.
+        error: the relative error that is allowed in a sum. `None` for rounding errors only.
     """
     limits = np.finfo(dtype)
     return np.asarray(sizes, dtype) * (limits.tiny / (error or limits.eps))
@@ -60,19 +60,21 @@ def safe_normalization(
     rescaled_squares: Callable[[Tensor], Tensor],
     cond: Callable[..., Any],
 ) -> Any:
-    """From one sum of squares per variable to the factors that normalize.
+    """Compute the factors that normalize a gradient of any magnitude.
+
+    If a sum of squares has overflowed or is so small that underflow may have falsified it,
+    the sums are computed once more from gradients that are rescaled by powers of two.
 
     Args:
         rule: the hyper-parameters.
-        squares: vector, the sum of squares of each variable's gradient, which may have
-            overflowed or lost what is too small.
+        squares: vector, the sum of squares of each variable's gradient.
         sizes: the number of elements of each variable.
-        rescaled_squares: takes the sums once more, of each variable's gradient times the
-            factor that a vector has for it.
-        cond: as `ops.cond`.
+        rescaled_squares: given a vector with one factor per variable, computes the sums of
+            squares of each variable's gradient times its factor.
+        cond: a function like `ops.cond`.
 
     Returns:
-        What `cond` makes of a `Normalization`.
+        A `Normalization`, as `cond` returns it.
     """
     dtype = backend.standardize_dtype(squares.dtype)
     least = ops.convert_to_tensor(least_reliable_sums(tuple(sizes), dtype))
@@ -89,30 +91,32 @@ def safe_normalization(
 
 
 def squares_are_in_range(rule: Rule, squares: Tensor, least: Tensor) -> Tensor:
-    """Whether sums of squares can be used as they are, each by itself and all together.
+    """Return a boolean: whether sums of squares are exact enough as they are, each and in total.
 
     Args:
         rule: the hyper-parameters.
         squares: vector, one sum per variable.
-        least: what `least_sums` says of them.
+        least: vector, the least sum of each variable that can be relied on, as
+            `least_reliable_sums` returns it.
     """
     can_be = ops.logical_and(ops.all(squares >= least), ops.isfinite(ops.sum(squares)))
     if rule.clipnorm is not None and rule.clipnorm < 1.0 / _unit_bound(squares):
-        # Then no norm is in range once it is clipped.
+        # After clipping to this limit no norm is in range.
         return ops.logical_and(can_be, False)
     return can_be
 
 
 def rescaling_factors(squares: Tensor, least: Tensor) -> Tensor:
-    """The power of two for each variable that brings the squares of its gradient into range.
+    """Return a power of two per variable that brings the squares of its gradient into range.
 
-    A sum of squares that overflowed belongs to a norm of at least 2^64 (of float32); after
-    2^-96 its square is far from underflow, and so is, the other way round, one that was too
-    small to trust after 2^96.
+    The norm of a gradient whose squares overflowed is at least 2^64 (in float32); after
+    multiplication with 2^-96 its square is far from underflow. A gradient whose squares were
+    too small is multiplied with 2^96, for the same reason.
 
     Args:
-        squares: vector, one sum per variable.
-        least: what `least_sums` says of them.
+        squares: vector, one sum of squares per variable.
+        least: vector, the least sum of each variable that can be relied on, as
+            `least_reliable_sums` returns it.
     """
     up = 2.0 ** (3 * _limits(squares).maxexp // 4)
     one = ops.ones_like(squares)
@@ -123,12 +127,13 @@ def rescaling_factors(squares: Tensor, least: Tensor) -> Tensor:
 def normalization_from_squares(
     rule: Rule, squares: Tensor, factors: Tensor | None = None
 ) -> Normalization:
-    """From trustworthy sums of squares, one per variable, to the factors that normalize.
+    """Compute the factors that normalize a gradient from sums of squares that are in range.
 
     Args:
         rule: the hyper-parameters.
         squares: vector, the sum of squares of each variable's gradient times its factor.
-        factors: vector of powers of two. `None` if all are 1 and their sum is finite.
+        factors: vector of powers of two, one per variable. `None` if all are 1 and the sum
+            of `squares` is finite.
     """
     scaled = ops.sqrt(squares)
     clips_or_divides_each = rule.blockwise or rule.clipnorm or rule.global_clipnorm
@@ -157,9 +162,10 @@ def normalization_from_squares(
 
 
 class _Whole(NamedTuple):
-    """The norm of the whole gradient, and what it consists of, times a `unit`.
+    """Norm of the whole gradient and the norms that it consists of, all multiplied by `unit`.
 
-    With that all of it is in range, and its reciprocal, too, which XLA multiplies by.
+    The power of two `unit` brings all of them into range, and their reciprocals, too, which
+    XLA multiplies by.
     """
 
     unit: Tensor
@@ -168,21 +174,31 @@ class _Whole(NamedTuple):
 
 
 def _whole(norms: Tensor, unit: Tensor) -> _Whole:
-    """From the norms of all variables times the unit."""
+    """Combine the norms of all variables, already multiplied by `unit`, to that of the gradient."""
     return _Whole(unit, norms, _norm_of_norms(norms))
 
 
 def _unit(norms: Tensor, are_large: Tensor, are_small: Tensor) -> Tensor:
-    """A power of two for norms of which some are large, or all are small, or neither."""
+    """Return the power of two to multiply norms by: 1 unless any is large or all are small.
+
+    Args:
+        norms: vector, the norms, for their dtype.
+        are_large: boolean vector, which norms have squares that overflow.
+        are_small: boolean vector, which norms have squares that underflow.
+    """
     one = ops.ones_like(norms[0])
     unit = ops.where(ops.all(are_small), 2.0**32 * one, one)
     return ops.where(ops.any(are_large), 2.0**-32 * one, unit)
 
 
 def _clipped_each(limit: float, norms: Tensor, squares: Tensor) -> tuple[Tensor, Tensor, _Whole]:
-    """Which norms are over the limit, and all norms and that of the whole gradient after it.
+    """Clip the norm of each variable's gradient to `limit`.
 
-    Norms of gradients that are not finite stay, so that they can be seen.
+    Norms of gradients with elements that are not finite stay as they are, to be visible.
+
+    Returns:
+        A boolean vector that says which norms were clipped; all norms afterwards; and the norm
+        of the whole gradient afterwards.
     """
     highest = filled(_in_range(limit, norms), norms)
     over = ops.logical_and(norms > highest, ops.isfinite(squares))
@@ -195,9 +211,16 @@ def _clipped_each(limit: float, norms: Tensor, squares: Tensor) -> tuple[Tensor,
 def _clipped_together(
     limit: float, norms: Tensor, norm: Tensor, whole: _Whole, is_finite: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The norms and the norm after `global_clipnorm`.
+    """Return each variable's norm and the norm of the whole gradient after `global_clipnorm`.
 
     A factor common to all variables vanishes in g / norm(g), so nothing else changes.
+
+    Args:
+        limit: the value of `global_clipnorm`.
+        norms: vector, the norm of each variable's gradient before.
+        norm: scalar, the norm of the whole gradient before.
+        whole: the same norms, in a unit in which they can be divided.
+        is_finite: whether all elements of the gradient are finite.
     """
     highest = filled(_in_range(limit, norm), norm)
     over = ops.logical_and(norm > highest, is_finite)
@@ -206,12 +229,17 @@ def _clipped_together(
 
 
 def directions(normalized: Normalization, gradients: Sequence[Tensor]) -> list[Tensor]:
-    """g / norm(g), one tensor per variable, in the dtype of each gradient."""
+    """Divide gradients by their norm, as `normalized` says.
+
+    Returns:
+        One tensor per gradient, in its dtype: its part of g / norm(g), or with `blockwise`
+        the gradient divided by its own norm.
+    """
     divisors = _one_each(normalized.divisor, len(gradients))
     prescales = _one_each(normalized.prescale, len(gradients))
     dtype = normalized.divisor.dtype
-    # A division, not a product with the reciprocal: graph optimizers would
-    # multiply the two scalars first, and 1 / norm(g) can underflow.
+    # With a reciprocal graph optimizers would multiply the two scalars first, and
+    # 1 / norm(g) can underflow.
     return [
         ops.cast(ops.cast(gradient, dtype) * prescale / divisor, gradient.dtype)
         for gradient, prescale, divisor in zip(gradients, prescales, divisors, strict=True)
@@ -221,7 +249,7 @@ def directions(normalized: Normalization, gradients: Sequence[Tensor]) -> list[T
 def directions_by_global_norm(
     rule: Rule, normalized: Normalization, gradients: Sequence[Tensor]
 ) -> list[Tensor]:
-    """g / norm(g) of the whole gradient, which `directions` are unless the rule is `blockwise`."""
+    """Divide gradients by the norm of the whole gradient, also if the rule is `blockwise`."""
     parts = directions(normalized, gradients)
     if not rule.blockwise:
         return parts
@@ -230,13 +258,15 @@ def directions_by_global_norm(
 
 
 def _one_each(factor: Tensor, count: int) -> list[Tensor]:
+    """Return a list with one factor per variable, from a vector of them or from one for all."""
     return ops.unstack(factor) if len(factor.shape) == 1 else [factor] * count
 
 
 def _norm_of_norms(norms: Tensor) -> Tensor:
-    """sqrt(sum(norms ** 2)) for norms of any magnitude; not finite if one is not."""
+    """Return sqrt(sum(norms ** 2)) for norms of any magnitude; not finite if one of them is not."""
     largest = ops.max(norms)
-    # Into a range where the reciprocal, which XLA multiplies by, does not underflow.
+    # The scale brings norms into a range where the reciprocal, which XLA multiplies by, does
+    # not underflow.
     scale = ops.where(largest > 1.0, filled(2.0**-32, largest), filled(2.0**32, largest))
     shares = norms * scale / nonzero(largest * scale)
     norm = largest * ops.sqrt(ops.sum(ops.square(shares)))
@@ -244,15 +274,16 @@ def _norm_of_norms(norms: Tensor) -> Tensor:
 
 
 def _limits(tensor: Tensor) -> np.finfo:
+    """Return the limits of a tensor's floating-point dtype."""
     return np.finfo(backend.standardize_dtype(tensor.dtype))
 
 
 def _unit_bound(tensor: Tensor) -> float:
-    """The greatest norm whose square the tensor's dtype can hold."""
+    """Return the greatest norm whose square the tensor's dtype can hold."""
     return 2.0 ** (_limits(tensor).maxexp // 2)
 
 
 def _in_range(limit: float, like: Tensor) -> float:
-    """A limit, or the nearest normal number of a tensor's dtype."""
+    """Return `limit`, or the nearest normal number that the dtype of `like` can hold."""
     limits = _limits(like)
     return min(max(limit, float(limits.tiny)), float(limits.max))

@@ -331,6 +331,7 @@ class SNGM(BackendOptimizer):
         self._weight_decay_exclusions = Exclusions(var_list or (), var_names or ())
 
     def get_config(self) -> dict[str, Any]:
+        """Return the arguments of the constructor, and the exclusions from weight decay."""
         config = super().get_config()
         config.update(
             {
@@ -351,6 +352,7 @@ class SNGM(BackendOptimizer):
     def from_config(
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> "SNGM":
+        """Create an optimizer from what `get_config` has returned."""
         config = dict(config)
         exclusions = config.pop("weight_decay_exclusions", {})
         optimizer = super().from_config(config, custom_objects=custom_objects)
@@ -358,6 +360,11 @@ class SNGM(BackendOptimizer):
         return optimizer
 
     def _rule(self) -> Rule:
+        """Return the hyper-parameters of the next step.
+
+        Raises:
+            ValueError: if `momentum` was 0 when the optimizer was built, and no longer is.
+        """
         if self.momentum != 0.0 and not self.momentums:
             raise ValueError(
                 "This optimizer was built with `momentum=0.0` and keeps none. "
@@ -376,11 +383,12 @@ class SNGM(BackendOptimizer):
         )
 
     def _decays(self, variables: Sequence[keras.Variable]) -> tuple[bool, ...]:
+        """Return for each of the variables whether weight decay applies to it."""
         return self._weight_decay_exclusions.decays(variables)
 
 
 def _check_number(name: str, value: Any, zero_allowed: bool = False) -> None:
-    """Refuse what is neither `None` nor a finite positive number."""
+    """Raise a `ValueError` unless `value` is `None` or a finite positive number."""
     if value is None:
         return
     is_number = isinstance(value, numbers.Real) and math.isfinite(value)

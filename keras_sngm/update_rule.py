@@ -21,7 +21,7 @@ Tensor = Any
 
 
 class Rule(NamedTuple):
-    """The hyper-parameters that stay constant while a step is compiled."""
+    """Hyper-parameters of SNGM that stay constant while a compiled step is used."""
 
     momentum: float
     nesterov: bool
@@ -35,41 +35,55 @@ class Rule(NamedTuple):
 
 
 def arithmetic_dtype(dtype: str) -> str:
-    """16-bit variables are stored in 16 bits and computed with in 32."""
+    """Return the dtype to compute with for variables of `dtype`: float32 also for 16-bit ones."""
     return "float64" if dtype == "float64" else "float32"
 
 
 def changes_gradient(rule: Rule) -> bool:
-    """Whether `final_gradient` is another one than that of the loss."""
+    """Return whether `final_gradient` changes the gradient of the loss under this rule."""
     is_coupled = rule.weight_decay is not None and not rule.decoupled_weight_decay
     return is_coupled or rule.clipvalue is not None
 
 
 def final_gradient(rule: Rule, gradient: Tensor, weight: Tensor, decays: bool) -> Tensor:
-    """Add coupled weight decay to the gradient, then clip it by value."""
+    """Add coupled weight decay to the gradient of one variable, then clip it by value.
+
+    Args:
+        rule: the hyper-parameters.
+        gradient: gradient of the loss.
+        weight: the variable's value.
+        decays: whether weight decay applies to this variable.
+    """
     if decays and rule.weight_decay is not None and not rule.decoupled_weight_decay:
         gradient = gradient + rule.weight_decay * weight
     if rule.clipvalue is not None:
-        # Infinity stays, so that the step is skipped.
+        # Elements that are not finite stay, so that the step is skipped.
         clipped = ops.clip(gradient, -rule.clipvalue, rule.clipvalue)
         gradient = ops.where(ops.isfinite(gradient), clipped, gradient)
     return gradient
 
 
 def scatter(values: Tensor, indices: Sequence[int], count: int) -> Tensor:
-    """A vector of `count` numbers, the given ones at their positions, else zeros."""
+    """Return a vector of length `count`, zero except for `values[k]` at position `indices[k]`."""
     if list(indices) == list(range(count)):
         return values
-    # Not by indices, which from the host would have to be copied.
-    own = dict(zip(indices, ops.unstack(values), strict=True))
-    return ops.stack([own.get(i, ops.zeros_like(values[0])) for i in range(count)])
+    # Indexing would have to copy the indices from the host.
+    by_index = dict(zip(indices, ops.unstack(values), strict=True))
+    return ops.stack([by_index.get(i, ops.zeros_like(values[0])) for i in range(count)])
 
 
 class Coefficients(NamedTuple):
-    """What a step multiplies by. Those of a skipped step leave everything as it is.
+    """Factors that one step multiplies by, scalars on the device.
 
+    In a step that is skipped they leave weights, momentum and averages as they are.
     Selecting between old and new tensors would do the same, but would cost XLA
     the update in place: measured, several times the time of a step.
+
+    Attributes:
+        is_taken: boolean, `False` if the step is skipped.
+        learning_rate: 0 if the step is skipped.
+        momentum: 1 if the step is skipped.
+        ema_momentum: weight of the past in the moving averages of the weights.
     """
 
     is_taken: Tensor
@@ -81,13 +95,14 @@ class Coefficients(NamedTuple):
 def step_coefficients(
     rule: Rule, learning_rate: Tensor, first_average: Tensor | None, is_taken: Tensor
 ) -> Coefficients:
-    """In the dtype of `learning_rate`.
+    """Return the factors of one step, all in the dtype of `learning_rate`.
 
     Args:
+        rule: the hyper-parameters.
         learning_rate: scalar.
-        first_average: whether no moving average has been taken yet; then it
-            becomes the weight itself. `None` if none are kept.
-        taken: whether the step is taken or skipped.
+        first_average: boolean scalar, whether the moving averages of the weights begin with
+            this update and so become the weights themselves. `None` if none are kept.
+        is_taken: boolean scalar, `False` if the step is to be skipped.
     """
     one, zero = ops.ones_like(learning_rate), ops.zeros_like(learning_rate)
     ema_momentum = rule.ema_momentum * one
@@ -109,7 +124,16 @@ def descend(
     direction: Tensor,
     decays: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The update itself: returns the new weight and the new momentum."""
+    """Apply one SNGM update to one variable; return its new weight and its new momentum.
+
+    Args:
+        rule: the hyper-parameters.
+        coefficients: the factors of this step, in the dtype of `weight`.
+        weight: the variable's value.
+        momentum: its momentum u, or `None` if none is kept.
+        direction: its part of g / norm(g).
+        decays: whether weight decay applies to this variable.
+    """
     # Adding -0.0 and subtracting 0.0 change no bit, not even the sign of a zero.
     direction = ops.where(coefficients.is_taken, direction, -0.0)
     velocity = direction if momentum is None else coefficients.momentum * momentum + direction
@@ -122,15 +146,18 @@ def descend(
 
 
 def moving_average(coefficients: Coefficients, average: Tensor, weight: Tensor) -> Tensor:
-    """Exponential moving average of the weights."""
+    """Return the exponential moving average of a weight after it has been updated to `weight`."""
     return coefficients.ema_momentum * average + (1.0 - coefficients.ema_momentum) * weight
 
 
 def filled(value: Tensor, like: Tensor) -> Tensor:
-    """A number as a tensor, made where `like` is: from the host it would have to be copied."""
+    """Return a tensor of the shape, dtype and device of `like`, each element equal to `value`.
+
+    Made from `like`, so that nothing is copied from the host.
+    """
     return value * ops.ones_like(like)
 
 
 def nonzero(norm: Tensor) -> Tensor:
-    """1 for a norm of 0, so that a zero gradient gives a zero direction."""
+    """Replace a norm of 0 by 1, so that a zero gradient divided by it gives a zero direction."""
     return ops.where(norm == 0.0, ops.ones_like(norm), norm)

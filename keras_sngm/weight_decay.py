@@ -1,4 +1,4 @@
-"""Which variables weight decay leaves alone."""
+"""Exclusions from weight decay."""
 
 import re
 import warnings
@@ -10,8 +10,8 @@ class Exclusions:
     """Variables excluded from weight decay, in a form that can be saved.
 
     Args:
-        variables: the excluded variables themselves, or what `get_config` has
-            made of them.
+        variables: the excluded variables themselves, or the indices and paths that
+            `get_config` saves in their place.
         names: regular expressions; a variable is excluded if one of them is
             found in its path, such as `encoder/dense/kernel`, or in its name, `kernel`.
     """
@@ -24,7 +24,7 @@ class Exclusions:
         return bool(self._entries or self._names)
 
     def decays(self, variables: Sequence[Any]) -> tuple[bool, ...]:
-        """For each of the variables, whether weight decay applies to it.
+        """Return for each of the variables whether weight decay applies to it.
 
         Raises:
             ValueError: if a saved exclusion does not fit exactly one variable.
@@ -38,7 +38,7 @@ class Exclusions:
         )
 
     def located_in(self, variables: Sequence[Any]) -> "Exclusions":
-        """The same exclusions, with positions in place of variables.
+        """Return the same exclusions, as indices into `variables`.
 
         Raises:
             ValueError: if a saved exclusion does not fit exactly one variable.
@@ -46,7 +46,7 @@ class Exclusions:
         return Exclusions(self._positions_in(variables), self._names)
 
     def warn_of_idle(self, variables: Sequence[Any]) -> None:
-        """Warn of exclusions that fit none of the variables."""
+        """Warn of exclusions that apply to none of the variables."""
         idle = [name for name in self._names if not any(_is_named(v, name) for v in variables)]
         if idle:
             warnings.warn(
@@ -69,6 +69,7 @@ class Exclusions:
             )
 
     def _positions_in(self, variables: Sequence[Any]) -> list[int]:
+        """Return the indices of the variables that are excluded one by one, not by name."""
         positions: list[int] = []
         for entry in self._entries:
             if isinstance(entry, int):
@@ -80,18 +81,24 @@ class Exclusions:
         return positions
 
     def get_config(self) -> dict[str, list[Any]]:
-        """The exclusions as plain data.
+        """Return the exclusions as plain data, which the constructor takes.
 
-        Variables are saved as their position among those the optimizer was
-        built with, once it is known, as all of the optimizer's state is. Paths
-        are the second best: Keras changes them when it loads a model.
+        Once the optimizer is built a variable is saved as its index among the optimizer's
+        variables, before as its path: Keras changes paths when it loads a model.
         """
         entries = [v if isinstance(v, (int, str)) else _path(v) for v in self._entries]
         return {"variables": entries, "names": list(self._names)}
 
 
 def _position_of_path(path: str, variables: Sequence[Any]) -> int:
-    """Where the one variable is whose path ends in `path`, or the other way round."""
+    """Return the index of the one variable that a saved path belongs to.
+
+    If no path is equal, one of the two may be a suffix of the other: layers may have been put
+    into another model since, or taken out of one.
+
+    Raises:
+        ValueError: if no variable or more than one fits.
+    """
     paths = [_path(v) for v in variables]
     fitting = [i for i, p in enumerate(paths) if p == path]
     fitting = fitting or [
@@ -108,8 +115,10 @@ def _position_of_path(path: str, variables: Sequence[Any]) -> int:
 
 
 def _is_named(variable: Any, name: str) -> bool:
+    """Return whether a regular expression is found in a variable's path or name."""
     return bool(re.search(name, _path(variable)) or re.search(name, variable.name))
 
 
 def _path(variable: Any) -> str:
+    """Return a variable's path, or its name if it has none, as a `tf.Variable`."""
     return getattr(variable, "path", variable.name)

@@ -1,1 +1,1 @@
-"""What several examples share: data sets, models, baselines, command-line arguments, progress."""
+"""Modules that examples share: data sets, models, baselines, command-line arguments, progress."""

@@ -1,4 +1,4 @@
-"""Command-line arguments, for one backend alone or with defaults that depend on `--quick`."""
+"""Helpers for command lines: a check of the backend, and defaults that depend on `--quick`."""
 
 import argparse
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ def parsed_on(
 ) -> argparse.Namespace:
     """Parse the command line of a program that needs a backend; exit if Keras runs on another.
 
-    `--help` works on all of them.
+    `--help` works on every backend.
     """
     arguments = parser.parse_args(argv)
     if keras.backend.backend() != backend:
@@ -26,7 +26,16 @@ def parsed_on(
 def with_defaults(
     arguments: argparse.Namespace, usual: dict[str, Any], quick: dict[str, Any]
 ) -> argparse.Namespace:
-    """Fills in what was not given on the command line."""
+    """Set arguments that the command line leaves out to their defaults, in place.
+
+    Args:
+        arguments: the parsed command line; an argument that was left out is `None`.
+        usual: defaults without `--quick`.
+        quick: defaults with `--quick`.
+
+    Returns:
+        The same `arguments`.
+    """
     for name, value in (quick if arguments.quick else usual).items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)

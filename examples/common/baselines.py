@@ -1,6 +1,6 @@
-"""Optimizers to compare SNGM with: Keras' own, with coupled weight decay, and LARS.
+"""Optimizers to compare SNGM with: optimizers of Keras with coupled weight decay, and LARS.
 
-Keras' own weight decay is decoupled, and Keras has no LARS.
+The weight decay of Keras' optimizers is decoupled, and Keras has no LARS.
 """
 
 from typing import Any
@@ -10,12 +10,13 @@ from keras import ops
 
 
 class CoupledDecay:
-    """Mixin for a Keras optimizer on TensorFlow.
+    """Mixin that gives a Keras optimizer coupled weight decay, on TensorFlow only.
 
     Args:
-        coupled_weight_decay: `coupled_weight_decay * w` is added to each
-            gradient before anything else is done with it.
-        *args: and **kwargs: those of the optimizer.
+        coupled_weight_decay: `coupled_weight_decay * w` is added to the gradient of each
+            variable `w` before the optimizer receives it.
+        *args: positional arguments of the optimizer.
+        **kwargs: keyword arguments of the optimizer.
     """
 
     def __init__(self, *args, coupled_weight_decay=0.0, **kwargs):
@@ -23,11 +24,12 @@ class CoupledDecay:
         self.coupled_weight_decay = coupled_weight_decay
 
     def apply(self, grads, trainable_variables=None):
-        # Without decay, so that sparse gradients stay sparse.
+        # Without decay nothing is added, so that sparse gradients stay sparse.
         if self.coupled_weight_decay:
-            import tensorflow as tf  # the study's report, which only imports this, does without
+            # The study's report imports this module, but runs without TensorFlow.
+            import tensorflow as tf
 
-            # Replicas' gradients are summed, so each adds its share of the decay.
+            # The gradients of replicas are summed, so each replica adds its share of the decay.
             replicas = tf.distribute.get_replica_context().num_replicas_in_sync
             share = self.coupled_weight_decay / replicas
             grads = [g + share * v for g, v in zip(grads, trainable_variables, strict=True)]
@@ -35,19 +37,19 @@ class CoupledDecay:
 
 
 class MomentumSGD(CoupledDecay, keras.optimizers.SGD):
-    """Momentum SGD."""
+    """Momentum SGD with coupled weight decay."""
 
 
 class Lamb(CoupledDecay, keras.optimizers.Lamb):
-    """LAMB, https://arxiv.org/abs/1904.00962."""
+    """LAMB with coupled weight decay, https://arxiv.org/abs/1904.00962."""
 
 
 @keras.saving.register_keras_serializable(package="examples")
 class LARS(keras.optimizers.Optimizer):
     """Layer-wise adaptive rate scaling, for large batches.
 
-    For each variable `w` by itself, with gradient `g` and velocity `v`, which starts
-    at zero:
+    The step of each variable `w`, with gradient `g` and velocity `v`, which is zero at
+    first:
 
     ```python
     g = g + weight_decay * w
@@ -64,13 +66,13 @@ class LARS(keras.optimizers.Optimizer):
             value to use. Defaults to `0.1`.
         momentum: Float in the range [0, 1). Defaults to `0.9`.
         nesterov: Boolean. Whether to apply Nesterov momentum. Defaults to `False`.
-        weight_decay: Float or `None`. If set, it is added to the gradient as above, so
-            it takes part in the ratio.
+        weight_decay: Float or `None`. If set, `weight_decay * w` is added to the gradient,
+            as above, so that it affects the ratio.
         trust_coefficient: Float. How far a variable may move in one step at a learning
             rate of 1, in proportion to its norm. Defaults to `0.001`.
-        epsilon: Float. Defaults to `0.0`.
+        epsilon: Float, added to the norm of the gradient. Defaults to `0.0`.
         name: String. The name of the optimizer. Defaults to `"lars"`.
-        **kwargs: those of every Keras optimizer.
+        **kwargs: keyword arguments of every Keras optimizer.
 
     Raises:
         ValueError: if an argument is out of its range or unknown.
@@ -103,7 +105,7 @@ class LARS(keras.optimizers.Optimizer):
         for argument, value in {"weight_decay": weight_decay or 0.0, "epsilon": epsilon}.items():
             if not value >= 0.0:
                 raise ValueError(f"`{argument}` must not be negative. Received: {argument}={value}")
-        # Keras would decay by itself, and decoupled.
+        # Keras must not know `weight_decay`, or it would apply decoupled decay as well.
         super().__init__(learning_rate=learning_rate, weight_decay=None, name=name, **kwargs)
         self.momentum = momentum
         self.nesterov = nesterov
@@ -128,6 +130,7 @@ class LARS(keras.optimizers.Optimizer):
         self.assign_sub(variable, self.momentum * moved + step if self.nesterov else moved)
 
     def _trust_ratio(self, gradient: Any, variable: keras.Variable) -> Any:
+        """Return the trust ratio of a variable: 1 where its norm or its gradient's is zero."""
         of_weight, of_gradient = (ops.sqrt(ops.sum(ops.square(x))) for x in (variable, gradient))
         ratio = self.trust_coefficient * of_weight / (of_gradient + self.epsilon)
         has_none = ops.logical_or(of_weight == 0.0, of_gradient == 0.0)

@@ -14,7 +14,15 @@ IMAGE_SIZE = (32, 32)
 
 
 class Task(NamedTuple):
-    """A classification task. Choose on `validation`, report on `test`."""
+    """A classification task: three datasets of (input, label) pairs, and their sizes.
+
+    Attributes:
+        train: the pairs to train on.
+        validation: the pairs to choose hyper-parameters on.
+        test: the pairs to report results on.
+        input_shape: the shape of one input.
+        classes: the number of classes.
+    """
 
     train: tf.data.Dataset
     validation: tf.data.Dataset
@@ -29,9 +37,9 @@ def load(name: str, quick: bool = False) -> Task:
 
 
 def mnist1d(quick: bool = False) -> Task:
-    """4,000 samples to train, 4,000 to validate, 10,000 to test, made on this machine.
+    """Return MNIST-1D: 4,000 samples to train on, 4,000 to validate, 10,000 to test.
 
-    With `quick`, a tenth of each.
+    The samples are generated on this machine. With `quick`, each dataset has a tenth of them.
     """
     sizes = [400, 400, 1_000] if quick else [4_000, 4_000, 10_000]
     x, y = generated_mnist1d(sum(sizes))
@@ -44,7 +52,10 @@ def mnist1d(quick: bool = False) -> Task:
 
 
 def generated_mnist1d(samples: int) -> tuple[np.ndarray, np.ndarray]:
-    """Signals of 40 values and their 10 classes; kept on disk, for they take a while."""
+    """Return signals, shape (samples, 40, 1), and their labels, 10 classes.
+
+    The data are generated once and then kept on disk, as it takes a while.
+    """
     home = pathlib.Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()
     cached = home / "datasets" / f"mnist1d-{samples}.npz"
     if not cached.exists():
@@ -66,18 +77,23 @@ def generated_mnist1d(samples: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 class Text(NamedTuple):
-    """Pieces of a text, as pairs of characters and the characters that follow."""
+    """A text as training data for the prediction of the next character.
+
+    Attributes:
+        pairs: pairs of two sequences of characters, of which the second is one ahead.
+        characters: the number of different characters.
+    """
 
     pairs: tf.data.Dataset
     characters: int
 
 
 def python_manual(length: int, pieces: int) -> Text:
-    """English prose that comes with Python: the help on its language, by character.
+    """Return the help on the Python language, which comes with Python, by character.
 
     Args:
-        length: of a piece.
-        pieces: how many. They follow each other without a gap.
+        length: the number of characters in a piece.
+        pieces: the number of pieces, or fewer if the text is too short. They are consecutive.
     """
     from pydoc_data.topics import topics
 
@@ -90,9 +106,13 @@ def python_manual(length: int, pieces: int) -> Text:
 
 
 def images(name: str, quick: bool = False) -> Task:
-    """Images of any size, scaled to 32x32 and [-1, 1].
+    """Load an image-classification dataset of tensorflow-datasets.
 
-    With `quick`, the first hundredth of each split.
+    Images are resized to 32x32, and pixels are scaled to [-1, 1].
+
+    Args:
+        name: the name of the dataset.
+        quick: whether to return only the first hundredth of each split.
 
     Raises:
         ValueError: if the dataset does not consist of images with labels.
@@ -118,10 +138,10 @@ def images(name: str, quick: bool = False) -> Task:
 
 
 def image_arrays(name: str) -> tuple[Any, Any, int]:
-    """All images and labels to train and to test on, and the number of classes.
+    """Return (images, labels) to train on, (images, labels) to test on, and the number of classes.
 
-    Fashion-MNIST comes from Keras, in 28x28 and 0 to 255, as it also runs without
-    tensorflow-datasets; all others as `images` has them.
+    Fashion-MNIST is loaded from Keras, which does not need tensorflow-datasets. Its images are
+    28x28 with pixels from 0 to 255. All other datasets are as `images` returns them.
     """
     if name == "fashion_mnist":
         (x, y), (x_test, y_test) = keras.datasets.fashion_mnist.load_data()
@@ -132,22 +152,25 @@ def image_arrays(name: str) -> tuple[Any, Any, int]:
 
 
 def _arrays(dataset: tf.data.Dataset) -> Any:
+    """Return a whole dataset as one batch of NumPy arrays."""
     return next(iter(dataset.batch(int(dataset.cardinality())).as_numpy_iterator()))
 
 
 CLICK_FIELDS = (5_000, 2_000, 200, 24)
+"""The number of users, items, pages and hours in `generated_clicks`."""
 
 
 def generated_clicks(samples: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Made-up impressions: a user, an item, a page and an hour, and whether there was a click.
+    """Generate impressions of a user, an item, a page and an hour, with or without a click.
 
-    Which users, items and so on appear follows Zipf's law. The log-odds of a click are
-    a constant, one number for each, and for each two of them the product of two latent
-    vectors, all drawn from normal distributions, always the same ones.
+    Users, items, pages and hours are drawn by Zipf's law. The log-odds of a click are the sum
+    of a constant, of one number for each of the four, and for each pair of the four of the dot
+    product of two latent vectors. Numbers and vectors are drawn from normal distributions, the
+    same at each call.
 
     Returns:
-        The four as indices of one table, shape (samples, 4); 0 or 1 for each sample, shape
-        (samples, 1); the size of the table.
+        User, item, page and hour as indices of one embedding table, shape (samples, 4); 1 for
+        a click or 0, shape (samples, 1); the number of rows of the table.
     """
     generator = np.random.default_rng(0)
     own = [generator.normal(0.0, 0.5, size) for size in CLICK_FIELDS]
@@ -164,15 +187,20 @@ def generated_clicks(samples: int) -> tuple[np.ndarray, np.ndarray, int]:
 
 
 def _zipf(generator: np.random.Generator, size: int, samples: int) -> np.ndarray:
+    """Draw indices below `size` by Zipf's law."""
     weights = 1.0 / np.arange(1, size + 1)
     return generator.choice(size, samples, p=weights / weights.sum())
 
 
 def movielens(name: str) -> tuple[np.ndarray, np.ndarray, int]:
-    """Users and films as `generated_clicks` has them, and whether there were 4 stars or more.
+    """Load MovieLens ratings: a user, a film, and whether the user gave 4 stars or more.
 
     Args:
-        name: of a dataset, "movielens/100k-ratings" for example.
+        name: the name of a dataset of tensorflow-datasets, such as "movielens/100k-ratings".
+
+    Returns:
+        User and film as indices of one embedding table, shape (samples, 2); 1 for at least 4
+        stars or 0, shape (samples, 1); the number of rows of the table.
     """
     import tensorflow_datasets as tfds
 
@@ -189,7 +217,7 @@ def movielens(name: str) -> tuple[np.ndarray, np.ndarray, int]:
 
 
 def _splits(available: Iterable[str]) -> list[str]:
-    """Names of what to train, validate and test on."""
+    """Return the names of the splits to train, validate and test on, in tensorflow-datasets."""
     for held_out in ("test", "validation"):
         if held_out in available:
             return ["train[:90%]", "train[90%:]", held_out]
@@ -197,5 +225,6 @@ def _splits(available: Iterable[str]) -> list[str]:
 
 
 def _scaled(image: tf.Tensor, label: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Resize an image to 32x32, and scale its pixels from [0, 255] to [-1, 1]."""
     image = tf.image.resize(image, IMAGE_SIZE)
     return image / 127.5 - 1.0, label

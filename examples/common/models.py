@@ -1,4 +1,4 @@
-"""Networks for the examples. All return logits."""
+"""Networks for the examples. The outputs of all are logits."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,23 +6,35 @@ from typing import Any
 import keras
 from keras import layers
 
-# Keras' own 0.99 averages over more steps than a short training at a large batch has:
-# its statistics would be those of weights that are long gone.
+# Keras' default of 0.99 averages over more steps than a short training at a large batch has. The
+# statistics would then belong to outdated weights.
 BATCH_NORM_MOMENTUM = 0.9
 
 
 def for_input(shape: tuple[int, ...], classes: int) -> keras.Model:
-    """A small 1-D conv net for signals, a ResNet-20 for images."""
+    """Return a small 1-D conv net if inputs are signals, a ResNet-20 if they are images."""
     return conv_net_1d(shape, classes) if len(shape) == 2 else resnet(shape, classes)
 
 
 def conv_net_1d(shape: tuple[int, ...], classes: int, **options: Any) -> keras.Model:
-    """Three conv layers of 25 channels; options as below."""
+    """Return a 1-D conv net with three layers of 25 channels.
+
+    Args:
+        shape: the shape of an input.
+        classes: the number of classes.
+        **options: `batch_normalization` and `batch_norm_momentum`.
+    """
     return _conv_net(shape, classes, layers.Conv1D, ((25, 5), (25, 3), (25, 3)), **options)
 
 
 def conv_net_2d(shape: tuple[int, ...], classes: int, **options: Any) -> keras.Model:
-    """Three conv layers of 16, 32 and 64 channels; options as below."""
+    """Return a 2-D conv net with three layers of 16, 32 and 64 channels.
+
+    Args:
+        shape: the shape of an input.
+        classes: the number of classes.
+        **options: `batch_normalization` and `batch_norm_momentum`.
+    """
     return _conv_net(shape, classes, layers.Conv2D, ((16, 3), (32, 3), (64, 3)), **options)
 
 
@@ -34,7 +46,16 @@ def _conv_net(
     batch_normalization: bool = False,
     batch_norm_momentum: float = BATCH_NORM_MOMENTUM,
 ) -> keras.Model:
-    """Conv layers of stride 2, each with channels and kernel size, and a linear one."""
+    """Return a network of conv layers of stride 2, followed by a linear layer.
+
+    Args:
+        shape: the shape of an input.
+        classes: the number of classes.
+        convolution: the class of the conv layers.
+        stages: the number of channels and the kernel size of each conv layer.
+        batch_normalization: whether to normalize after each convolution.
+        batch_norm_momentum: weight of the past in the averages of batch normalization.
+    """
     model = keras.Sequential([keras.Input(shape)])
     for channels, kernel_size in stages:
         model.add(
@@ -56,12 +77,13 @@ def _conv_net(
 
 
 def resnet(shape: tuple[int, ...], classes: int, depth: int = 20) -> keras.Model:
-    """The CIFAR variant of He et al., 2016, https://arxiv.org/abs/1512.03385.
+    """Return a ResNet for CIFAR of He et al., 2016, https://arxiv.org/abs/1512.03385.
 
     Args:
-        shape: of an image.
-        classes: how many there are.
-        depth: 6n + 2 for a whole n: 20, 32, 44, 56 or 110 in the paper.
+        shape: the shape of an image.
+        classes: the number of classes.
+        depth: the number of layers with weights, 6n + 2 for an integer n: 20, 32, 44, 56 or 110 in
+            the paper.
 
     Raises:
         ValueError: if there is no network of this depth.
@@ -78,6 +100,7 @@ def resnet(shape: tuple[int, ...], classes: int, depth: int = 20) -> keras.Model
 
 
 def _residual(x: keras.KerasTensor, channels: int, stride: int) -> keras.KerasTensor:
+    """Apply a residual block; a stride of 2 doubles the channels, by zeros in the shortcut."""
     shortcut = x
     if stride != 1:
         shortcut = layers.AveragePooling2D(stride)(x)
@@ -87,6 +110,7 @@ def _residual(x: keras.KerasTensor, channels: int, stride: int) -> keras.KerasTe
 
 
 def _conv(x: keras.KerasTensor, channels: int, stride: int = 1) -> keras.KerasTensor:
+    """Apply a 3x3 convolution without bias, then batch normalization."""
     x = layers.Conv2D(
         channels,
         3,
@@ -99,10 +123,16 @@ def _conv(x: keras.KerasTensor, channels: int, stride: int = 1) -> keras.KerasTe
 
 
 def transformer(tokens: int, length: int, width: int = 128, blocks: int = 3) -> keras.Model:
-    """A decoder that says of every token what comes next.
+    """Return a decoder-only transformer that predicts the next token at every position.
 
-    Normalization comes before each part. There is no encoding of positions: causal
-    attention can tell them (Haviv et al., 2022, https://arxiv.org/abs/2203.16634).
+    Layers are normalized before attention and before the MLP. Positions are not encoded, as
+    causal attention can infer them (Haviv et al., 2022, https://arxiv.org/abs/2203.16634).
+
+    Args:
+        tokens: the number of different tokens.
+        length: the number of tokens in a sample.
+        width: the number of features of a token.
+        blocks: the number of blocks of attention and MLP.
     """
     inputs = keras.Input((length,), dtype="int32")
     x = layers.Embedding(tokens, width)(inputs)
@@ -116,12 +146,12 @@ def transformer(tokens: int, length: int, width: int = 128, blocks: int = 3) -> 
 
 
 def click_model(tokens: int, fields: int, width: int = 8) -> keras.Model:
-    """Embeddings of all fields, and two hidden layers; one logit.
+    """Return a network of embeddings and two hidden layers, with one logit as its output.
 
     Args:
-        tokens: how many rows the table of embeddings has.
-        fields: how many of them a sample looks up.
-        width: of an embedding.
+        tokens: the number of rows of the embedding table.
+        fields: the number of rows that a sample looks up.
+        width: the number of features of an embedding.
     """
     return keras.Sequential(
         [

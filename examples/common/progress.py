@@ -1,11 +1,11 @@
-"""Progress of `fit` on a bar that several calls of it share."""
+"""Progress of `fit` on a bar that several calls of `fit` share."""
 
 import keras
 from tqdm import tqdm
 
 
 class Advance(keras.callbacks.Callback):
-    """Moves a bar by one after each epoch."""
+    """Callback that advances a progress bar by one after each epoch."""
 
     def __init__(self, bar: tqdm) -> None:
         super().__init__()

@@ -1,17 +1,17 @@
-"""The large-batch study: every method at its best learning rate, on one task after another.
+"""The large-batch study: compares methods on a task, each at its best learning rate.
 
-For each batch size each method gets the same search for its learning rate: a grid in
-powers of sqrt(2), the best by mean score on validation data over some seeds, extended
-until the best is not at its edge. Then it is trained with other seeds, whose scores on
-test data are what counts. Tasks are described in study/studies/*.json. In the folder
-`examples`,
+For each batch size each method gets the same search for its learning rate on a grid in
+powers of sqrt(2). The best rate has the highest mean score on validation data over some
+seeds. The grid is extended until the best rate is not at its edge. Then the method is
+trained at this rate with other seeds, whose scores on test data are reported. Tasks are
+described in study/studies/*.json. In the folder `examples`,
 
     python -m study --task mnist1d            runs all of a task
     python -m study --task mnist1d --quick    is a smoke run
     python -m study.report                    makes tables and pictures from all results
 
-Each run is written down as soon as it is done. After an interruption the same command
-goes on with what is left.
+Each run is written to a file as soon as it is done. After an interruption the same command
+resumes with the remaining runs.
 """
 
 import argparse
@@ -28,7 +28,15 @@ from study.results import Run, Wanted
 
 
 class Progress:
-    """What has been run, on file and in memory, with a bar that knows what is left."""
+    """The finished runs of a study, in memory and in a file, with a progress bar.
+
+    Args:
+        study: the study.
+        path: the file of runs; it may exist and is appended to.
+
+    Raises:
+        ValueError: if the file has runs of a setting that has been changed since.
+    """
 
     def __init__(self, study: Study, path: pathlib.Path) -> None:
         self.study = study
@@ -48,9 +56,11 @@ class Progress:
         self._update_total()
 
     def pending(self, search_: Search) -> list[Wanted]:
+        """Return the runs that a search needs next, none if it is done."""
         return search.wanted(self.study, search_, self.runs[results.key_of(search_)])
 
     def add(self, run: Run) -> None:
+        """Store a finished run and advance the bar."""
         results.append(self.path, run)
         self.runs[run.search].append(run)
         self.bar.set_description(f"{run.setting}, batch {run.batch_size}, {run.method}")
@@ -58,7 +68,10 @@ class Progress:
         self._update_total()
 
     def _update_total(self) -> None:
-        """At least so many samples as are known to be wanted."""
+        """Set the total of the bar to an estimate of the samples of all runs, done and to do.
+
+        A search is assumed to need the usual number of runs, or more if more are pending.
+        """
         usual = self.study.rates * len(self.study.tuning_seeds) + len(self.study.final_seeds)
         left = 0
         for each in self.study.searches:
@@ -99,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def carry_out(study: Study, path: pathlib.Path, jobs: int) -> None:
-    """What the study still needs."""
+    """Do the remaining runs of a study in `jobs` processes, and write them to a file."""
     progress = Progress(study, path)
     with progress.bar:
         if settings := {s.setting.name: s.setting for s in study.searches if progress.pending(s)}:
@@ -110,7 +123,9 @@ def carry_out(study: Study, path: pathlib.Path, jobs: int) -> None:
 
 
 def default_jobs() -> int:
-    # PyTorch, which Keras may run on, must not be imported after TensorFlow.
+    """Return the number of processes: 1 if there is a GPU, else the number of cores."""
+    # PyTorch, which Keras may run on, must not be imported after TensorFlow. So TensorFlow is not
+    # imported at the top.
     import tensorflow as tf
 
     return 1 if tf.config.list_physical_devices("GPU") else os.cpu_count() or 1

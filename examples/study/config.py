@@ -1,4 +1,4 @@
-"""What a study consists of, read from its JSON file."""
+"""Settings and searches of a study, read from its JSON file."""
 
 import dataclasses
 import hashlib
@@ -16,11 +16,11 @@ class Setting:
     """Data, model and length of training, the same for all methods.
 
     Attributes:
-        name: to tell it from others of the study.
-        data: a function of `study.tasks` and its arguments.
-        model: the same.
-        epochs: of each run.
-        weight_decay: of each method but AdamW, coupled.
+        name: the name of the setting, unique in the study.
+        data: the name of a task in `study.tasks.TASKS` and keyword arguments for it.
+        model: the name of a model in `study.tasks.MODELS` and keyword arguments for it.
+        epochs: the number of epochs of each run.
+        weight_decay: the coupled weight decay of all methods but AdamW.
     """
 
     name: str
@@ -31,18 +31,20 @@ class Setting:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with whatever changes what is trained."""
+        """Return a hash of the whole setting, by which runs of a changed setting are recognized."""
         content = json.dumps(dataclasses.asdict(self), sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:8]
 
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """One method at one batch size: its learning rate is tuned, then it is judged.
+    """The search for the best learning rate of one method at one batch size.
+
+    Runs at the best rate with other seeds follow, which are reported.
 
     Attributes:
-        setting: what is trained.
-        batch_size: in samples.
+        setting: the data, the model and the length of training.
+        batch_size: the number of samples in a batch.
         method: a key of `METHODS`.
         start: the k in the middle of the first rates 2^(k/2) to try.
     """
@@ -55,15 +57,15 @@ class Search:
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A file of `examples/study/studies`.
+    """The content of a file of `examples/study/studies`.
 
     Attributes:
-        task: the name of the file.
-        measure: what a score is, for people.
-        rates: how many learning rates every method gets at least.
-        tuning_seeds: each rate is tried with all of them.
-        final_seeds: those of the runs that are reported.
-        searches: in the order to run them.
+        task: the name of the file, without its ending.
+        measure: the name of the score in tables and pictures, such as "accuracy".
+        rates: the least number of learning rates to try for every method.
+        tuning_seeds: the seeds that each learning rate is tried with.
+        final_seeds: the seeds of the runs that are reported.
+        searches: all searches, in the order to run them.
     """
 
     task: str
@@ -75,15 +77,15 @@ class Study:
 
 
 def available() -> list[str]:
-    """The names of all studies."""
+    """Return the names of all studies."""
     return sorted(path.stem for path in STUDIES.glob("*.json"))
 
 
 def load(task: str, quick: bool = False) -> Study:
-    """The study of this name; with `quick` so little of everything that it takes a minute.
+    """Load the study of a task; with `quick`, reduced to a smoke run of about a minute.
 
     Raises:
-        ValueError: if the file names a method that there is not.
+        ValueError: if the file names an unknown method.
     """
     content = json.loads((STUDIES / f"{task}.json").read_text())
     settings = content["settings"]
@@ -101,6 +103,7 @@ def load(task: str, quick: bool = False) -> Study:
 
 
 def _quick(setting: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return a setting reduced to one epoch, one batch size and the given changes."""
     batch_size, methods = next(iter(setting["batch_sizes"].items()))
     return {
         **setting,
@@ -112,6 +115,12 @@ def _quick(setting: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _searches(setting: dict[str, Any], start: dict[str, int]) -> list[Search]:
+    """Return the searches of a setting, one for each batch size and method.
+
+    Args:
+        setting: a setting as in the JSON file.
+        start: the `Search.start` of each method.
+    """
     common = Setting(
         setting["name"],
         setting["data"],

@@ -1,4 +1,4 @@
-"""The methods that are compared, each with nothing to tune but its learning rate."""
+"""The methods that the study compares; the learning rate is all that is tuned of each."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,11 +17,12 @@ Make = Callable[[Any, float], keras.optimizers.Optimizer]
 class Schedule(keras.optimizers.schedules.LearningRateSchedule):
     """Linear warm-up, then polynomial decay to zero.
 
-    Its peak is a variable: a training step that was traced once serves every rate.
+    The greatest rate is the variable `peak`, so that a training step needs to be traced only
+    once for all rates. Assign to it before training.
 
     Args:
-        steps: of the whole training.
-        warm_up: how many of them the rate goes up.
+        steps: the number of steps of the whole training.
+        warm_up: the number of steps of the warm-up.
     """
 
     def __init__(self, steps: int, warm_up: int) -> None:
@@ -62,7 +63,7 @@ def lamb(rate: Any, weight_decay: float) -> keras.optimizers.Optimizer:
 
 
 def adamw(rate: Any, weight_decay: float) -> keras.optimizers.Optimizer:
-    """With the decay that Keras gives it, which is decoupled."""
+    """Return AdamW with Keras' default for its decoupled decay; `weight_decay` is ignored."""
     return keras.optimizers.AdamW(rate)
 
 
@@ -81,6 +82,6 @@ METHODS: dict[str, Make] = {
 
 
 def schedule(method: str, steps: int) -> Schedule:
-    """That of a method for a training of so many steps."""
+    """Return the learning-rate schedule of a method for a training of `steps` steps."""
     warm_up = round(WARM_UP * steps) if method.endswith("warm-up") else 0
     return Schedule(steps, warm_up)

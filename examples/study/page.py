@@ -1,4 +1,4 @@
-"""Text and pictures about all tasks of the study."""
+"""Text and pictures of a report on all tasks of the study."""
 
 import math
 import pathlib
@@ -12,10 +12,10 @@ from study.summary import Summary, epochs_to, summaries
 
 
 class Report:
-    """The numbers of all tasks, by the names that a template calls them.
+    """The results of all tasks, with methods that a template of a page calls.
 
     Args:
-        folder: where the files of runs are.
+        folder: the folder with the files of runs.
     """
 
     def __init__(self, folder: pathlib.Path) -> None:
@@ -26,52 +26,72 @@ class Report:
         self.studies = {task: config.load(task) for task in self.tasks}
 
     def find(self, task: str, setting: str, batch_size: int, method: str) -> Summary:
-        """The summary of a search that is done."""
+        """Return the summary of a finished search.
+
+        Raises:
+            KeyError: if there is none.
+        """
         for each in self.tasks[task]:
             if (each.setting, each.batch_size, each.method) == (setting, batch_size, method):
                 return each
         raise KeyError(f"There is no finished search {task}, {setting}, {batch_size}, {method}")
 
     def scores(self, task: str) -> str:
+        """Return the table of the test scores of a task."""
         return tables.scores(self.tasks[task], self.studies[task].measure)
 
     def matrix(self, task: str, columns: Sequence[tuple[str, int]]) -> str:
+        """Return the table of test scores with a row for each method.
+
+        Args:
+            task: the task.
+            columns: the setting and the batch size of each column.
+        """
         return tables.matrix(self.tasks[task], columns)
 
     def joined(self, columns: Sequence[tuple[str, str, int]]) -> str:
-        """One matrix for the settings and batch sizes of several tasks."""
+        """Return one table of test scores for several tasks, with a row for each method.
+
+        Args:
+            columns: the task, the setting and the batch size of each column.
+        """
         found = [each for task in dict.fromkeys(c[0] for c in columns) for each in self.tasks[task]]
         return tables.matrix(found, [column[1:] for column in columns])
 
     def conversions(self, task: str) -> str:
+        """Return the table that relates SNGM's best learning rates to momentum SGD's."""
         return tables.conversions(self.tasks[task])
 
     def conversion_factors(self) -> list[float]:
-        """The last column of the tables of `conversions` of all tasks."""
+        """Return the last column of the tables that `conversions` makes of all tasks."""
         return [tables.conversion(*pair) for pair in self._pairs()]
 
     def sngm_rates(self) -> list[float]:
-        """SNGM's best learning rates in the tables of `conversions` of all tasks."""
+        """Return SNGM's best learning rates in the tables that `conversions` makes of all tasks."""
         return [sngm.learning_rate for sngm, _ in self._pairs()]
 
     def growth(self, task: str, setting: str, sizes: tuple[int, int], method: str) -> float:
-        """The exponent g in: the best learning rate goes with (batch size)^g.
+        """Return the g for which a method's best learning rate grows as (batch size)^g.
 
         Args:
-            sizes: two batch sizes; what is between them does not count.
+            task: the task.
+            setting: the name of the setting.
+            sizes: the two batch sizes that g is computed from.
+            method: the method.
         """
         rates = [self.find(task, setting, size, method).learning_rate for size in sizes]
         return math.log(rates[1] / rates[0]) / math.log(sizes[1] / sizes[0])
 
     def _pairs(self) -> list[tuple[Summary, Summary]]:
+        """Return SNGM and momentum SGD at every setting and batch size of all tasks."""
         return [pair for found in self.tasks.values() for pair in tables.pairs(found)]
 
     def fill(self, template: str, folder: str) -> str:
-        """The text of a Jinja template.
+        """Return the text of a Jinja template, filled in with the results.
 
         Args:
-            template: may call the methods of this class and the functions below.
-            folder: where the pictures are, from the text.
+            template: the template. It may use the names that are passed to `render` below.
+            folder: the path of the folder of pictures, relative to the text.
         """
         environment = jinja2.Environment(
             undefined=jinja2.StrictUndefined, keep_trailing_newline=True
@@ -99,7 +119,7 @@ class Report:
         )
 
     def draw(self, folder: pathlib.Path) -> None:
-        """All pictures of all tasks."""
+        """Draw all pictures of all tasks into a folder."""
         for task, found in self.tasks.items():
             for name, draw in pictures.PICTURES.items():
                 draw(found, self.studies[task].measure, folder / f"{task}_{name}.png")

@@ -1,4 +1,4 @@
-"""Pictures of the study."""
+"""Pictures of the results of one task of the study."""
 
 import pathlib
 from collections.abc import Sequence
@@ -16,7 +16,13 @@ COLORS = dict(zip(METHODS, plt.get_cmap("tab10").colors, strict=False))
 
 
 def widest(summaries: Sequence[Summary]) -> dict[tuple[str, int], list[Summary]]:
-    """For each setting the batch size at which most methods were compared, if any were."""
+    """Return the batch size at which most methods were compared, for each setting.
+
+    Settings without a comparison of several methods are left out, unless no setting has one.
+
+    Returns:
+        The summaries of the compared methods, by setting and batch size.
+    """
     best: dict[str, tuple[tuple[str, int], list[Summary]]] = {}
     groups = groups_of(summaries)
     several = {key: group for key, group in groups.items() if len(group) > 1}
@@ -27,7 +33,7 @@ def widest(summaries: Sequence[Summary]) -> dict[tuple[str, int], list[Summary]]
 
 
 def draw_scores(summaries: Sequence[Summary], measure: str, path: pathlib.Path) -> None:
-    """Test score by method; a point for each seed, a line for the mean."""
+    """Draw test scores by method: a point for each seed, a line for the mean."""
     groups = widest(summaries)
     figure, panels = _panels(len(groups), height=3.6)
     for panel, ((setting, batch_size), group) in zip(panels, groups.items(), strict=True):
@@ -42,7 +48,7 @@ def draw_scores(summaries: Sequence[Summary], measure: str, path: pathlib.Path) 
 
 
 def draw_rates(summaries: Sequence[Summary], measure: str, path: pathlib.Path) -> None:
-    """Validation score against the learning rate, in proportion to the best one."""
+    """Draw validation scores against learning rate / best learning rate, by method."""
     groups = widest(summaries)
     figure, panels = _panels(len(groups))
     for panel, ((setting, batch_size), group) in zip(panels, groups.items(), strict=True):
@@ -72,7 +78,7 @@ def draw_rates(summaries: Sequence[Summary], measure: str, path: pathlib.Path) -
 
 
 def draw_batch_sizes(summaries: Sequence[Summary], measure: str, path: pathlib.Path) -> None:
-    """Best learning rate and test score against the batch size."""
+    """Draw the best learning rate and the test score against the batch size, by method."""
     by_setting: dict[str, dict[str, list[Summary]]] = {}
     for each in sorted(summaries, key=lambda each: each.batch_size):
         by_setting.setdefault(each.setting, {}).setdefault(each.method, []).append(each)
@@ -104,6 +110,7 @@ def draw_batch_sizes(summaries: Sequence[Summary], measure: str, path: pathlib.P
 
 
 def _draw_square_root(panel: Axes, by_method: dict[str, list[Summary]]) -> None:
+    """Draw how SNGM's rate would grow with the square root of the batch size."""
     line = by_method.get("SNGM", [])
     if len(line) > 1:
         first, last = line[0], line[-1]
@@ -114,7 +121,7 @@ def _draw_square_root(panel: Axes, by_method: dict[str, list[Summary]]) -> None:
 
 
 def draw_training(summaries: Sequence[Summary], measure: str, path: pathlib.Path) -> None:
-    """Validation score and gradient norm by epoch, means over the seeds."""
+    """Draw validation score, a mean over seeds, and gradient norm, a median, by epoch."""
     groups = widest(summaries)
     figure, panels = _panels(2 * len(groups))
     for i, ((setting, batch_size), group) in enumerate(groups.items()):
@@ -146,6 +153,7 @@ def _title(setting: str, batch_size: int) -> str:
 
 
 def _panels(count: int, height: float = 3.2) -> tuple[plt.Figure, list[Axes]]:
+    """Return a figure of `count` panels in at most two columns, each `height` inches high."""
     columns = min(count, 2)
     rows = -(-count // columns)
     figure, panels = plt.subplots(
@@ -164,7 +172,7 @@ def _panels(count: int, height: float = 3.2) -> tuple[plt.Figure, list[Axes]]:
 
 
 def _legend_below(figure: plt.Figure, panel: Axes) -> None:
-    """What the lines of a panel are, where it hides none."""
+    """Add the legend of a panel below all panels, where it hides no lines."""
     lines, names = panel.get_legend_handles_labels()
     figure.legend(lines, names, loc="outside lower center", ncols=4, fontsize="x-small")
 

@@ -1,13 +1,13 @@
-"""Tables and pictures of the large-batch study, from the files of its runs alone.
+"""Makes tables and pictures of the large-batch study from the files of its runs.
 
 In the folder `examples`,
 
     python -m study.report                                              reports on your runs
     python -m study.report --results ../docs/study --output ../docs     writes docs/study.md
 
-Files of runs may be compressed: mnist1d.jsonl or mnist1d.jsonl.gz. A template of the name
-study.md.jinja beside them is filled in with their numbers; without one the report is a
-table for each task.
+Files of runs may be compressed: mnist1d.jsonl or mnist1d.jsonl.gz. If the same folder has a
+template study.md.jinja, it is filled in with the numbers of the runs. Without a template the
+report is a table for each task.
 """
 
 import argparse

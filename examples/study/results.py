@@ -1,4 +1,4 @@
-"""The runs of a study, one JSON object per line."""
+"""The runs of a study and their file, with one JSON object per line."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,13 @@ from study.config import Search
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """A run of a search: learning rate 2^(exponent / 2), seed, and whether it is reported."""
+    """A run that a search needs.
+
+    Attributes:
+        exponent: the learning rate is 2^(exponent / 2).
+        seed: the seed of the initial weights and of the order of samples.
+        final: whether the run is one of those that are reported, or one of tuning.
+    """
 
     exponent: int
     seed: int
@@ -23,25 +29,25 @@ class Wanted:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What one training run gave.
+    """Settings and results of one training run.
 
     Attributes:
-        setting: name of the setting.
-        fingerprint: of all that the setting says.
-        method: name of the method.
-        batch_size: in samples.
+        setting: the name of the setting.
+        fingerprint: the hash of the setting.
+        method: the name of the method.
+        batch_size: the number of samples in a batch.
         exponent: the learning rate is 2^(exponent / 2).
-        seed: of weights and of the order of samples.
-        final: whether it is one of those that are reported, or one of tuning.
-        epochs: that were asked for.
-        steps: that were asked for.
-        seconds: that training took.
-        validation: score on validation data after each epoch; of a run of tuning at the
-            end alone.
-        test: score on test data at the end, `None` in tuning.
-        test_loss: the same of the loss; infinite if training failed.
-        train_loss: mean of each epoch.
-        grad_norm: mean of each epoch; none in tuning.
+        seed: the seed of the initial weights and of the order of samples.
+        final: whether the run is one of those that are reported, or one of tuning.
+        epochs: the number of epochs that were asked for.
+        steps: the number of steps that were asked for.
+        seconds: the duration of training.
+        validation: the score on validation data after each epoch, or only at the end in tuning.
+        test: the score on test data at the end, `None` in tuning.
+        test_loss: the loss on test data at the end, `None` in tuning; infinite if training
+            failed.
+        train_loss: the mean training loss of each epoch.
+        grad_norm: the mean gradient norm of each epoch; empty in tuning.
     """
 
     setting: str
@@ -62,18 +68,19 @@ class Run:
 
     @property
     def search(self) -> tuple[str, int, str]:
+        """Return setting, batch size and method, which identify the search of this run."""
         return self.setting, self.batch_size, self.method
 
 
 def key_of(search: Search) -> tuple[str, int, str]:
-    """What `Run.search` is for runs of this search."""
+    """Return the setting, batch size and method of a search: the `Run.search` of its runs."""
     return search.setting.name, search.batch_size, search.method
 
 
 def read(path: pathlib.Path) -> list[Run]:
-    """All runs of a file, compressed if its name ends in `.gz`.
+    """Read all runs of a file, which is compressed if its name ends in `.gz`.
 
-    A last line that was cut off, as when its process was killed, is left out.
+    An incomplete last line, as a killed process may leave, is ignored.
     """
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rt") as file:
@@ -82,7 +89,7 @@ def read(path: pathlib.Path) -> list[Run]:
 
 
 def grouped(runs: Iterable[Run]) -> dict[tuple[str, int, str], list[Run]]:
-    """The runs of each search."""
+    """Group runs by their search."""
     groups: dict[tuple[str, int, str], list[Run]] = {}
     for run in runs:
         groups.setdefault(run.search, []).append(run)
@@ -91,10 +98,10 @@ def grouped(runs: Iterable[Run]) -> dict[tuple[str, int, str], list[Run]]:
 
 @contextlib.contextmanager
 def only_writer(path: pathlib.Path) -> Iterator[None]:
-    """Keeps other processes from doing the same runs and writing them to the same file.
+    """Lock a file of runs, so that no other process does the same runs and writes them.
 
     Raises:
-        RuntimeError: if there is another one.
+        RuntimeError: if another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(path.with_name(path.name + ".lock"))
@@ -109,7 +116,7 @@ def only_writer(path: pathlib.Path) -> Iterator[None]:
 
 
 def resume(path: pathlib.Path) -> list[Run]:
-    """The runs of a file that is to be gone on with; a line that was cut off is removed."""
+    """Read the runs of a file to append to, and remove an incomplete last line from the file."""
     path.touch()
     content = path.read_bytes()
     if not content.endswith(b"\n"):
@@ -118,6 +125,6 @@ def resume(path: pathlib.Path) -> list[Run]:
 
 
 def append(path: pathlib.Path, run: Run) -> None:
-    """Write one more run."""
+    """Append a run to a file."""
     with path.open("a") as file:
         file.write(json.dumps(dataclasses.asdict(run)) + "\n")

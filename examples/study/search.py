@@ -1,4 +1,4 @@
-"""Which runs a search still needs, from those that it has."""
+"""Search for a learning rate: the runs to do next, given the finished ones."""
 
 import math
 import statistics
@@ -9,17 +9,17 @@ from study.results import Run, Wanted
 
 
 def wanted(study: Study, search: Search, runs: Sequence[Run]) -> list[Wanted]:
-    """The next runs to do, in their order; none if the search is done.
+    """Return the next runs of a search, in the order to do them; none if the search is done.
 
     Args:
-        study: says how many rates and seeds.
-        search: the one asked about.
-        runs: those of this search that are there.
+        study: the study, which sets the number of rates and the seeds.
+        search: the search.
+        runs: the finished runs of this search.
     """
     done = {(run.exponent, run.seed) for run in runs}
     scores = scores_by_rate(study, runs)
     exponents = next_rates(scores, search.start, study.rates)
-    # Rates whose runs were interrupted come first: their scores are not known yet.
+    # `next_rates` returns a rate once more if its runs were interrupted, as it has no score yet.
     tuning = [Wanted(k, seed, final=False) for k in exponents for seed in study.tuning_seeds]
     final = []
     if not exponents:
@@ -28,7 +28,7 @@ def wanted(study: Study, search: Search, runs: Sequence[Run]) -> list[Wanted]:
 
 
 def scores_by_rate(study: Study, runs: Sequence[Run]) -> dict[int, float]:
-    """Mean validation score over the seeds, of the rates that were tried with all of them."""
+    """Return mean validation scores by rate exponent, of rates tried with all tuning seeds."""
     scores: dict[int, list[float]] = {}
     for run in runs:
         if not run.final:
@@ -41,9 +41,10 @@ def scores_by_rate(study: Study, runs: Sequence[Run]) -> dict[int, float]:
 
 
 def best_rate(scores: dict[int, float]) -> int:
-    """The exponent of the highest score, of several the middle one.
+    """Return the exponent of the highest score; of several such exponents the middle one.
 
-    One at their edge would have the search go on for ever where nothing is learned.
+    A model that learns nothing has the same score at all rates. An exponent at their edge would
+    then extend the search without end.
     """
     highest = max(scores.values())
     ties = sorted(exponent for exponent, score in scores.items() if score == highest)
@@ -51,11 +52,17 @@ def best_rate(scores: dict[int, float]) -> int:
 
 
 def next_rates(scores: dict[int, float], start: int, count: int) -> list[int]:
-    """The exponents k to try next on the grid 2^(k/2); none when the best is known.
+    """Return the exponents k to try next on the grid 2^(k/2); none when the search is complete.
 
-    First four rates that lie a factor of 2 apart, around `start`. Then both neighbours
-    of the best, again and again until they have been tried, so that the best never lies
-    at an edge. Then whatever is nearest to it, until there are `count`.
+    First come four rates that lie a factor of 2 apart, around `start`. Then come both
+    neighbours of the best rate, repeatedly until the neighbours of the best have been tried, so
+    that it never lies at an edge. Then comes the untried rate nearest to the best, until `count`
+    rates have been tried.
+
+    Args:
+        scores: the mean validation score of each exponent that was tried.
+        start: the exponent in the middle of the first four.
+        count: the least number of rates to try.
     """
     first = [k for k in range(start - 3, start + 4, 2) if k not in scores]
     if first:
@@ -72,5 +79,5 @@ def next_rates(scores: dict[int, float], start: int, count: int) -> list[int]:
 
 
 def learning_rate(exponent: int) -> float:
-    """2^(exponent / 2)."""
+    """Return 2^(exponent / 2)."""
     return math.sqrt(2.0) ** exponent

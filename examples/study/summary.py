@@ -1,4 +1,4 @@
-"""What the runs of a study say, in numbers."""
+"""Statistics of the runs of a study."""
 
 import statistics
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ from study.search import best_rate, learning_rate
 
 
 class Summary(NamedTuple):
-    """One method at one batch size.
+    """The results of one method at one batch size.
 
     Attributes:
-        setting: name of the setting.
-        batch_size: in samples.
-        method: name of the method.
-        tuning: mean validation score in percent by exponent of the learning rate 2^(k/2),
-            of the rates that were tried with all seeds.
-        final: the runs that count, by seed.
+        setting: the name of the setting.
+        batch_size: the number of samples in a batch.
+        method: the name of the method.
+        tuning: the mean validation score in percent by exponent k of the learning rate
+            2^(k/2), for rates that were tried with all seeds.
+        final: the runs that are reported, by seed.
     """
 
     setting: str
@@ -32,35 +32,37 @@ class Summary(NamedTuple):
 
     @property
     def best(self) -> int:
-        """The exponent that was chosen."""
+        """Return the k of the best learning rate 2^(k/2)."""
         return best_rate(self.tuning)
 
     @property
     def learning_rate(self) -> float:
+        """Return the best learning rate."""
         return learning_rate(self.best)
 
     @property
     def best_score(self) -> float:
-        """The mean validation score at the best learning rate."""
+        """Return the mean validation score in percent at the best learning rate."""
         return self.tuning[self.best]
 
     @property
     def test(self) -> list[float]:
-        """Test scores in percent, in the order of the seeds."""
+        """Return the test scores in percent, in the order of the seeds."""
         return [100.0 * self.final[seed].test for seed in sorted(self.final)]
 
     @property
     def mean(self) -> float:
+        """Return the mean test score in percent over the seeds."""
         return statistics.fmean(self.test)
 
     @property
     def deviation(self) -> float:
-        """Standard deviation over the seeds."""
+        """Return the standard deviation of the test scores in percent over the seeds."""
         return statistics.stdev(self.test)
 
     @property
     def train_loss(self) -> float:
-        """Mean training loss of the last epoch."""
+        """Return the mean training loss of the last epoch over the seeds."""
         return statistics.fmean(run.train_loss[-1] for run in self.final.values())
 
     @property
@@ -69,13 +71,21 @@ class Summary(NamedTuple):
 
     @property
     def good_range(self) -> float:
-        """The largest by the smallest rate around the best that cost at most one point."""
+        """Return the ratio of the largest to the smallest learning rate of the good range.
+
+        Rates in this range around the best one have a validation score that is at most one
+        percentage point lower.
+        """
         return self.range_above(self.best_score - 1.0)
 
     def range_above(self, score: float) -> float:
-        """The largest by the smallest rate around the best with at least that validation score.
+        """Return the ratio of the largest to the smallest good rate around the best one.
 
-        Only rates that were tried count, so a range can be wider than this says.
+        All rates that were tried between the two have at least the given mean validation score.
+        The true range can be wider, as only rates that were tried count.
+
+        Args:
+            score: the validation score in percent.
         """
         below = [k for k, mean in self.tuning.items() if mean < score]
         least = max((k for k in below if k < self.best), default=-np.inf)
@@ -85,17 +95,20 @@ class Summary(NamedTuple):
 
     @property
     def curve(self) -> np.ndarray:
-        """Validation scores in percent: seeds, epochs. The last one stays where training failed."""
+        """Return validation scores in percent, shape (seeds, epochs).
+
+        The last score of a training that failed is repeated.
+        """
         return 100.0 * _padded([run.validation for run in self.final.values()], self.epochs)
 
     @property
     def grad_norm(self) -> np.ndarray:
-        """Mean gradient norm of each epoch: seeds, epochs."""
+        """Return the mean gradient norm of each epoch, shape (seeds, epochs)."""
         return _padded([run.grad_norm for run in self.final.values()], self.epochs)
 
     @property
     def typical_norm(self) -> float:
-        """Median of the gradient norms of all epochs and seeds."""
+        """Return the median of the gradient norms of all epochs and seeds."""
         return float(np.median(self.grad_norm))
 
     @property
@@ -104,20 +117,30 @@ class Summary(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """How much better a method is than another, by pairs of runs with the same seed."""
+    """The lead of one method over another, from pairs of runs with the same seed.
+
+    Attributes:
+        mean: the difference of the mean test scores in percent.
+        p_value: the p-value of the paired t-test.
+    """
 
     mean: float
     p_value: float
 
 
 def summaries(runs: Sequence[Run]) -> list[Summary]:
-    """One for each search that is done, in the order of the file."""
+    """Return a summary of each finished search, in the order of the runs.
+
+    A search is finished if it has as many reported runs as the search with most of them, and at
+    least two.
+    """
     all_ = [_summary(key, group) for key, group in results.grouped(runs).items()]
     most = max((len(each.final) for each in all_), default=0)
     return [each for each in all_ if len(each.final) == most > 1]
 
 
 def _summary(key: tuple[str, int, str], runs: list[Run]) -> Summary:
+    """Return the summary of all runs of one search."""
     scores: dict[int, list[float]] = {}
     for run in runs:
         if not run.final:
@@ -128,7 +151,7 @@ def _summary(key: tuple[str, int, str], runs: list[Run]) -> Summary:
 
 
 def groups_of(summaries: Sequence[Summary]) -> dict[tuple[str, int], list[Summary]]:
-    """The methods that were compared with each other, by setting and batch size."""
+    """Group summaries by setting and batch size: the methods compared with each other."""
     groups: dict[tuple[str, int], list[Summary]] = {}
     for each in summaries:
         groups.setdefault((each.setting, each.batch_size), []).append(each)
@@ -136,21 +159,28 @@ def groups_of(summaries: Sequence[Summary]) -> dict[tuple[str, int], list[Summar
 
 
 def difference(one: Summary, other: Summary) -> Difference:
-    """By how many points of the test score `one` is better, and the paired t-test's p."""
+    """Return by how much the test score of `one` is better, and the p-value of a paired t-test."""
     test = scipy.stats.ttest_rel(one.test, other.test)
     return Difference(one.mean - other.mean, float(test.pvalue))
 
 
 def target_of(group: Sequence[Summary]) -> int:
-    """A validation score that about half of the methods reach: their median, rounded down."""
+    """Return a validation score in percent that about half of the methods reach.
+
+    It is the median of the methods' mean scores after the last epoch, rounded down.
+    """
     return int(statistics.median(each.curve[:, -1].mean() for each in group))
 
 
 def epochs_to(summary: Summary, target: float) -> int | None:
-    """The first epoch at which the mean over the seeds reaches a validation score."""
+    """Return the first epoch at which the mean validation score over the seeds reaches `target`.
+
+    Epochs count from 1. Returns `None` if no epoch does.
+    """
     reached = np.flatnonzero(summary.curve.mean(axis=0) >= target)
     return int(reached[0]) + 1 if len(reached) else None
 
 
 def _padded(lines: list[list[float]], length: int) -> np.ndarray:
+    """Return a matrix of lists, each extended to `length` by its last value."""
     return np.array([line + [line[-1]] * (length - len(line)) for line in lines])

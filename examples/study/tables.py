@@ -9,12 +9,15 @@ REFERENCE = "SNGM"
 
 
 def spread(each: Summary) -> str:
-    """Mean and standard deviation."""
+    """Format the mean and the standard deviation of the test scores."""
     return f"{each.mean:.1f} ± {each.deviation:.1f}"
 
 
 def scores(summaries: Sequence[Summary], measure: str) -> str:
-    """Test scores by setting, batch size and method, the best first, and SNGM's lead."""
+    """Return a table of test scores and SNGM's lead by setting, batch size and method.
+
+    The best method of each setting and batch size comes first.
+    """
     rows = []
     for (setting, batch_size), group in groups_of(summaries).items():
         reference = next((each for each in group if each.method == REFERENCE), None)
@@ -47,7 +50,12 @@ def scores(summaries: Sequence[Summary], measure: str) -> str:
 
 
 def matrix(summaries: Sequence[Summary], columns: Sequence[tuple[str, int]]) -> str:
-    """Test scores with a row for each method; the columns are settings and batch sizes."""
+    """Return a table of test scores with a row for each method.
+
+    Args:
+        summaries: the results of one or more tasks.
+        columns: the setting and the batch size of each column.
+    """
     groups = groups_of(summaries)
     cells = {key: {each.method: spread(each) for each in groups[key]} for key in columns}
     methods = [name for name in METHODS if any(name in column for column in cells.values())]
@@ -59,7 +67,7 @@ def matrix(summaries: Sequence[Summary], columns: Sequence[tuple[str, int]]) -> 
 
 
 def conversions(summaries: Sequence[Summary]) -> str:
-    """How the best learning rate of SNGM follows from that of momentum SGD."""
+    """Return a table that relates the best learning rates of SNGM and momentum SGD."""
     head = ["setting", "batch", "rate of SGD", "× norm", "= product", "rate of SNGM", "/ product"]
     return markdown(
         head,
@@ -79,7 +87,7 @@ def conversions(summaries: Sequence[Summary]) -> str:
 
 
 def pairs(summaries: Sequence[Summary]) -> list[tuple[Summary, Summary]]:
-    """SNGM and momentum SGD at every setting and batch size."""
+    """Return SNGM and momentum SGD at every setting and batch size at which both were run."""
     groups = groups_of(summaries).values()
     by_method = [{each.method: each for each in group} for group in groups]
     return [
@@ -90,12 +98,15 @@ def pairs(summaries: Sequence[Summary]) -> list[tuple[Summary, Summary]]:
 
 
 def conversion(sngm: Summary, sgd: Summary) -> float:
-    """SNGM's best rate in units of momentum SGD's best rate times its typical norm."""
+    """Return SNGM's best rate / (momentum SGD's best rate * its median gradient norm)."""
     return sngm.learning_rate / (sgd.learning_rate * sgd.typical_norm)
 
 
 def lead(reference: Summary, other: Summary) -> str:
-    """By how many points the reference is ahead, with the p-value."""
+    """Format by how many points the reference is ahead of a method, with the p-value.
+
+    The reference compared with itself is a dash.
+    """
     if reference is other:
         return "–"
     lead, p_value = difference(reference, other)
@@ -104,5 +115,6 @@ def lead(reference: Summary, other: Summary) -> str:
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,4 +1,4 @@
-"""One training run after another of the same search."""
+"""Training runs of a search, one after another with the same compiled model."""
 
 import functools
 import math
@@ -18,10 +18,11 @@ EVALUATION_BATCH = 1_000
 
 
 _latest: list["Trainer"] = []
+"""The trainer that `trainer_for` has made last, if any."""
 
 
 def trainer_for(search: Search) -> "Trainer":
-    """The one that was made last, if it is for this search."""
+    """Return a trainer of a search: the last one made if it is for this search, else a new one."""
     if not _latest or _latest[0].search != search:
         _latest.clear()
         keras.backend.clear_session()
@@ -30,9 +31,12 @@ def trainer_for(search: Search) -> "Trainer":
 
 
 class Trainer:
-    """Trains a model of a search from scratch, as often as wanted.
+    """A trainer of the model of a search, for any number of runs from scratch.
 
-    Its training step is traced once: between runs weights and optimizer are set back.
+    The training step is traced once. Weights and optimizer are reset before each run.
+
+    Raises:
+        ValueError: if there are fewer training samples than a batch has.
     """
 
     def __init__(self, search: Search) -> None:
@@ -58,6 +62,7 @@ class Trainer:
         self.evaluate = tf.function(functools.partial(self.model, training=False))
 
     def run(self, wanted: Wanted) -> Run:
+        """Train from scratch with a learning rate and a seed, and evaluate the model."""
         self._set_back(wanted.seed)
         self.schedule.peak.assign(learning_rate(wanted.exponent))
         watch = Watch(self, every_epoch=wanted.final)
@@ -91,6 +96,7 @@ class Trainer:
         )
 
     def _set_back(self, seed: int) -> None:
+        """Reset the optimizer, and the weights to initial values that depend on the seed."""
         keras.utils.set_random_seed(seed)
         fresh = tasks.build(self.search.setting.model, self.task)
         self.model.set_weights(fresh.get_weights())
@@ -99,8 +105,10 @@ class Trainer:
         self.model.stop_training = False
 
     def _batches(self, seed: int) -> tf.data.Dataset:
-        """All epochs, each in an order of its own. Whole batches only: SNGM would give a
-        smaller one as much weight."""
+        """Return the batches of all epochs; each epoch has another order of samples.
+
+        All batches have the same size, because a smaller one would weigh as much in SNGM.
+        """
         x, y = (tf.constant(array) for array in self.task.train)
         size, batch_size = len(self.task.train.x), self.search.batch_size
 
@@ -111,13 +119,13 @@ class Trainer:
 
         epochs = tf.data.Dataset.range(self.search.setting.epochs, output_type=tf.int32)
         batches = epochs.flat_map(epoch).map(lambda i: (tf.gather(x, i), tf.gather(y, i)))
-        # Threads of its own would make TensorFlow wait for seconds, now and then, to end them.
+        # Autotuning starts threads, and now and then TensorFlow waits for seconds to end them.
         options = tf.data.Options()
         options.autotune.enabled = False
         return batches.with_options(options)
 
     def scores(self, data: tasks.Samples) -> tuple[float, float]:
-        """The score and the loss of the model as it is."""
+        """Return the score and the loss of the model, in its present state, on samples."""
         batches = range(0, len(data.x), EVALUATION_BATCH)
         outputs = np.concatenate(
             [self.evaluate(tf.constant(data.x[i : i + EVALUATION_BATCH])) for i in batches]
@@ -129,7 +137,12 @@ class Trainer:
 
 
 class Watch(keras.callbacks.Callback):
-    """Scores on validation data; training that has failed for good ends."""
+    """Callback that keeps validation scores, and stops training once the loss is not finite.
+
+    Args:
+        trainer: the trainer of the model.
+        every_epoch: whether to compute a score after each epoch, or only after the last one.
+    """
 
     def __init__(self, trainer: Trainer, every_epoch: bool) -> None:
         super().__init__()
@@ -145,5 +158,5 @@ class Watch(keras.callbacks.Callback):
 
 
 def _short(values: list[float]) -> list[float]:
-    """With as many digits as mean something."""
+    """Round values to five significant digits."""
     return [float(f"{value:.5g}") for value in values]

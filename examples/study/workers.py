@@ -1,4 +1,4 @@
-"""Searches side by side, each in one process at a time."""
+"""Concurrent searches, each in one process at a time."""
 
 import concurrent.futures
 import contextlib
@@ -17,23 +17,25 @@ Process = concurrent.futures.ProcessPoolExecutor
 def run_all(
     searches: Iterable[Search], pending: Callable[[Search], list[Wanted]], jobs: int
 ) -> Iterator[Run]:
-    """Does what the searches want, until they want nothing more.
+    """Do the runs of all searches in several processes, until all searches are done.
 
-    A process stays with a search until it is done, so that it builds its model once.
+    A process does all runs of a search before it begins another, so that it builds the model of
+    the search once.
 
     Args:
-        searches: in the order to begin them.
-        pending: what a search wants next. It is asked again after each of its runs, when
-            that has been handed out.
-        jobs: how many processes there are.
+        searches: the searches, in the order to begin them.
+        pending: returns the runs that a search needs next, none if it is done. It is called
+            again after each run of the search was yielded.
+        jobs: the number of processes.
 
     Yields:
-        Each run as soon as it is there.
+        Each run as soon as it is finished.
     """
     waiting = iter(searches)
     busy: dict[concurrent.futures.Future, tuple[Process, Search]] = {}
 
     def begin_next(process: Process, search: Search | None) -> None:
+        """Submit the next run to a process: of its search, or else of the first waiting one."""
         while search is None or not pending(search):
             search = next(waiting, None)
             if search is None:
@@ -52,44 +54,49 @@ def run_all(
 
 
 def prepare(contents: Sequence[dict[str, Any]]) -> None:
-    """Gets the data of tasks in one process, before several would download it at once.
+    """Load the data of tasks once, so that several processes do not download the same data.
 
     Args:
-        contents: what `study.tasks.load` gets.
+        contents: the argument of `study.tasks.load` for each task.
     """
     with _process(1) as process:
         process.submit(_prepare, contents).result()
 
 
 def _process(jobs: int) -> Process:
-    # A forked TensorFlow would hang.
+    """Return a new process, one of `jobs` that share the cores."""
+    # TensorFlow would hang in a forked process.
     context = multiprocessing.get_context("spawn")
     return Process(1, mp_context=context, initializer=_begin, initargs=(jobs,))
 
 
 def _begin(jobs: int) -> None:
+    """Set up a new process: it ends with its parent and uses its share of the cores."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     _share_cores(jobs)
 
 
 def _end_with_parent() -> None:
-    # A worker whose parent was killed would wait for more to do for ever.
+    """Wait until the parent process has ended, then end this one."""
+    # A worker whose parent was killed would wait forever for its next run.
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
 def _share_cores(jobs: int) -> None:
+    """Limit the threads of TensorFlow to a share of the cores, one of `jobs` equal shares."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow as tf
 
     cores = max(1, (os.cpu_count() or 1) // jobs)
     tf.config.threading.set_intra_op_parallelism_threads(cores)
     tf.config.threading.set_inter_op_parallelism_threads(cores)
-    # TensorFlow takes models that follow each other for one that is traced again and again.
+    # TensorFlow warns of retracing when one model follows another, which is no problem here.
     tf.get_logger().setLevel("ERROR")
 
 
 def _prepare(contents: Sequence[dict[str, Any]]) -> None:
+    """Load the data of tasks, in a worker process."""
     from study import tasks
 
     for content in contents:
@@ -97,7 +104,8 @@ def _prepare(contents: Sequence[dict[str, Any]]) -> None:
 
 
 def _run(search: Search, wanted: Wanted) -> Run:
-    # Not before TensorFlow has been told how many cores to use.
+    """Do a run, in a worker process."""
+    # `_share_cores` must have set up TensorFlow before this import uses it.
     from study.training import trainer_for
 
     return trainer_for(search).run(wanted)

@@ -1,13 +1,13 @@
-"""How one SNGM step runs on the Keras backend in use, and how it is watched.
+"""The steps of SNGM on the Keras backend in use, and their recording.
 
 This package is the only place that names private hooks of Keras and its backends.
 
-`attach(model, plan, fit)` has the optimizer of a compiled model, built or not, recorded from the
-next training step on. It returns a `Watch`, whose `recorders` are one for each optimizer that
-updates variables, several under a `MultiOptimizer`; a ValueError is raised if these do not
-accumulate over the same number of steps. `detach(watch)` ends that, and so does an `attach` with
-another object for `fit`: the one before has been interrupted. `is_current(watch, model)` is false
-once the model has been compiled anew.
+`attach(model, plan, fit_params)` attaches recorders to the optimizer of a compiled model, built
+or not; they record from the next training step on. It returns an `Attachment`, whose `recorders`
+are one for each optimizer that updates variables, several under a `MultiOptimizer`; a ValueError
+is raised if these do not accumulate over the same number of steps. `detach(attachment)` ends
+that, and so does an `attach` with other `fit_params`: the `fit` before was interrupted.
+`is_current(attachment, model)` is false once the model has been compiled anew.
 """
 
 import keras

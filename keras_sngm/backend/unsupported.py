@@ -1,4 +1,4 @@
-"""Stands in on Keras backends that have no step, so that importing works."""
+"""Stand-ins for Keras backends on which SNGM has no step, so that importing it works."""
 
 from typing import Any
 
@@ -8,27 +8,28 @@ from keras_sngm.measurements import Plan
 
 
 class BackendOptimizer(keras.optimizers.Optimizer):
-    """Refuses to be constructed."""
+    """Optimizer that cannot be constructed, for want of a step on this backend."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise _not_yet(type(self).__name__)
 
 
 def attach(model: keras.Model, plan: Plan, fit_params: Any) -> Any:
-    """Refuses to record."""
+    """Raise a `NotImplementedError`: nothing can be recorded on this backend."""
     raise _not_yet("GradientNormLogger")
 
 
-def detach(own: Any) -> None:
+def detach(attachment: Any) -> None:
     """Do nothing: on this backend `attach` always raises."""
 
 
-def is_current(own: Any, model: keras.Model) -> bool:
-    """Return whether the model is recorded: on this backend it never is."""
+def is_current(attachment: Any, model: keras.Model) -> bool:
+    """Return `False`: no model is recorded on this backend."""
     return False
 
 
 def _not_yet(name: str) -> NotImplementedError:
+    """Return the error for a class that the Keras backend in use does not support."""
     return NotImplementedError(
         f"`{name}` runs on the TensorFlow, JAX and PyTorch backends of Keras. "
         f"Received: keras.backend.backend()={keras.backend.backend()!r}. "

@@ -36,7 +36,7 @@ from keras_sngm.monitoring.values import DESCRIPTIONS, LoggedValues
 from keras_sngm.monitoring.variable_groups import check_per_variable
 
 _MOST_UPDATES = 1024
-"""On the device."""
+"""Most updates whose rows are kept on the device at a time."""
 
 
 class GradientNormLogger(keras.callbacks.Callback):
@@ -144,7 +144,7 @@ class GradientNormLogger(keras.callbacks.Callback):
     """
 
     async_safe = True
-    """For Keras: otherwise it would wait for the loss after every batch."""
+    """Attribute that Keras reads: without it Keras would wait for the loss after every batch."""
 
     def __init__(
         self,
@@ -189,23 +189,23 @@ class GradientNormLogger(keras.callbacks.Callback):
         self.on_nonfinite = on_nonfinite
         self.append = append
         self._outputs = new_outputs()
-        self._watch: Any = None
-        self._watched: Any = None
+        self._attachment: Any = None
+        self._watched_model: Any = None
         self._recording: Any = None
         self._sinks: list[ResilientSink] = []
         self._must_open = True
         self._has_warned = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what copies begin with: the arguments, but nothing of a `fit` that goes on."""
+        """Return the state that copies begin with: the arguments, nothing of a running `fit`."""
         state = vars(self) | vars(keras.callbacks.Callback())
         nothing: dict[str, Any] = {
-            "_watch": None,
-            "_watched": None,
+            "_attachment": None,
+            "_watched_model": None,
             "_recording": None,
             "_sinks": [],
         }
-        return state | nothing | {"_told": False}
+        return state | nothing | {"_has_warned": False}
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         is_there_twice = self._has_begun()
@@ -217,21 +217,21 @@ class GradientNormLogger(keras.callbacks.Callback):
         self._start(self.model, must_open=True)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        self._follow()
-        # Not earlier: other callbacks may restore the model when training begins.
+        self._restart_if_recompiled()
+        # Recording begins here, as other callbacks may restore the model in `on_train_begin`.
         self._recording.begin_epoch()
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        # Keras calls this one in the training thread and before the step, unlike
-        # `on_train_batch_end`: so no update is overwritten before it was seen.
-        if self._follow():
+        # Keras calls this method in the training thread before each step, unlike
+        # `on_train_batch_end`, so that rows are read before they are overwritten.
+        if self._restart_if_recompiled():
             self._recording.begin_epoch()
         self._recording.before_updates()
-        self._tell()
+        self._warn()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         if logs is not None:
-            logs["grad_norm"] = _latest_norm(self._watch.recorders)
+            logs["grad_norm"] = _latest_norm(self._attachment.recorders)
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
         if self._recording is not None and self.on_nonfinite == "stop":
@@ -241,7 +241,7 @@ class GradientNormLogger(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         values = self._recording.end_epoch()
         self._recording.restore()
-        self._tell()
+        self._warn()
         if logs is not None:
             logs.update(values)
 
@@ -249,22 +249,30 @@ class GradientNormLogger(keras.callbacks.Callback):
         self._close()
 
     def _has_begun(self) -> bool:
-        """In this `fit`, not in one that was interrupted."""
+        """Return whether this `fit`, not one that was interrupted, has begun to log already."""
         # Keras gives all callbacks of a `fit` the same `params`.
         return (
-            bool(self.params) and self._watch is not None and self._watch.fit_params is self.params
+            bool(self.params)
+            and self._attachment is not None
+            and self._attachment.fit_params is self.params
         )
 
-    def _follow(self) -> bool:
+    def _restart_if_recompiled(self) -> bool:
         """Log the new optimizer of a model that was compiled anew. Returns whether it was."""
-        if is_current(self._watch, self._watched):
+        if is_current(self._attachment, self._watched_model):
             return False
-        model = self._watched
+        model = self._watched_model
         self._close()
         self._start(model, must_open=False)
         return True
 
     def _start(self, model: keras.Model, must_open: bool) -> None:
+        """Attach recorders to a model's optimizers, and open the files.
+
+        Args:
+            model: a compiled model.
+            must_open: whether to raise an error if a file cannot be opened.
+        """
         if not isinstance(model.optimizer, keras.optimizers.Optimizer):
             raise ValueError(
                 "`GradientNormLogger` needs a model compiled with a Keras optimizer. "
@@ -272,10 +280,12 @@ class GradientNormLogger(keras.callbacks.Callback):
             )
         self._has_warned = False
         plan = self._plan(model)
-        self._watched = model
-        self._watch = attach(model, plan, self.params)
+        self._watched_model = model
+        self._attachment = attach(model, plan, self.params)
         self._must_open = must_open
-        self._recording = Recording(model, self._watch, plan, self._begin_output, self.log_every)
+        self._recording = Recording(
+            model, self._attachment, plan, self._begin_output, self.log_every
+        )
         try:
             goes_on = self.append or self._outputs.is_known(model)
             number = 0 if self.append else self._outputs.number(model, self._claim)
@@ -286,6 +296,7 @@ class GradientNormLogger(keras.callbacks.Callback):
             raise
 
     def _plan(self, model: keras.Model) -> Plan:
+        """Return what the recorders are to keep."""
         return Plan(
             per_variable=bool(self.per_variable),
             details_every=self.log_every if self.update_ratio else None,
@@ -296,6 +307,12 @@ class GradientNormLogger(keras.callbacks.Callback):
         )
 
     def _open_sinks(self, number: int, goes_on: bool) -> None:
+        """Open the file and the directory of a number, or note why that fails.
+
+        Args:
+            number: the number of the model.
+            goes_on: whether to continue existing files.
+        """
         if self.filename is not None:
             filename = numbered_file(self.filename, number)
             self._open_sink(lambda: FileSink(filename, goes_on), f"`filename` {filename}")
@@ -307,28 +324,38 @@ class GradientNormLogger(keras.callbacks.Callback):
         self._sinks.append(ResilientSink(make, name, self._must_open))
 
     def _begin_output(self, recorders: Sequence[Any]) -> tuple[LoggedValues, Sequence[Sink]]:
-        values = LoggedValues(recorders, self.per_variable, self._watched)
+        """Tell the sinks the names of the values, once the optimizers are built.
+
+        A CSV file that has other columns is left, and one with another number begun.
+
+        Returns:
+            The values to log, and the sinks.
+        """
+        values = LoggedValues(recorders, self.per_variable, self._watched_model)
         try:
             for sink in self._sinks:
                 sink.begin(values.columns())
         except ColumnsError:
             if self.append:
                 raise
-            # The model has another optimizer by now, which has other values.
+            # The model has another optimizer than in its last `fit`, with other values.
             self._close_sinks()
-            self._open_sinks(self._outputs.new_number(self._watched, self._claim), goes_on=False)
+            self._open_sinks(
+                self._outputs.new_number(self._watched_model, self._claim), goes_on=False
+            )
             for sink in self._sinks:
                 sink.begin(values.columns())
         return values, self._sinks
 
     def _claim(self, number: int) -> bool:
-        """Make the outputs of a number, unless there are any."""
+        """Create the file and the directory of a number. Returns `False` if one of them exists."""
         claimed = self.filename is None or claim_file(numbered_file(self.filename, number))
         if claimed and self.log_dir is not None:
             return claim_folder(numbered_folder(self.log_dir, number))
         return claimed
 
-    def _tell(self) -> None:
+    def _warn(self) -> None:
+        """Warn of files that cannot be written and of a gradient that is not finite, once each."""
         for sink in self._sinks:
             sink.warn()
         fault = self._recording.fault
@@ -337,6 +364,7 @@ class GradientNormLogger(keras.callbacks.Callback):
             warnings.warn(self._message(fault), stacklevel=2)
 
     def _message(self, fault: Fault) -> str:
+        """Return the warning about a gradient that is not finite."""
         message = f"The gradient of step {fault.step} is not finite. Variables: "
         message += ", ".join(fault.variables) or "none by itself, their sum of squares overflows"
         if self.on_nonfinite == "stop":
@@ -344,17 +372,19 @@ class GradientNormLogger(keras.callbacks.Callback):
         return f"{message}."
 
     def _close(self) -> None:
+        """Write what there is, detach the recorders and close the files."""
         recording, self._recording = self._recording, None
-        watch, self._watch = self._watch, None
-        self._watched = None
+        attachment, self._attachment = self._attachment, None
+        self._watched_model = None
         with contextlib.ExitStack() as ends:
-            if watch is not None:
-                ends.callback(detach, watch)
+            if attachment is not None:
+                ends.callback(detach, attachment)
             ends.callback(self._close_sinks)
             if recording is not None:
                 recording.close()
 
     def _close_sinks(self) -> None:
+        """Close the files, and warn of those that could not be written."""
         sinks, self._sinks = self._sinks, []
         with contextlib.ExitStack() as ends:
             for sink in sinks:
@@ -362,7 +392,7 @@ class GradientNormLogger(keras.callbacks.Callback):
                 ends.callback(sink.close)
 
     def _close_after_interruption(self) -> None:
-        """Of an earlier `fit`, since when anything may have happened to the model."""
+        """Close what an interrupted `fit` has left open; turn errors into a warning."""
         try:
             self._close()
         except Exception as error:
@@ -372,16 +402,19 @@ class GradientNormLogger(keras.callbacks.Callback):
 
 
 def _check_boolean(name: str, value: Any) -> None:
+    """Raise a `ValueError` if an argument is not a boolean."""
     if not isinstance(value, bool):
         raise ValueError(f"`{name}` must be a boolean. Received: {name}={value}")
 
 
 def _check_count(name: str, value: Any) -> None:
+    """Raise a `ValueError` if an argument is not an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"`{name}` must be an integer >= 1. Received: {name}={value}")
 
 
 def _latest_norm(recorders: list[Any]) -> Any:
+    """Return the norm of the newest update, over the optimizers of all recorders."""
     norms = [recorder.latest_norm() for recorder in recorders if recorder.is_open]
     if not norms:
         return math.nan

@@ -1,4 +1,4 @@
-"""What `logs` of an epoch hold, computed in memory that does not grow with its updates."""
+"""Statistics of an epoch for its `logs`, in memory that does not grow with its updates."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,21 +10,21 @@ import numpy as np
 class EpochStatistics:
     """Means of the values of an epoch, and the extremes of the gradient norm.
 
-    NaN where there is no value, or where one of them is NaN. The noise scale is smoothed
-    already: the last one stands for the epoch.
+    NaN where there is no value, or where one of them is NaN. Of the noise scale, which is an
+    average already, the last value is kept.
 
     Args:
-        names: of the values.
+        names: names of the values.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
         self._series = {name: _Series() for name in names}
 
     def add(self, values: Mapping[str, Any]) -> None:
-        """Count in the values of some updates, by name. Values of other names are left out.
+        """Add the values of some updates. Values whose names were not announced are left out.
 
         Args:
-            values: vectors, one element for each update, or numbers of one update.
+            values: by name, vectors with one element for each update, or numbers of one update.
         """
         for name, series in self._series.items():
             if name in values:
@@ -57,12 +57,12 @@ class _Series:
         return self._total / self._count if self._count else math.nan
 
     def add(self, numbers: np.ndarray) -> None:
-        """Count in the elements of a vector."""
+        """Add the elements of a vector."""
         if not numbers.size:
             return
         greatest, least = np.max(numbers), np.min(numbers)
         if self._count:
-            # Not Python's functions, which overlook NaN.
+            # Python's `max` and `min` would overlook NaN.
             greatest = np.maximum(greatest, self.greatest)
             least = np.minimum(least, self.least)
         self.greatest, self.least = float(greatest), float(least)

@@ -1,4 +1,4 @@
-"""Which files the values of each model go to that one logger watches."""
+"""Numbers that keep apart the files of the models that one logger is used for."""
 
 import os
 import pathlib
@@ -9,13 +9,15 @@ from typing import Any
 
 
 class Outputs:
-    """The numbers that a logger gives to the models it is used for, and so to their files.
+    """Numbers of the models that a logger is used for, which their files are named after.
 
     Copies of a logger share this object, so that none writes to a file of another. A copy that
-    was sent to another process cannot know what others do: there numbers are claimed.
+    was sent to another process cannot know what others do: there it creates the files of a
+    number first, to claim it.
 
     Args:
         key: identifies the logger among all processes.
+        process: id of the process that the logger was made in; `None` in others.
     """
 
     def __init__(self, key: str, process: int | None = None) -> None:
@@ -25,17 +27,17 @@ class Outputs:
         self._next = 0
 
     def number(self, model: Any, claim: Callable[[int], bool]) -> int:
-        """Return the number of a model, a new one unless it has one.
+        """Return the number of a model; a model without one gets the next.
 
         Args:
-            model: what is to be logged.
-            claim: tries to make the files of a number, returns false if there are any.
+            model: the model to be logged.
+            claim: tries to create the files of a number, returns `False` if there are any.
         """
         known = [number for of, number in self._models if of() is model]
         return known[-1] if known else self.new_number(model, claim)
 
     def new_number(self, model: Any, claim: Callable[[int], bool]) -> int:
-        """Return another number for a model, as if it had none."""
+        """Give a model another number, as if it had none, and return it."""
         if self._process != os.getpid():
             while not claim(self._next):
                 self._next += 1
@@ -51,19 +53,19 @@ class Outputs:
         return _of_key, (self._key,)
 
 
-_known: weakref.WeakValueDictionary[str, Outputs] = weakref.WeakValueDictionary()
+_outputs_by_key: weakref.WeakValueDictionary[str, Outputs] = weakref.WeakValueDictionary()
 
 
 def new_outputs() -> Outputs:
-    """Return the numbers of a logger that is made in this process."""
+    """Return an object without numbers, for a logger that is made in this process."""
     outputs = Outputs(uuid.uuid4().hex, os.getpid())
-    _known[outputs._key] = outputs
+    _outputs_by_key[outputs._key] = outputs
     return outputs
 
 
 def _of_key(key: str) -> Outputs:
-    """Return the object that copies of one logger share in this process."""
-    return _known.setdefault(key, Outputs(key))
+    """Return the object that all copies of one logger in this process share."""
+    return _outputs_by_key.setdefault(key, Outputs(key))
 
 
 def numbered_file(name: str, number: int) -> str:
@@ -86,7 +88,7 @@ def numbered_folder(name: str, number: int) -> str:
 
 
 def claim_file(filename: str) -> bool:
-    """Make an empty file. Returns false if there is one, whoever made it."""
+    """Create an empty file. Returns `False` if it exists, whoever created it."""
     path = pathlib.Path(filename)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -97,7 +99,10 @@ def claim_file(filename: str) -> bool:
 
 
 def claim_folder(folder: str) -> bool:
-    """Make a folder. Returns false if there is one, whoever made it, as far as that is known."""
+    """Create a folder. Returns `False` if it exists, whoever created it.
+
+    A folder with a URL is taken to be free.
+    """
     if "://" in folder:
         return True
     try:

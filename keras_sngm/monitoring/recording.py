@@ -1,7 +1,7 @@
-"""Brings what recorders have kept on the device to the host, while training goes on.
+"""Reading of what recorders keep on the device, while training goes on.
 
-A look at the recorders takes copies on the device, which does not wait. A thread of
-its own waits for the copies and hands what came in to the sinks.
+A read begins with copies on the device, for which nobody waits. A thread of its own waits
+for the copies to reach the host and hands what is new to the sinks.
 """
 
 import contextlib
@@ -20,16 +20,21 @@ from keras_sngm.monitoring.epoch_statistics import EpochStatistics
 from keras_sngm.monitoring.sinks import Sink
 from keras_sngm.monitoring.values import LoggedValues
 
-_SECONDS_BETWEEN_LOOKS = 1.0
+_SECONDS_BETWEEN_READS = 1.0
 _MOST_UNREAD = 2
-"""Copies of all rows that wait for the thread at a time. More of them would take memory without
-end where values come in faster than it can write them."""
-# Where there are several processes.
+"""Most reads that may wait for the thread. Without a limit they would take ever more memory where
+values come in faster than the thread can write them."""
 _MOST_UPDATES_PER_STEP = 64
+"""Assumed where there are several processes, which must agree on the number."""
 
 
 class Fault(NamedTuple):
-    """The first update with a gradient that was not finite."""
+    """The first update with a gradient that was not finite.
+
+    Attributes:
+        step: number of the update.
+        variables: paths of the variables whose gradients were not finite.
+    """
 
     step: int
     variables: list[str]
@@ -37,28 +42,28 @@ class Fault(NamedTuple):
 
 
 class Recording:
-    """What is logged during one `fit`.
+    """Logging of one `fit`: reads recorders, hands values to sinks, and sums up epochs.
 
     Args:
         model: the model in training. It is told to stop if the plan says so.
-        watch: what is recorded of its optimizers.
-        plan: what that is.
-        begin_output: is called once the optimizers are built, with the recorders of those
-            that update variables. Returns what to log of them, and the sinks to log it to.
-        log_every: every how many updates the sinks get values.
+        attachment: the recorders of its optimizers, as `attach` has returned them.
+        plan: what the recorders keep.
+        begin_output: called with the recorders once the optimizers are built; returns the
+            names of the values to log, and the sinks to write them to.
+        log_every: number of updates from one that sinks get to the next.
     """
 
     def __init__(
         self,
         model: keras.Model,
-        watch: Any,
+        attachment: Any,
         plan: Plan,
         begin_output: Callable[[Sequence[Any]], tuple[LoggedValues, Sequence[Sink]]],
         log_every: int,
     ) -> None:
         self.fault: Fault | None = None
         self._model = model
-        self._watch = watch
+        self._attachment = attachment
         self._plan = plan
         self._begin_output = begin_output
         self._log_every = log_every
@@ -71,12 +76,15 @@ class Recording:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="GradientNormLogger")
         self._reads: list[Future] = []
         self._updates_per_step: int | None = None
-        self._unseen_steps = 0
+        self._unread_steps = 0
         self._steps = 0
-        self._looked = -math.inf
+        self._last_read = -math.inf
 
     def begin_epoch(self) -> None:
-        """Be told that no more will be done to the model in this epoch but to train it."""
+        """Begin to record, or in later epochs back up the model, just before it is trained.
+
+        Other callbacks may change the model before.
+        """
         if not self._has_begun:
             self.open()
             for recorder in self._recorders:
@@ -88,8 +96,8 @@ class Recording:
         self._has_begun = True
 
     def open(self) -> None:
-        """Begin the output, if that is not done and there is an optimizer that is built."""
-        recorders = [recorder for recorder in self._watch.recorders if recorder.is_open]
+        """Begin the output, unless that is done or no optimizer is built yet."""
+        recorders = [recorder for recorder in self._attachment.recorders if recorder.is_open]
         if self._values is None and recorders:
             self._values, self._sinks = self._begin_output(recorders)
             self._epoch = EpochStatistics(self._values.columns_of_epoch())
@@ -97,57 +105,62 @@ class Recording:
             self._progress = [recorder.begun_at for recorder in recorders]
 
     def before_updates(self) -> None:
-        """To be called before each execution of training steps.
+        """Read what is due. To be called before each execution of training steps.
 
         Waits for the device after the first one alone, and for the thread where values come
-        in faster than it can write them. Raises what went wrong in the thread.
+        in faster than it can write them. Raises an error of the thread.
         """
         count = self._model.steps_per_execution
         self.open()
         while self._reads and self._reads[0].done():
-            self._take(self._reads.pop(0))
-        if self._recorders and self._unseen_steps and self._is_due(count):
-            self._look()
+            self._finish_read(self._reads.pop(0))
+        if self._recorders and self._unread_steps and self._is_due(count):
+            self._start_read()
             if self._updates_per_step is None:
-                self._take(self._reads.pop())
+                self._finish_read(self._reads.pop())
             while len(self._reads) > _MOST_UNREAD:
-                self._take(self._reads.pop(0))
-        self._unseen_steps += count
+                self._finish_read(self._reads.pop(0))
+        self._unread_steps += count
         self._steps += count
-        for recorder in self._watch.recorders:
-            # Processes come to know it at different times, and must agree.
-            known = _MOST_UPDATES_PER_STEP if recorder.one_of_several else self._updates_per_step
-            recorder.hold(count * (known or 1))
+        for recorder in self._attachment.recorders:
+            # Each process measures the number at another time, but all must use the same one.
+            several = recorder.has_other_processes
+            per_step = _MOST_UPDATES_PER_STEP if several else self._updates_per_step
+            recorder.limit_halt(count * (per_step or 1))
 
     def _is_due(self, count: int) -> bool:
-        """Return whether to look at the recorders before so many more steps are executed."""
+        """Return whether to read before so many more steps are executed.
+
+        It is due when the ring buffers could overflow, and when the last read is a while ago.
+        """
         room = min(recorder.updates_kept for recorder in self._recorders)
-        no_room = (self._unseen_steps + count) * (self._updates_per_step or 1) > room
-        is_time = time.monotonic() - self._looked > _SECONDS_BETWEEN_LOOKS
+        no_room = (self._unread_steps + count) * (self._updates_per_step or 1) > room
+        is_time = time.monotonic() - self._last_read > _SECONDS_BETWEEN_READS
         return no_room or (is_time and not self._reads)
 
     def wait(self) -> None:
-        """Bring all there is to the host."""
+        """Read all that was recorded, and wait until it is written."""
         self.open()
         if self._recorders:
-            self._look()
+            self._start_read()
         while self._reads:
-            self._take(self._reads.pop(0))
+            self._finish_read(self._reads.pop(0))
 
     def end_epoch(self) -> dict[str, float]:
-        """What belongs into the logs of the epoch. Waits for the device."""
+        """Return the statistics of the epoch, for its `logs`. Waits for the device."""
         self.wait()
         if self._plan.stops and self.fault is not None:
-            # In every process, where there are several.
+            # Each of several processes must stop at the same step: the end of the epoch.
             self._model.stop_training = True
         if self._values is None or not self._updates_per_step:
-            self._tell_of_no_updates()
+            self._warn_of_no_updates()
         return self._epoch.end()
 
-    def _tell_of_no_updates(self) -> None:
+    def _warn_of_no_updates(self) -> None:
+        """Warn if the model has no weights to train, or if another optimizer trains them."""
         micro_batches = [
             recorder.optimizer().gradient_accumulation_steps or 1
-            for recorder in self._watch.recorders
+            for recorder in self._attachment.recorders
         ]
         if not self._model.trainable_variables:
             warnings.warn(
@@ -162,26 +175,27 @@ class Recording:
             )
 
     def restore(self) -> None:
-        """After a stop, bring the model back to its state after the last good step."""
+        """After a gradient that stops training, restore the model to before that step."""
         if self._plan.stops and self.fault is not None:
             for recorder in self._recorders:
                 recorder.restore()
 
     def close(self) -> None:
-        """Write what there is, and end."""
+        """Write what there is, and end the thread and the recording."""
         with contextlib.ExitStack() as ends:
-            for recorder in self._watch.recorders:
+            for recorder in self._attachment.recorders:
                 ends.callback(recorder.end)
             ends.callback(self._thread.shutdown)
             self.wait()
 
-    def _look(self) -> None:
+    def _start_read(self) -> None:
+        """Copy what was recorded, on the device, and have the thread read the copies."""
         snapshots = [recorder.snapshot() for recorder in self._recorders]
-        self._reads.append(self._thread.submit(self._read, snapshots, self._unseen_steps))
-        self._unseen_steps = 0
-        self._looked = time.monotonic()
+        self._reads.append(self._thread.submit(self._read, snapshots, self._unread_steps))
+        self._unread_steps = 0
+        self._last_read = time.monotonic()
 
-    def _take(self, read: Future) -> None:
+    def _finish_read(self, read: Future) -> None:
         """Re-raise an error of the reader thread; turn lost rows into a warning."""
         try:
             read.result()
@@ -189,7 +203,12 @@ class Recording:
             warnings.warn(str(error), stacklevel=2)
 
     def _read(self, snapshots: Sequence[Any], training_steps: int) -> None:
-        """In the thread: waits for the copies."""
+        """Wait for copies, and write what is new in them. Runs in the thread.
+
+        Args:
+            snapshots: one copy of each recorder.
+            training_steps: number of training steps since the last read.
+        """
         last = self._progress
         self._progress = [
             recorder.progress(snapshot)
@@ -200,11 +219,11 @@ class Recording:
             per_step = math.ceil(updates / training_steps)
             self._updates_per_step = max(per_step, self._updates_per_step or 0)
         parts = [
-            recorder.since(progress, snapshot)
+            recorder.new_rows(progress, snapshot)
             for recorder, progress, snapshot in zip(self._recorders, last, snapshots, strict=True)
         ]
         rows = joined_rows([part.rows for part in parts])
-        steps = parts[0].steps[: self._until_the_stop(parts)].tolist()
+        steps = parts[0].steps[: self._count_until_stop(parts)].tolist()
         self._note_fault(parts)
         values = {name: of[: len(steps)] for name, of in self._values.of_updates(rows).items()}
         self._epoch.add(values)
@@ -213,15 +232,22 @@ class Recording:
         for sink in self._sinks:
             sink.flush()
 
-    def _until_the_stop(self, parts: Sequence[Any]) -> int:
-        """How many of the updates came before steps were no longer taken."""
+    def _count_until_stop(self, parts: Sequence[Any]) -> int:
+        """Return how many of the updates were made before the device took no more steps."""
         steps, nonfinite = parts[0].steps, _first_nonfinite_step(parts)
         if not self._plan.stops or (self.fault is None and not nonfinite):
             return len(steps)
-        # Steps that are not taken have the number of the bad one, too.
+        # Steps that were not taken have the number of the update that was not finite.
         return 0 if self.fault is not None else int(np.searchsorted(steps, nonfinite)) + 1
 
     def _log_step(self, step: int, scalars: dict[str, float], parts: Sequence[Any]) -> None:
+        """Write one update to the sinks, if it is due.
+
+        Args:
+            step: number of the update.
+            scalars: its values by name. Details are added.
+            parts: what each recorder has recorded.
+        """
         if step in parts[0].details:
             table = np.concatenate([rows.details[step] for rows in parts])
             details = self._values.of_details(table)
@@ -234,6 +260,7 @@ class Recording:
             self._log_histograms(step, parts)
 
     def _log_histograms(self, step: int, parts: Sequence[Any]) -> None:
+        """Write the histograms of one update to the sinks."""
         first = 0
         histograms: dict[str, np.ndarray] = {}
         for rows in parts:
@@ -243,6 +270,7 @@ class Recording:
             sink.write_histograms(step, histograms)
 
     def _note_fault(self, parts: Sequence[Any]) -> None:
+        """Note the first update whose gradient was not finite, and stop training if planned."""
         step = _first_nonfinite_step(parts)
         if self.fault is not None or not step:
             return
@@ -251,7 +279,7 @@ class Recording:
         )
         paths = [path for path, is_bad in zip(self._values.paths, nonfinite, strict=True) if is_bad]
         self.fault = Fault(step, paths)
-        if self._plan.stops and not self._recorders[0].one_of_several:
+        if self._plan.stops and not self._recorders[0].has_other_processes:
             self._model.stop_training = True
 
 

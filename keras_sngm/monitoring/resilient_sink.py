@@ -1,4 +1,4 @@
-"""Keeps a full disk from ending a training run: whatever cannot be written is given up."""
+"""A sink that keeps a full disk from ending a training run."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +16,8 @@ class ResilientSink:
 
     Args:
         make: makes the sink.
-        name: of the file or the directory, for the warning.
-        must_open: whether to raise what goes wrong in `make`.
+        name: name of the file or the directory, for the warning.
+        must_open: whether to raise an error of `make`.
     """
 
     def __init__(self, make: Callable[[], Sink], name: str, must_open: bool) -> None:
@@ -33,10 +33,10 @@ class ResilientSink:
             self._error = error
 
     def begin(self, columns: Sequence[str]) -> None:
-        """Begin the sink.
+        """Tell the sink the names of the values.
 
         Raises:
-            ColumnsError: if it has other columns.
+            ColumnsError: if its file has other columns.
         """
         self._attempt("begin", columns)
 
@@ -50,7 +50,7 @@ class ResilientSink:
         self._attempt("flush")
 
     def close(self) -> None:
-        """Close the sink, after an error too: it may have a file open."""
+        """Close the sink, also after an error: it may have a file open."""
         if self._sink is not None:
             try:
                 self._sink.close()
@@ -58,7 +58,7 @@ class ResilientSink:
                 self._error = self._error or error
 
     def warn(self) -> None:
-        """Warn of the error, if there is one and that was not done before."""
+        """Warn of the error once, if there is one."""
         if self._error is not None and not self._has_warned:
             self._has_warned = True
             warnings.warn(
@@ -68,6 +68,7 @@ class ResilientSink:
             )
 
     def _attempt(self, name: str, *arguments: Any) -> None:
+        """Call a method of the sink, unless it has failed before; keep an error for `warn`."""
         if self._error is not None:
             return
         try:

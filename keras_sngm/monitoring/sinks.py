@@ -1,4 +1,4 @@
-"""Where logged values are written to: TensorBoard, CSV, JSON lines.
+"""Sinks that logged values are written to: TensorBoard, CSV, JSON lines.
 
 All of them fail when they are made, rather than later, if they cannot be written.
 """
@@ -21,30 +21,33 @@ SUFFIXES = (".csv", ".jsonl")
 
 
 class Sink(Protocol):
-    """Takes the values of one step after another."""
+    """A place that the values of one step after another are written to."""
 
     def begin(self, columns: Sequence[str]) -> None:
-        """Be told the names of the values, before the first of them."""
+        """Take the names of the values, before the first of them."""
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """The values of a step by name."""
+        """Write the values of a step, by name."""
 
     def write_histograms(self, step: int, histograms: Mapping[str, np.ndarray]) -> None:
-        """Histograms of a step by name: least value, greatest value, counts."""
+        """Write histograms of a step, by name: least value, greatest value, counts."""
 
     def flush(self) -> None:
-        """Let others see what was written."""
+        """Make what was written visible to others."""
 
     def close(self) -> None:
         """Write no more."""
 
 
 class TensorBoardSink:
-    """Event files for TensorBoard, one event per step.
+    """Event files for TensorBoard, with one event per step.
 
     Args:
-        log_dir: is made if there is none.
-        descriptions: of the values, by what their names begin with.
+        log_dir: directory, created if there is none.
+        descriptions: descriptions of the values, by the first part of their names.
+
+    Raises:
+        OSError: if the directory cannot be written.
     """
 
     def __init__(self, log_dir: str, descriptions: Mapping[str, str]) -> None:
@@ -54,7 +57,7 @@ class TensorBoardSink:
         try:
             gfile = self._tensorboard.gfile
             gfile.makedirs(log_dir)
-            # Without TensorFlow there is a stand-in that removes nothing.
+            # TensorBoard's stand-in for TensorFlow's `gfile` has no `remove`.
             remove = getattr(gfile, "remove", None if "://" in log_dir else os.remove)
             if remove is not None:
                 probe = os.path.join(log_dir, f".probe.{os.getpid()}")
@@ -69,7 +72,7 @@ class TensorBoardSink:
         """Do nothing: TensorBoard takes values of any name."""
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        # Making an event of hundreds of values anew takes longer than a small training step.
+        # Events are reused: making one of hundreds of values takes longer than a small step.
         names = tuple(scalars)
         if names not in self._events:
             self._events[names] = self._event_of(names)
@@ -81,7 +84,7 @@ class TensorBoardSink:
         self._writer.add_event(event)
 
     def _event_of(self, names: Sequence[str]) -> Any:
-        """Return an event with a scalar of each name, 0 for now."""
+        """Return an event with a scalar of each name, all 0 for now."""
         parts = self._tensorboard
         event = parts.Event()
         for name in names:
@@ -106,6 +109,7 @@ class TensorBoardSink:
         self._writer.add_event(event)
 
     def _description(self, name: str) -> str:
+        """Return the description of a value, by the first part of its name."""
         return self._descriptions.get(name.partition("/")[0], "")
 
     def flush(self) -> None:
@@ -116,11 +120,14 @@ class TensorBoardSink:
 
 
 class FileSink:
-    """A CSV file or one JSON object per line, after the suffix of the file's name.
+    """A CSV file, or a file of one JSON object per line, by the suffix of its name.
 
     Args:
-        filename: its folder is made if there is none.
-        append: whether to go on with a file that there is.
+        filename: name of the file, whose folder is created if there is none.
+        append: whether to continue an existing file.
+
+    Raises:
+        OSError: if the file cannot be written.
     """
 
     def __init__(self, filename: str, append: bool) -> None:
@@ -135,10 +142,10 @@ class FileSink:
             raise OSError(f"`filename` cannot be written. Received: filename={filename}") from error
 
     def begin(self, columns: Sequence[str]) -> None:
-        """Write the names of the values, or compare them with those that the file has.
+        """Write the names of the values as a header, or check that the CSV file has these columns.
 
         Raises:
-            ColumnsError: if a CSV file has others.
+            ColumnsError: if it has others.
         """
         first_line, last_character = self._there
         names = ["step", *columns]
@@ -160,7 +167,7 @@ class FileSink:
             self._file.write(json.dumps(row) + "\n")
 
     def write_histograms(self, step: int, histograms: Mapping[str, np.ndarray]) -> None:
-        """Left out: a line has numbers only."""
+        """Do nothing: lines hold numbers only."""
 
     def flush(self) -> None:
         self._file.flush()
@@ -170,7 +177,7 @@ class FileSink:
 
 
 class ColumnsError(ValueError):
-    """A CSV file has other columns than are to be written to it."""
+    """An error about a CSV file that has other columns than are to be written to it."""
 
 
 class _Ends(NamedTuple):
@@ -181,7 +188,7 @@ class _Ends(NamedTuple):
 
     @classmethod
     def of(cls, path: pathlib.Path) -> "_Ends":
-        """Read them alone: the file may be long."""
+        """Read the first line and the last character only: the file may be long."""
         with path.open() as text, path.open("rb") as data:
             first_line = text.readline()
             if first_line:
@@ -190,17 +197,19 @@ class _Ends(NamedTuple):
 
 
 def _header(names: Sequence[str]) -> str:
+    """Return the header line of a CSV file with these columns."""
     line = io.StringIO()
     csv.writer(line).writerow(names)
     return line.getvalue()
 
 
 def _is_cut_off(first_line: str, names: Sequence[str]) -> bool:
-    """Return whether a line is the beginning of a header, or empty, and not all of it."""
+    """Return whether a line is only the beginning of the header, or empty."""
     return not first_line.endswith("\n") and _header(names).startswith(first_line)
 
 
 def _check_columns(filename: str, wanted: list[str], first_line: str) -> None:
+    """Raise a `ColumnsError` if the first line of a CSV file is not the wanted header."""
     columns = next(csv.reader([first_line]))
     if columns != wanted:
         raise ColumnsError(
@@ -211,10 +220,10 @@ def _check_columns(filename: str, wanted: list[str], first_line: str) -> None:
 
 
 def tensorboard_parts() -> SimpleNamespace:
-    """What is needed of TensorBoard.
+    """Import the parts of TensorBoard that write event files.
 
     Raises:
-        ImportError: if it is not installed.
+        ImportError: if TensorBoard is not installed.
     """
     try:
         from tensorboard.compat import tf

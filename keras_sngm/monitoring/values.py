@@ -1,4 +1,4 @@
-"""Names of what is logged, and how it follows from what was recorded."""
+"""Logged values: their names, and how they are computed from what was recorded."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,15 +24,16 @@ DESCRIPTIONS = {
     "gradients": "Elements of the gradient whose norm is `grad_norm`.",
     "momenta": "Elements of the momentum u after this step.",
 }
-"""By the first part of a name."""
+"""Descriptions of logged values for TensorBoard, by the first part of their names."""
 
 
 class LoggedValues:
-    """Turns what was recorded of a model into named values.
+    """Converter from what was recorded of a model to named values.
 
     Args:
-        recorders: those of its optimizers. Their variables follow each other.
-        per_variable: as `groups_of` takes it.
+        recorders: the recorders of the model's optimizers. Their variables are numbered
+            one recorder after the other.
+        per_variable: which variables have values of their own, see `groups_of`.
         model: the model.
     """
 
@@ -52,7 +53,7 @@ class LoggedValues:
         self.paths = [variable.path for variable in variables]
 
     def columns(self) -> list[str]:
-        """The names of all scalars of a step."""
+        """Return the names of all scalars of a step."""
         count = len(self._has_momentum)
         names = [*self.of_updates(self._no_rows())]
         if self._with_details:
@@ -60,14 +61,14 @@ class LoggedValues:
         return names
 
     def columns_of_epoch(self) -> list[str]:
-        """Return the names of those scalars that `logs` of an epoch have statistics of."""
+        """Return the names of the scalars that the `logs` of an epoch summarize."""
         names = [*self.of_updates(self._no_rows())]
         if self._with_details:
             names += named_details(np.zeros((1, len(DETAILS))), self._has_momentum)
         return names
 
     def of_updates(self, rows: Rows) -> dict[str, np.ndarray]:
-        """Vectors, one element for each update."""
+        """Return the norms and noise scales of updates by name, vectors with one element each."""
         values = {"grad_norm": rows.norm}
         if self._with_noise_scale:
             values["gradient_noise_scale"] = rows.noise_scale
@@ -77,20 +78,24 @@ class LoggedValues:
         return values
 
     def of_details(self, table: np.ndarray) -> dict[str, float]:
-        """Those of one update, for all variables and for each group."""
+        """Return the details of one update by name, for all variables and for each group.
+
+        Args:
+            table: matrix, the `DETAILS` of each variable in a row.
+        """
         values = named_details(table, self._has_momentum)
         for name, members in self._groups.items():
-            own = named_details(table[members], self._has_momentum[members])
-            values |= {f"{key}/{name}": value for key, value in own.items()}
+            of_group = named_details(table[members], self._has_momentum[members])
+            values |= {f"{key}/{name}": value for key, value in of_group.items()}
         return values
 
     def of_histograms(self, histograms: np.ndarray, first: int) -> dict[str, np.ndarray]:
-        """Those of one update.
+        """Return the histograms of one update by name, without those that are not finite.
 
         Args:
-            histograms: for each variable of one recorder, of its gradient and, if it has
-                one, its momentum.
-            first: position of the first of these variables among all.
+            histograms: for each variable of one recorder, the histogram of its gradient and, if
+                it has one, of its momentum.
+            first: the index of the first of these variables among those of all recorders.
         """
         return {
             f"{kind}/{self._names[i]}": histogram
@@ -101,4 +106,5 @@ class LoggedValues:
         }
 
     def _no_rows(self) -> Rows:
+        """Return the rows of no update, from which names can be computed."""
         return Rows(np.zeros(0), np.zeros(0), np.zeros((0, len(self._has_momentum))))

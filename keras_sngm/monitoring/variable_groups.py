@@ -1,4 +1,4 @@
-"""Which variables are shown together, and under which name."""
+"""Groups of variables that are logged under one name."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ PerVariable = bool | int | str | Callable[[Any], bool]
 
 
 def check_per_variable(per_variable: Any) -> None:
-    """Refuse what `groups_of` cannot take."""
+    """Raise a `ValueError` if `per_variable` is nothing that `groups_of` takes."""
     is_depth = isinstance(per_variable, int) and per_variable >= 1
     is_known = isinstance(per_variable, bool) or is_depth or per_variable == "layer"
     if not (is_known or callable(per_variable)):
@@ -22,14 +22,14 @@ def check_per_variable(per_variable: Any) -> None:
 def groups_of(
     variables: Sequence[Any], per_variable: PerVariable, model: keras.Model
 ) -> dict[str, list[int]]:
-    """Positions of the variables that belong to each name.
+    """Return the names of groups of variables, each with the indices of its variables.
 
     Args:
         variables: Keras variables.
-        per_variable: `False` for none; `True` for one group for each variable, named
+        per_variable: `False` for no groups; `True` for one group for each variable, named
             by its path; `"layer"` for one group for each layer of the model; a function
-            for those variables alone for which it is true; an integer for one group for
-            all variables whose paths begin with the same so many parts.
+            for groups of those variables alone that it is true for; an integer for one group
+            for all variables whose paths begin with the same so many parts.
         model: the model that the variables belong to.
     """
     if per_variable is False:
@@ -49,7 +49,10 @@ def groups_of(
 
 
 def _named(entries: Sequence[tuple[int, str]]) -> dict[str, list[int]]:
-    """One group for each entry, though Keras does not see to it that paths differ."""
+    """Return one group for each index and name; a name that is taken gets a number.
+
+    Keras does not make sure that paths of variables differ.
+    """
     groups: dict[str, list[int]] = {}
     for i, name in entries:
         groups[_unused(name, groups)] = [i]
@@ -57,7 +60,10 @@ def _named(entries: Sequence[tuple[int, str]]) -> dict[str, list[int]]:
 
 
 def _by_layer(variables: Sequence[Any], model: keras.Model) -> dict[str, list[int]]:
-    """Group variables by the layer that has them, those that no layer has by their folder."""
+    """Return groups of variables by the layer that has them.
+
+    A variable that no layer has is in a group named by its path without the last part.
+    """
     owners = {id(v): layer for layer in _layers(model) for v in reversed(layer.variables)}
     names: dict[Any, str] = {}
     groups: dict[str, list[int]] = {}
@@ -82,5 +88,6 @@ def _layers(model: keras.Model) -> Iterator[keras.layers.Layer]:
 
 
 def _unused(name: str, used: dict[str, Any]) -> str:
+    """Return a name, with the least number that makes it differ from those that are used."""
     names = [name, *(f"{name}_{k}" for k in range(1, len(used) + 1))]
     return next(candidate for candidate in names if candidate not in used)

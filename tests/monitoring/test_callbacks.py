@@ -20,7 +20,7 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from autodiff import CustomModel, gradients_of
 from keras_sngm import SNGM, GradientNormLogger
-from keras_sngm.backend.common.recorder import attached
+from keras_sngm.backend.common.recorder import attached_recorders
 from keras_sngm.monitoring.sinks import tensorboard_parts
 from problems import BACKEND, values_of
 
@@ -439,7 +439,7 @@ def test_one_logger_twice_is_refused_and_leaves_nothing_behind():
     model, logger = build_model(), GradientNormLogger()
     with pytest.raises(ValueError, match="once. Received: the same one twice"):
         fit(model, logger, logger)
-    assert not attached(model.optimizer)
+    assert not attached_recorders(model.optimizer)
     assert np.isfinite(fit(model, logger).history["grad_norm"]).all()
 
 
@@ -520,13 +520,13 @@ def test_an_interrupted_logger_does_not_go_on_beside_the_next(make):
     inner = getattr(model.optimizer, "inner_optimizer", model.optimizer)
     recorders = []
     look = keras.callbacks.LambdaCallback(
-        on_epoch_begin=lambda epoch, logs: recorders.extend(attached(inner))
+        on_epoch_begin=lambda epoch, logs: recorders.extend(attached_recorders(inner))
     )
     fit(model, GradientNormLogger(), GradientNormLogger(), look, epochs=1)
     assert [recorder.plan.per_variable for recorder in recorders] == [False, False]
     assert len(model.optimizer.variables) == count
     assert np.isfinite(fit(model, first).history["grad_norm"]).all()
-    assert not attached(inner)
+    assert not attached_recorders(inner)
 
 
 def counted_traces(model):
@@ -647,7 +647,7 @@ def waits_in_an_epoch(*callbacks):
 @pytest.mark.parametrize("on_nonfinite", ["warn", "stop", "ignore"])
 def test_training_never_waits_inside_an_epoch(tmp_path, monkeypatch, on_nonfinite):
     """Not even while the thread looks at every step."""
-    monkeypatch.setattr("keras_sngm.monitoring.recording._SECONDS_BETWEEN_LOOKS", 0.0)
+    monkeypatch.setattr("keras_sngm.monitoring.recording._SECONDS_BETWEEN_READS", 0.0)
     logger = GradientNormLogger(
         tmp_path,
         tmp_path / "log.csv",
@@ -783,7 +783,7 @@ def test_stopping_with_accumulation():
 
 
 def test_stopping_does_not_wait_for_the_end_of_the_epoch(monkeypatch):
-    monkeypatch.setattr("keras_sngm.monitoring.recording._SECONDS_BETWEEN_LOOKS", 0.0)
+    monkeypatch.setattr("keras_sngm.monitoring.recording._SECONDS_BETWEEN_READS", 0.0)
     batches = []
     count = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: batches.append(batch)
@@ -916,7 +916,7 @@ def test_what_goes_wrong_at_the_end_leaves_nothing_behind(tmp_path, monkeypatch,
     with pytest.raises(ValueError, match="a fault of ours"):
         fit(model, GradientNormLogger(tmp_path, tmp_path / "log.csv"))
     assert len(closed) == 2
-    assert not attached(model.optimizer)
+    assert not attached_recorders(model.optimizer)
     assert "apply" not in vars(model.optimizer)
 
 

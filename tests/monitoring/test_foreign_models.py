@@ -8,7 +8,7 @@ import pytest
 
 from foreign_models import MODELS, OPTIMIZERS, X, Y
 from keras_sngm import SNGM, GradientNormLogger
-from keras_sngm.backend.common.recorder import attached
+from keras_sngm.backend.common.recorder import attached_recorders
 from problems import BACKEND, values_of
 
 OF_EVERY_MODEL = ("SNGM, averaged and accumulated", "SGD")
@@ -146,8 +146,8 @@ def test_a_logger_follows_a_model_that_is_compiled_anew(tmp_path, make):
     history = fit(model, X, logger, anew, epochs=3)
     assert np.isfinite(history["grad_norm"]).all()
     assert int(optimizer.iterations) == 12
-    assert not attached(first)
-    assert not attached(optimizer)
+    assert not attached_recorders(first)
+    assert not attached_recorders(optimizer)
     files = sorted(path.name for path in tmp_path.iterdir())
     lines = [len((tmp_path / name).read_text().splitlines()) for name in files]
     if isinstance(optimizer, SNGM):

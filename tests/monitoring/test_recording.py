@@ -13,7 +13,7 @@ from recorder_stub import RecorderStub, make_updates, recording_of
 
 @pytest.fixture
 def looking_at_every_step(monkeypatch):
-    monkeypatch.setattr("keras_sngm.monitoring.recording._SECONDS_BETWEEN_LOOKS", -1.0)
+    monkeypatch.setattr("keras_sngm.monitoring.recording._SECONDS_BETWEEN_READS", -1.0)
 
 
 def memory_after(updates, recording, recorder):

@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 from keras_sngm import SNGM
-from keras_sngm.backend.common.watch import PLAIN_RULE
+from keras_sngm.backend.common.recorded_apply import PLAIN_RULE
 from keras_sngm.backend.tensorflow import norm as tensorflow_norm
 from problems import (
     assert_close,

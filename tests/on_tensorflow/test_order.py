@@ -24,7 +24,7 @@ from processes import run_python
 
 @pytest.fixture(autouse=True)
 def portion(monkeypatch):
-    monkeypatch.setattr(tensorflow_order, "_PORTION", 24)
+    monkeypatch.setattr(tensorflow_order, "_CHUNK_SIZE", 24)
 
 
 def test_portions_are_as_small_as_may_be():
@@ -59,7 +59,7 @@ def test_mixed_dtypes_are_updated_in_portions(monkeypatch, use_ema):
         return values_of(variables) + values_of(optimizer.momentums)
 
     in_portions = trained()
-    monkeypatch.setattr(tensorflow_order, "_PORTION", 10**9)
+    monkeypatch.setattr(tensorflow_order, "_CHUNK_SIZE", 10**9)
     for value, expected in zip(in_portions, trained(), strict=True):
         np.testing.assert_array_equal(value, expected)
 

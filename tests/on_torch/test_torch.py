@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from keras_sngm import SNGM, GradientNormLogger
 from keras_sngm.backend.common.host_count import HostCount
-from keras_sngm.backend.common.watch import PLAIN_RULE
+from keras_sngm.backend.common.recorded_apply import PLAIN_RULE
 from keras_sngm.backend.torch import norm as torch_norm
 from keras_sngm.backend.torch import sgd_kernel as torch_kernel
 from keras_sngm.backend.torch import step as torch_step
@@ -201,7 +201,7 @@ def test_nor_does_it_for_a_logger_between_steps(monkeypatch, make, on_nonfinite)
     for callbacks in ([], [GradientNormLogger(on_nonfinite=on_nonfinite)]):
         waits = Waits()
         with monkeypatch.context() as patch:
-            for of, name in ((keras.Sequential, "train_step"), (Recorder, "hold")):
+            for of, name in ((keras.Sequential, "train_step"), (Recorder, "limit_halt")):
                 patch.setattr(of, name, counted_by(waits, getattr(of, name)))
             fitted(make(), *callbacks)
         totals.append(waits.count)

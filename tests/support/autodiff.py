@@ -1,6 +1,6 @@
-"""Gradients of models, and training steps written out by hand, as users of each backend write them.
+"""Gradients of models and custom training steps, as users of each backend write them.
 
-`loss_of(y, prediction)` is the loss; the mean squared error unless it is given.
+The argument `loss_of` is a function of targets and predictions that returns the loss.
 """
 
 import keras
@@ -11,11 +11,12 @@ def mean_squared_error(y, prediction):
 
 
 def gradients_of(model, x, y, loss_of=mean_squared_error):
-    """One tensor for each of the model's trainable variables."""
+    """Return the gradients of the loss, a tensor for each trainable variable of the model."""
     return loss_and_gradients(model, x, y, loss_of)[1]
 
 
 def loss_and_gradients(model, x, y, loss_of=mean_squared_error):
+    """Return the loss and its gradients, computed by the backend's automatic differentiation."""
     return {
         "tensorflow": _by_a_tape,
         "jax": _by_transformation,
@@ -24,6 +25,7 @@ def loss_and_gradients(model, x, y, loss_of=mean_squared_error):
 
 
 def _by_a_tape(model, x, y, loss_of):
+    """Compute loss and gradients with a `tf.GradientTape`."""
     import tensorflow as tf
 
     with tf.GradientTape() as tape:
@@ -32,12 +34,14 @@ def _by_a_tape(model, x, y, loss_of):
 
 
 def _by_transformation(model, x, y, loss_of):
+    """Compute loss and gradients with `jax.value_and_grad`."""
     weights = [v.value for v in model.trainable_variables]
     (loss, _), gradients = _stateless(model, loss_of)(weights, _others(model), x, y)
     return loss, gradients
 
 
 def _by_backward(model, x, y, loss_of):
+    """Compute loss and gradients with PyTorch's `backward`."""
     model.zero_grad()
     loss = loss_of(keras.ops.convert_to_tensor(y), model(x, training=True))
     loss.backward()
@@ -45,11 +49,16 @@ def _by_backward(model, x, y, loss_of):
 
 
 def _others(model):
+    """Return the values of the non-trainable variables."""
     return [v.value for v in model.non_trainable_variables]
 
 
 def _stateless(model, loss_of):
-    """A function that returns loss and values of the other variables, and gradients."""
+    """Return a JAX function that computes loss and gradients of the model.
+
+    It takes the values of trainable and of non-trainable variables, inputs and targets, and
+    returns ((loss, new values of the non-trainable variables), gradients).
+    """
     import jax
 
     def loss_and_others(weights, others, x, y):
@@ -60,9 +69,9 @@ def _stateless(model, loss_of):
 
 
 class CustomModel(keras.Model):
-    """With a training step of its own.
+    """A model with a custom `train_step`.
 
-    If it makes `several` updates there is one for each column of the targets.
+    If `several` is true a training step makes one update for each column of the targets.
     """
 
     several = False
@@ -73,12 +82,14 @@ class CustomModel(keras.Model):
         return self._step(*arguments)
 
     def _step(self, data):
+        """Make the updates of a training step on TensorFlow or PyTorch."""
         for part in self._parts(*data):
             loss, gradients = loss_and_gradients(self, *part, self._loss)
             self.optimizer.apply_gradients(zip(gradients, self.trainable_variables))
         return {"loss": loss}
 
     def _stateless_step(self, state, data):
+        """Make the updates of a training step on JAX; return the logs and the new state."""
         weights, others, own, metrics = state
         for part in self._parts(*data):
             (loss, others), gradients = _stateless(self, self._loss)(weights, others, *part)
@@ -86,6 +97,7 @@ class CustomModel(keras.Model):
         return {"loss": loss}, (weights, others, own, metrics)
 
     def _parts(self, x, y):
+        """Return the inputs and targets of each update of a training step."""
         return [(x, y[:, i : i + 1]) for i in range(y.shape[1])] if self.several else [(x, y)]
 
     def _loss(self, y, prediction):
@@ -93,7 +105,10 @@ class CustomModel(keras.Model):
 
 
 def custom_step(model, optimizer, in_graph=False):
-    """A function that takes a step with inputs `x` and targets `y`."""
+    """Return a function of inputs and targets that trains the model for one step.
+
+    With `in_graph` the function is compiled by `tf.function` or `jax.jit`.
+    """
 
     def step(x, y):
         gradients = gradients_of(model, x, y)
@@ -113,6 +128,7 @@ def _in_a_function(step, model, optimizer):
 
 
 def _in_a_jit(step, model, optimizer):
+    """Return a function that takes the step within `jax.jit` and assigns the new values."""
     import jax
 
     @jax.jit

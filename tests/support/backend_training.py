@@ -1,6 +1,6 @@
-"""Trains every option, saves it on the way, and goes on with files of another backend.
+"""Trains a model with every option, saves it midway, and resumes from files of another backend.
 
-Run by `test_backends.py`, as a process has one backend:
+`test_backends.py` runs this in processes of their own, as a process has only one backend:
 
     KERAS_BACKEND=torch python -c "import backend_training as t; t.begin('files')"
     KERAS_BACKEND=jax python -c "import backend_training as t; t.resume('files', 'results')"
@@ -16,12 +16,12 @@ from keras_sngm import SNGM
 from replica_options import BATCH, EPOCHS, FAULTS, OPTIONS, STEPS_PER_EPOCH, Option
 
 SAVED_AFTER = 2
-# A step of this number lies inside of a window of accumulation.
+# Models must be saved inside an accumulation cycle of three micro-batches.
 assert (SAVED_AFTER * STEPS_PER_EPOCH) % 3
 
 
 def begin(folder: str) -> None:
-    """Writes a file of each model on its way, and what came out in the end."""
+    """Train with every option; save each model midway, and write all final values to a file."""
     files = pathlib.Path(folder)
     results = {}
     for i, (name, option) in enumerate({**OPTIONS, **FAULTS}.items()):
@@ -30,12 +30,12 @@ def begin(folder: str) -> None:
         model.save(files / f"{i}.keras")
         fit(model, option, range(SAVED_AFTER, EPOCHS))
         results[name] = values_of(model)
-        keras.utils.clear_session()  # so that layers have the same names in every job
+        keras.utils.clear_session()  # Layers then have the same names in every job.
     (files / "results").write_bytes(pickle.dumps(results))
 
 
 def resume(folder: str, output: str) -> None:
-    """Takes the files and writes what came out."""
+    """Load the models that `begin` has saved, train on, and write all final values to a file."""
     results = {}
     for i, (name, option) in enumerate({**OPTIONS, **FAULTS}.items()):
         model = keras.saving.load_model(pathlib.Path(folder) / f"{i}.keras")
@@ -45,7 +45,10 @@ def resume(folder: str, output: str) -> None:
 
 
 def started(option: Option) -> keras.Model:
-    """The same weights on every backend, whose random numbers differ."""
+    """Return a new model with the same weights on every backend.
+
+    Weights come from NumPy, because the random numbers of backends differ.
+    """
     model = option.model(SNGM)
     generator = np.random.default_rng(0)
     model.set_weights([0.5 * generator.standard_normal(w.shape) for w in model.get_weights()])
@@ -53,6 +56,7 @@ def started(option: Option) -> keras.Model:
 
 
 def fit(model: keras.Model, option: Option, epochs: range) -> None:
+    """Train for a range of epochs; callbacks of the option are new at each call."""
     model.fit(
         *option.data(),
         batch_size=BATCH,
@@ -65,6 +69,6 @@ def fit(model: keras.Model, option: Option, epochs: range) -> None:
 
 
 def values_of(model: keras.Model) -> list[np.ndarray]:
-    """Of all that training changes."""
+    """Return the values of all weights and of all variables of the optimizer, in float64."""
     variables = [*model.weights, *model.optimizer.variables]
     return [keras.ops.convert_to_numpy(v.value).astype("float64") for v in variables]

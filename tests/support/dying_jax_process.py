@@ -1,6 +1,6 @@
-"""A process of `examples/multi_worker_jax.py` that dies right after the first checkpoint.
+"""Runs `examples/multi_worker_jax.py` in a process that dies right after the first checkpoint.
 
-It takes the arguments of the example; see `test_jax_multi_worker.py`.
+It takes the arguments of the example. `test_jax_multi_worker.py` uses it.
 """
 
 import os
@@ -11,7 +11,10 @@ import multi_worker_jax
 
 
 class LastCheckpoint(multi_worker_jax.Checkpoint):
-    """Dies as on a power cut, once the first process has written its checkpoint."""
+    """Callback that kills its process, as a power cut would, after the first checkpoint.
+
+    Each process waits until the first process has written the checkpoint.
+    """
 
     def on_epoch_end(self, epoch, logs=None):
         super().on_epoch_end(epoch, logs)

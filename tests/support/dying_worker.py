@@ -1,6 +1,6 @@
-"""A worker of `examples/multi_worker.py` that dies right after the first checkpoint.
+"""Runs `examples/multi_worker.py` in a worker that dies right after the first checkpoint.
 
-It takes the arguments of the example; see `test_multi_worker.py`.
+It takes the arguments of the example. `test_multi_worker.py` uses it.
 """
 
 import os
@@ -13,7 +13,10 @@ import multi_worker
 
 
 class LastCheckpoint(tf.train.CheckpointManager):
-    """Dies as on a power cut, once the chief has written its checkpoint."""
+    """Checkpoint manager that kills its process, as a power cut would, after the first checkpoint.
+
+    Each worker waits until the chief has written the checkpoint.
+    """
 
     def save(self, **kwargs):
         super().save(**kwargs)

@@ -1,6 +1,7 @@
-"""Models as other people write them, for tests of what a logger does to them.
+"""Models of all kinds that users of Keras write, for tests that a logger does not change them.
 
-Each is made by a function of an optimizer, and comes compiled. Data are those of `DATA`.
+Each model is made by a function of an optimizer, which returns it compiled. The inputs are `X` or
+`TOKENS`, the targets are `Y`.
 """
 
 from collections.abc import Callable
@@ -66,6 +67,7 @@ def with_a_training_step_of_its_own(optimizer: Optimizer) -> keras.Model:
 
 
 def of_unknown_length(optimizer: Optimizer) -> keras.Model:
+    """Return a model of sequences whose length TensorFlow does not know while it traces."""
     return compiled(keras.Sequential(sequence()), optimizer)
 
 
@@ -79,7 +81,10 @@ def with_an_unused_layer(optimizer: Optimizer) -> keras.Model:
 
 
 class GAN(keras.Model):
-    """Two networks with an optimizer each: `model.optimizer` has the first alone."""
+    """A model of two networks with one optimizer each; `model.optimizer` is that of the generator.
+
+    `model.other` is the optimizer of the discriminator.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -120,7 +125,7 @@ def compiled(model: keras.Model, optimizer: Optimizer) -> keras.Model:
 
 
 class Foreign(NamedTuple):
-    """A model that is tested, and what it takes."""
+    """A model to test: the function that makes it for an optimizer, and its inputs."""
 
     make: Callable[[Optimizer], keras.Model]
     x: np.ndarray = X
@@ -135,12 +140,13 @@ MODELS = {
     "unused layer": Foreign(with_an_unused_layer),
     "sequences of unknown length": Foreign(of_unknown_length, TOKENS),
 }
-if BACKEND == "tensorflow":  # where Keras leaves it to a training step what an optimizer owns
+# The training step of the GAN is written for TensorFlow, where a step may use any optimizers.
+if BACKEND == "tensorflow":
     MODELS["GAN"] = Foreign(gan)
 
 
 def multi() -> Optimizer:
-    """Two optimizers, found out for each variable."""
+    """Return a `MultiOptimizer`: SNGM for the layer `head`, SGD for all other variables."""
     first = SNGM(0.05, use_ema=True)
     second = keras.optimizers.SGD(0.05, momentum=0.9)
     return keras.optimizers.MultiOptimizer(lambda v: first if "head" in v.path else second)
@@ -154,9 +160,10 @@ OPTIMIZERS: dict[str, Callable[[], Optimizer]] = {
     "SGD": lambda: keras.optimizers.SGD(0.05, momentum=0.9),
     "Adam, loss scaled": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.05)),
 }
-if BACKEND != "jax":  # where Keras' own optimizers cannot go on after averages replaced weights
+# On JAX, Keras' own optimizers fail once moving averages have overwritten the weights.
+if BACKEND != "jax":
     OPTIMIZERS["SGD, averaged"] = lambda: keras.optimizers.SGD(
         0.05, use_ema=True, ema_overwrite_frequency=1
     )
-if hasattr(keras.optimizers, "MultiOptimizer"):  # Keras got it later than 3.10
+if hasattr(keras.optimizers, "MultiOptimizer"):  # Keras 3.10 does not have it.
     OPTIMIZERS["MultiOptimizer"] = multi

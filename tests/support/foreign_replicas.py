@@ -1,6 +1,7 @@
-"""Trains models of others on two replicas, with a logger and without, and compares them.
+"""Trains models of many kinds on two replicas, with a logger and without, and compares results.
 
-Run by `test_distribution.py`, as devices must be configured before TensorFlow starts.
+`test_distribution.py` runs this in its own process, as devices must be configured before
+TensorFlow starts.
 """
 
 import keras
@@ -17,7 +18,10 @@ NAMES = ("Sequential without Input", "subclassed", "GAN", "sequences of unknown 
 def trained(
     strategy: tf.distribute.Strategy, foreign: Foreign, optimizer: Optimizer, *loggers
 ) -> list[np.ndarray]:
-    """The weights and the state of the optimizer."""
+    """Train a model with one of `OPTIMIZERS`; return weights and optimizer state of all replicas.
+
+    If there are loggers, they must have logged gradient norms above 0.
+    """
     keras.utils.clear_session()
     keras.utils.set_random_seed(0)
     with strategy.scope():
@@ -34,6 +38,7 @@ def trained(
 
 
 def main() -> None:
+    """Assert that a logger changes nothing in training, to the bit."""
     strategy = make_strategy(2)
     for name in NAMES:
         for optimizer in ("SNGM", "SGD"):

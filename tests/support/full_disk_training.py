@@ -1,10 +1,11 @@
-"""Trains with files that the operating system lets grow to a few kilobytes alone.
+"""Trains with loggers whose files cannot grow beyond a few kilobytes, as on a full disk.
 
-Run by `test_full_disk.py`, as the limit is for all files of a process.
+`test_full_disk.py` runs this in its own process, as the operating system limits all files of a
+process.
 
     python full_disk_training.py FOLDER
 
-Prints the history of training and what it warned of.
+Prints the history of training and the warnings.
 """
 
 import json
@@ -24,6 +25,7 @@ MOST_BYTES = 3_000
 
 
 def trained(folder: pathlib.Path) -> dict[str, list[float]]:
+    """Train with three loggers that write to a folder, and return the history."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
     model.compile(SNGM(), "mse")
@@ -37,6 +39,7 @@ def trained(folder: pathlib.Path) -> dict[str, list[float]]:
 
 
 def main(folder: str) -> None:
+    """Limit the size of files, train, and print history and warnings as JSON."""
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     resource.setrlimit(resource.RLIMIT_FSIZE, (MOST_BYTES, hard))
     with warnings.catch_warnings(record=True) as caught:

@@ -1,6 +1,7 @@
-r"""Trains every option on one device and on several, and writes what came out.
+r"""Trains models with every option on one device and on several, and writes the results.
 
-Run by `test_jax_distribution.py`, as devices must be configured before JAX starts:
+`test_jax_distribution.py` runs this in its own process, as devices must be configured before JAX
+starts:
 
     XLA_FLAGS=--xla_force_host_platform_device_count=6 \
         python -c "import jax_training; jax_training.main('results')"
@@ -31,7 +32,7 @@ from replica_options import (
 )
 
 Variables = Sequence[keras.Variable]
-# Tables have 7 rows and 3 columns: 3 devices can share one.
+# Embedding tables have 7 rows and 3 columns, so that 3 devices can share a table by columns.
 DATA_PARALLEL, MODEL_PARALLEL = 4, (2, 3)
 LOGGED = ("SNGM", "SNGM, accumulated", "SNGM, embedding", "SNGM, LossScaleOptimizer", "SGD")
 STOPPED = {"SNGM": SNGM, "SGD": keras.optimizers.SGD}
@@ -39,13 +40,13 @@ STEPS_BEFORE_STOP = 2
 
 
 class Result(NamedTuple):
-    """What training with one option gave.
+    """The result of training with one option.
 
     Attributes:
-        outcome: as on other backends.
-        shardings: of each trainable variable: by which axis of the mesh each of its
-            axes is divided.
-        momentum_shardings: the same of the momentums.
+        outcome: the values that tests compare on every backend.
+        shardings: for each trainable variable, the axis of the device mesh along which each
+            axis of the variable is sharded.
+        momentum_shardings: the same for each momentum.
     """
 
     outcome: Outcome
@@ -54,7 +55,7 @@ class Result(NamedTuple):
 
 
 class Stopped(NamedTuple):
-    """How training ended that a logger stopped, and what it had come to before."""
+    """The result of training that a logger has stopped, and the weights before the bad step."""
 
     warnings: list[str]
     weights: list[np.ndarray]
@@ -62,7 +63,10 @@ class Stopped(NamedTuple):
 
 
 class Recorder(keras.callbacks.Callback):
-    """Keeps the gradient norms, and whether a batch with a bad sample changed anything."""
+    """Callback that keeps the gradient norm of each step and watches batches with a bad sample.
+
+    `changed` says whether such a batch has changed weights, momentums or moving averages.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,26 +82,32 @@ class Recorder(keras.callbacks.Callback):
             self.changed |= self._bytes() != self.before
 
     def _bytes(self) -> list[bytes]:
+        """Return the bytes of weights, momentums and moving averages."""
         variables = [*self.model.weights, *kept(inner(self.model.optimizer))]
         return [variable.numpy().tobytes() for variable in variables]
 
 
 def kept(sngm: SNGM) -> Variables:
-    """Momentums and averages."""
+    """Return the momentums and the moving averages of an optimizer."""
     return [*sngm.momentums, *(sngm._model_variables_moving_average if sngm.use_ema else [])]
 
 
 def one_device(variables: Variables) -> contextlib.AbstractContextManager:
+    """Return a context for training without a distribution."""
     return contextlib.nullcontext()
 
 
 def data_parallel(variables: Variables) -> contextlib.AbstractContextManager:
+    """Return a context in which `DATA_PARALLEL` devices share each batch."""
     devices = keras.distribution.list_devices()[:DATA_PARALLEL]
     return keras.distribution.DataParallel(devices=devices).scope()
 
 
 def model_parallel(variables: Variables) -> contextlib.AbstractContextManager:
-    """Divides each of the variables along the first axis for which that is possible."""
+    """Return a context in which variables are sharded, and batches are too.
+
+    Each variable is sharded along its first axis that can be divided among the devices.
+    """
     mesh = keras.distribution.DeviceMesh(MODEL_PARALLEL, ("batch", "model"))
     layouts = keras.distribution.LayoutMap(mesh)
     for variable in variables:
@@ -105,7 +115,7 @@ def model_parallel(variables: Variables) -> contextlib.AbstractContextManager:
         for i, size in enumerate(variable.shape):
             if size % MODEL_PARALLEL[1] == 0:
                 axes[i] = "model"
-                _, _, path = variable.path.partition("/")  # without the name of the model
+                _, _, path = variable.path.partition("/")  # Only the path within the model counts.
                 layouts[f".*/{path}"] = tuple(axes)
                 break
     return keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch").scope()
@@ -119,6 +129,7 @@ PLACES: dict[str, Callable[[Variables], contextlib.AbstractContextManager]] = {
 
 
 def fit(option: Option, start: Sequence[np.ndarray]) -> Result:
+    """Train a model with an option, from the given weights on."""
     model = option.model(SNGM)
     model.set_weights(start)
     recorder = Recorder()
@@ -142,10 +153,12 @@ def fit(option: Option, start: Sequence[np.ndarray]) -> Result:
 
 
 def shardings(variables: Variables) -> list[tuple]:
+    """Return the partition spec of each variable, empty if it is not sharded."""
     return [tuple(getattr(v.value.sharding, "spec", ())) for v in variables]
 
 
 def stop(optimizer: type[keras.optimizers.Optimizer]) -> Stopped:
+    """Train until a target is NaN and a logger stops; also train only up to the batch before."""
     before = model_with_statistics(optimizer)
     x, y = (array[: BATCH * (STEPS_BEFORE_STOP + 1)] for array in Option().data())
     good = BATCH * STEPS_BEFORE_STOP
@@ -162,7 +175,7 @@ def stop(optimizer: type[keras.optimizers.Optimizer]) -> Stopped:
 
 
 def model_with_statistics(optimizer: type[keras.optimizers.Optimizer]) -> keras.Model:
-    """Its weights that are not trainable change in every step, too."""
+    """Return a model whose non-trainable weights also change in every step."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [
@@ -177,6 +190,7 @@ def model_with_statistics(optimizer: type[keras.optimizers.Optimizer]) -> keras.
 
 
 def main(output: str) -> None:
+    """Train in every place, and write all results to a pickle file."""
     results: dict[str, dict[str, Any]] = {}
     for how, place in PLACES.items():
         trained = results[how] = {}
@@ -184,7 +198,7 @@ def main(output: str) -> None:
             alone = option.model(SNGM)
             with place(alone.weights):
                 trained[name] = fit(option, alone.get_weights())
-        keras.utils.clear_session()  # so that layers have the same names in every place
+        keras.utils.clear_session()  # Layers then have the same names in every place.
         for name in LOGGED:
             with place(CASES[name].model().weights):
                 trained[f"{name}, logged"] = logged_training.train(

@@ -1,10 +1,10 @@
-"""Trains on two replicas under BackupAndRestore, and may be killed on the way.
+"""Trains on two replicas with BackupAndRestore, and kills itself midway if asked to.
 
-Epochs of six batches end inside a window of four accumulated gradients.
+Epochs of six batches end inside an accumulation cycle of four micro-batches.
 
     python killed_training.py BACKUP OUTPUT.npz [BATCH]
 
-With BATCH, counted over all epochs, the process kills itself in that batch.
+With BATCH, the process kills itself in the batch of this number, counted over all epochs.
 """
 
 import os
@@ -23,7 +23,11 @@ STEPS_PER_EPOCH, EPOCHS = 6, 3
 
 
 class Kill(keras.callbacks.Callback):
-    """SIGKILL while a batch is being computed."""
+    """Callback that sends SIGKILL to its process while a batch is being computed.
+
+    Args:
+        batch: the number of the batch, counted over all epochs.
+    """
 
     def __init__(self, batch: int) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""A linear network whose gradients are written out in NumPy, and how optimizers train it.
+"""A linear network with gradients and optimizers written in NumPy.
 
-A second computation, in float64, of all that a logger measures.
+Tests use it to compute again, in float64, all values that a logger measures.
 """
 
 import copy
@@ -17,7 +17,7 @@ NOISE_MOMENTUM = 0.9
 
 
 def keras_model():
-    """The network of `gradients_of`, with small weights of which none is 0."""
+    """Return a Keras model of two linear layers, with small weights of which none is 0."""
     model = keras.Sequential(
         [
             keras.Input((FEATURES,)),
@@ -32,7 +32,7 @@ def keras_model():
 
 
 def gradients_of(weights, x, y):
-    """The gradient of the mean squared error, one array per variable."""
+    """Return the gradient of the mean squared error, one array per variable."""
     hidden_kernel, hidden_bias, head_kernel, head_bias = weights
     hidden = x @ hidden_kernel + hidden_bias
     error = 2.0 / len(x) * (hidden @ head_kernel + head_bias - y)
@@ -41,7 +41,13 @@ def gradients_of(weights, x, y):
 
 
 class SNGM:
-    """Takes steps of SNGM, whose options are those of the reference."""
+    """An SNGM in NumPy.
+
+    Args:
+        weights: the weights at first, a list of arrays.
+        rate: the learning rate.
+        options: keyword arguments of `ReferenceSNGM`.
+    """
 
     def __init__(self, weights, rate, options):
         self.reference = ReferenceSNGM(weights, **options)
@@ -49,10 +55,14 @@ class SNGM:
 
     @property
     def momenta(self):
+        """Return copies of the momentums, none if the momentum coefficient is 0."""
         return [u.copy() for u in self.reference.u] if self.reference.beta else []
 
     def step(self, weights, gradient):
-        """Return the gradient as it was normalized, and the new weights."""
+        """Take a step; return the gradient after decay and clipping, and the new weights.
+
+        If the gradient is not finite the step is skipped.
+        """
         reference = self.reference
         reference.w = list(weights)
         reference.step(gradient, self.rate)
@@ -62,7 +72,7 @@ class SNGM:
 
 
 class SGD:
-    """Takes steps of Keras' SGD."""
+    """Keras' SGD in NumPy."""
 
     momenta = ()
 
@@ -72,7 +82,7 @@ class SGD:
         self.velocity = [0.0] * len(weights)
 
     def step(self, weights, gradient):
-        """Return the gradient, and the new weights."""
+        """Take a step; return the gradient and the new weights."""
         self.velocity = [
             self.beta * v - self.rate * g for v, g in zip(self.velocity, gradient, strict=True)
         ]
@@ -80,7 +90,7 @@ class SGD:
 
 
 class Adam:
-    """Takes steps of Keras' Adam."""
+    """Keras' Adam in NumPy."""
 
     momenta = ()
 
@@ -91,7 +101,7 @@ class Adam:
         self.steps = 0
 
     def step(self, weights, gradient):
-        """Return the gradient, and the new weights."""
+        """Take a step; return the gradient and the new weights."""
         self.steps += 1
         self.first = [0.9 * m + 0.1 * g for m, g in zip(self.first, gradient)]
         self.second = [0.999 * v + 0.001 * g * g for v, g in zip(self.second, gradient)]
@@ -103,16 +113,24 @@ class Adam:
 
 
 class NoiseScale:
-    """Averages over updates of what the gradient noise scale is the quotient of."""
+    """Moving averages of the numerator and the denominator of the gradient noise scale.
+
+    Args:
+        batch_size: the number of samples in a micro-batch.
+    """
 
     def __init__(self, batch_size):
         self.batch_size = batch_size
         self.noise = self.signal = 0.0
         self.size = 0.0
-        """Of the terms that `signal` is a difference of."""
+        """Moving average of the sum of the two terms whose difference `signal` averages.
+        Rounding errors of `signal` are in proportion to it."""
 
     def add(self, gradients):
-        """Take in the gradients of the micro-batches of an update."""
+        """Update the averages with the gradients of all micro-batches of an update.
+
+        An update with a gradient that is not finite is ignored.
+        """
         small = np.mean([norm(g) ** 2 for g in gradients])
         large = norm([np.mean(of, axis=0) for of in zip(*gradients)]) ** 2
         if not np.isfinite(small):
@@ -126,7 +144,13 @@ class NoiseScale:
         return copy.copy(self)
 
     def assert_is(self, value, tolerance):
-        """Assert that a number is the quotient, allowing for what cancels in its parts."""
+        """Assert that a number is the noise scale; allow for rounding in differences of squares.
+
+        Args:
+            value: the number. It must be NaN if no update came yet, and may be infinite if the
+                denominator is not positive.
+            tolerance: the relative error that is allowed in each term.
+        """
         error = tolerance * self.size
         if not self.size:
             assert np.isnan(value)
@@ -137,11 +161,19 @@ class NoiseScale:
 
 
 def _average(average, new):
+    """Return a moving average after one more value."""
     return NOISE_MOMENTUM * average + (1.0 - NOISE_MOMENTUM) * new
 
 
 class Update(NamedTuple):
-    """What an update was made of: lists of arrays, one per variable."""
+    """Gradient, momentums and weights of one update: lists of arrays, one per variable.
+
+    Attributes:
+        gradient: the gradient.
+        momenta: the momentums after the update, empty if there are none.
+        before: the weights before the update.
+        after: the weights after the update.
+    """
 
     gradient: list
     momenta: list
@@ -149,7 +181,7 @@ class Update(NamedTuple):
     after: list
 
     def scalars(self, members):
-        """What is logged of the variables at these positions."""
+        """Return the values to log of some variables together, given their indices."""
         gradient, momenta, before, after = ([of[i] for i in members if of] for of in self)
         change = [new - old for new, old in zip(after, before)]
         values = {
@@ -166,4 +198,5 @@ class Update(NamedTuple):
 
 
 def _quotient(numerator, denominator):
+    """Divide two numbers; return NaN if the denominator is 0."""
     return numerator / denominator if denominator else np.nan

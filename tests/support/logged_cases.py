@@ -1,4 +1,4 @@
-"""Training jobs in which a logger logs all it can."""
+"""Training jobs in which a logger logs all values that it can log."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,14 +19,15 @@ class Case(NamedTuple):
     """One training job.
 
     Attributes:
-        make: makes the optimizer.
-        options: of SNGM, as the reference takes them; `None` for other optimizers.
-        times: how many micro-batches make up an update.
+        make: a function that makes the optimizer.
+        options: keyword arguments of `ReferenceSNGM`; `None` for other optimizers.
+        times: the number of micro-batches in an accumulation cycle.
         sparse: whether the model has an embedding.
-        sequence: whether it is one over sequences of unknown length.
-        compile: arguments of `model.compile`.
-        strategies: names of those it is to run under, see `logged_training.py`.
-        noise: whether the noise scale is measured, averaged with momentum 0.9.
+        sequence: whether the inputs are sequences of unknown length.
+        compile: keyword arguments of `model.compile`.
+        strategies: the strategies to train under, as the argument STRATEGY of
+            `logged_training.py`.
+        noise: whether SNGM measures the gradient noise scale, averaged with momentum 0.9.
     """
 
     make: Callable[[], keras.optimizers.Optimizer]
@@ -39,6 +40,7 @@ class Case(NamedTuple):
     noise: bool = False
 
     def model(self) -> keras.Model:
+        """Return the model, not compiled; its weights are the same at every call."""
         keras.utils.set_random_seed(0)
         if self.sequence:
             return keras.Sequential(sequence())
@@ -50,6 +52,7 @@ class Case(NamedTuple):
         return keras.Sequential([inputs, *first, keras.layers.Dense(1, name="head")])
 
     def data(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the inputs and targets of an epoch."""
         generator = np.random.default_rng(0)
         x = generator.standard_normal((BATCH * STEPS_PER_EPOCH, FEATURES)).astype("float32")
         y = 2.0 + np.sin(x.sum(axis=1, keepdims=True))
@@ -59,18 +62,21 @@ class Case(NamedTuple):
 
 
 def sngm(**options: Any) -> Callable[[], keras.optimizers.Optimizer]:
+    """Return a function that makes an SNGM with these options."""
     return lambda: SNGM(RATE, **options)
 
 
 def sgd(**options: Any) -> Callable[[], keras.optimizers.Optimizer]:
+    """Return a function that makes Keras' SGD with these options."""
     return lambda: keras.optimizers.SGD(RATE, momentum=0.9, **options)
 
 
+# With these options SNGM changes the gradient before it measures and normalizes it.
 CHANGED = {"weight_decay": 0.5, "decoupled_weight_decay": False, "clipvalue": 0.3, "nesterov": True}
 NOISE = {"noise_scale_batch_size": BATCH, "noise_scale_momentum": 0.9}
 WITHOUT_STRATEGY = ("0",)
 ALL = ("0", "1", "2", "2-in-replicas")
-# Those of the backend in use.
+# TensorFlow's strategies cannot be used on other backends.
 STRATEGIES = ALL if BACKEND == "tensorflow" else WITHOUT_STRATEGY
 
 CASES = {
@@ -168,21 +174,22 @@ CASES = {
     "SGD, averaged": Case(sgd(use_ema=True, ema_momentum=0.9, clipnorm=0.1)),
     "Adam": Case(lambda: keras.optimizers.Adam(RATE)),
 }
-if BACKEND == "torch":  # where Keras compiles by `torch.compile`, not XLA
+# On PyTorch `jit_compile` stands for `torch.compile`, not for XLA.
+if BACKEND == "torch":
     CASES = {name: case for name, case in CASES.items() if "jit_compile" not in case.compile}
 
 
 class Logged(NamedTuple):
-    """What one job has logged, and what it was at.
+    """The output of a logger in one job, with the weights and momentums after each batch.
 
     Attributes:
-        weights: before each batch, and after the last.
-        momenta: after each batch; empty lists if there are none.
-        lines: of the JSON lines file.
-        scalars: of TensorBoard, by step and name.
-        histograms: of TensorBoard, by step and name.
-        history: of `fit`.
-        paths: of the variables.
+        weights: the weights before the first batch and after each batch.
+        momenta: the momentums after each batch; empty lists if there are none.
+        lines: the rows of the JSON lines file.
+        scalars: the scalars in TensorBoard, by step and name.
+        histograms: the histograms in TensorBoard, by step and name.
+        history: the history of `fit`.
+        paths: the paths of the variables.
     """
 
     weights: list[list[np.ndarray]]

@@ -1,11 +1,13 @@
-"""Trains with a logger that logs all it can, and keeps what is needed to check it.
+"""Trains with a logger that logs all it can, and keeps the values that a test needs to check it.
 
-Run by `test_logged_values.py`, as devices must be configured before TensorFlow starts.
+`test_logged_values.py` runs this in its own process, as devices must be configured before
+TensorFlow starts.
 
     python logged_training.py STRATEGY OUTPUT
 
-STRATEGY is "0" for none, else TensorFlow's: the number of replicas, or "2-in-replicas": two
-that TensorFlow does not let a step leave, as in XLA on GPUs.
+STRATEGY is "0" for training without a strategy, else the number of replicas of TensorFlow's
+`MirroredStrategy`. With "2-in-replicas" there are two replicas, and steps must not enter the
+cross-replica context, as in XLA programs on GPUs.
 """
 
 import contextlib
@@ -37,7 +39,11 @@ from replica_options import inner
 
 
 class Witness(keras.callbacks.Callback):
-    """Keeps weights and momenta."""
+    """Callback that keeps the weights at first, and weights and momentums after each batch.
+
+    Args:
+        first_of: a function of a variable that returns its component on the first replica.
+    """
 
     def __init__(self, first_of: Callable[[keras.Variable], Any]) -> None:
         super().__init__()
@@ -59,19 +65,22 @@ class Witness(keras.callbacks.Callback):
 
 
 def endless_batches(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """One iterator for all epochs: TensorFlow takes long to delete one."""
+    """Yield the batches of an epoch again and again.
+
+    All epochs share one iterator, because TensorFlow takes long to delete an iterator.
+    """
     while True:
         for begin in range(0, len(x), BATCH):
             yield x[begin : begin + BATCH], y[begin : begin + BATCH]
 
 
 class Place(NamedTuple):
-    """Where to train.
+    """A place to train in: a strategy, or none.
 
     Attributes:
-        scope: makes the context that a model is made in.
-        first_of: gives what a variable is on the first replica.
-        batches: gives those that all replicas share, without end.
+        scope: returns the context in which a model must be made.
+        first_of: a function of a variable that returns its component on the first replica.
+        batches: a function of inputs and targets that returns global batches without end.
     """
 
     scope: Callable[[], Any] = contextlib.nullcontext
@@ -80,6 +89,7 @@ class Place(NamedTuple):
 
 
 def place(name: str) -> Place:
+    """Return the place that the argument STRATEGY names."""
     replicas, _, cannot_be_left = name.partition("-")
     if replicas == "0":
         return Place()
@@ -98,6 +108,7 @@ def place(name: str) -> Place:
 
 
 def train(where: Place, case: Case) -> Logged:
+    """Do a training job with a logger, and read what it has logged."""
     with where.scope():
         model = case.model()
         model.compile(optimizer=case.make(), loss="mse", **case.compile)
@@ -135,6 +146,7 @@ def train(where: Place, case: Case) -> Logged:
 
 
 def main(name: str, output: str) -> None:
+    """Do all jobs of a strategy, and write what was logged to a pickle file."""
     where = place(name)
     results = {job: train(where, case) for job, case in CASES.items() if name in case.strategies}
     with open(output, "wb") as file:

@@ -1,4 +1,4 @@
-"""Random problems shared by the tests, and ways to take steps on them."""
+"""Random weights and gradients that tests share, and functions that take optimizer steps."""
 
 import keras
 import numpy as np
@@ -10,10 +10,11 @@ BACKEND = keras.backend.backend()
 SHAPES = [(), (3,), (4, 5), (2, 3, 4), (2, 2, 3, 2)]
 STEPS = 60
 SCHEDULE = keras.optimizers.schedules.PolynomialDecay(0.5, STEPS, 0.0, power=1.1)
-# JAX makes float32 of float64, unless it is told not to when it starts.
+# JAX replaces float64 by float32, unless it is configured not to when it starts.
 DTYPES = [*(() if BACKEND == "jax" else ("float64",)), "float32", "float16", "bfloat16"]
 
-# How a step is run: SNGM's own jit_compile, and that of the graph around it, if any.
+# Ways to run a step: the `jit_compile` of SNGM, and that of the graph around it. The latter is
+# `None` for eager steps.
 MODES = {
     "tensorflow": {
         "eager": (False, None),
@@ -25,12 +26,12 @@ MODES = {
     "jax": {"eager": ("auto", None), "jit": ("auto", True)},
     "torch": {"eager": ("auto", None)},
 }[BACKEND]
-# Graphs without XLA where there are any, for many steps at once.
+# Tests with many steps run them in a graph where the backend has one, on TensorFlow without XLA.
 IN_GRAPH = {"tensorflow": False, "jax": True, "torch": None}[BACKEND]
 
 
 def modes(*on_tensorflow):
-    """On TensorFlow the modes of these names, elsewhere all."""
+    """Return the given names of modes on TensorFlow, and all modes on other backends."""
     return list(on_tensorflow if BACKEND == "tensorflow" else MODES)
 
 
@@ -40,16 +41,17 @@ def random_arrays(shapes=SHAPES, seed=0, scale=1.0):
 
 
 def random_gradients(shapes=SHAPES, steps=STEPS, seed=1, scale=1.0):
-    """One list of arrays per step."""
+    """Return random gradients, one list of arrays per step."""
     return [random_arrays(shapes, seed + 1000 * step, scale) for step in range(1, steps + 1)]
 
 
 TWICE = SHAPES * 2
-# Start values for which a relative error means something.
+# Relative errors say little about weights near zero, so these weights are far from it.
 FAR_FROM_ZERO = [4.0 + array for array in random_arrays(TWICE)]
 
 
 def variables_of(arrays, dtypes="float32"):
+    """Return Keras variables; `dtypes` is one dtype for all of them, or a dtype for each."""
     dtypes = [dtypes] * len(arrays) if isinstance(dtypes, str) else dtypes
     return [
         keras.Variable(array, dtype=dtype, name=f"v{i}")
@@ -58,6 +60,7 @@ def variables_of(arrays, dtypes="float32"):
 
 
 def tensors_of(arrays, variables):
+    """Return the arrays as tensors in the dtypes of the variables."""
     return [
         keras.ops.convert_to_tensor(array, variable.dtype)
         for array, variable in zip(arrays, variables, strict=True)
@@ -65,10 +68,10 @@ def tensors_of(arrays, variables):
 
 
 def stepping(optimizer, variables, jit_compile=None):
-    """A function that takes one step with a list of gradients.
+    """Return a function of a list of gradients that takes one step.
 
-    Eagerly if `jit_compile` is `None`, else in a graph: a `tf.function` of that
-    `jit_compile`, or with `jax.jit`.
+    The step is eager if `jit_compile` is `None`. Otherwise it is compiled, on TensorFlow by a
+    `tf.function` with this `jit_compile`, on JAX by `jax.jit`.
     """
     optimizer.build(variables)
 
@@ -105,14 +108,14 @@ def _in_a_jit(optimizer, variables, _):
 
 
 def train(optimizer, variables, gradients_by_step, jit_compile=None):
-    """Apply the gradients one step after another, see `stepping`."""
+    """Take a step with each list of gradients; `jit_compile` is that of `stepping`."""
     step = stepping(optimizer, variables, jit_compile)
     for gradients in gradients_by_step:
         step(gradients)
 
 
 def assert_close(variables, arrays, tolerance):
-    """Compare by Euclidean norm, variable by variable."""
+    """Assert for each variable that norm(error) <= tolerance * norm(expected array)."""
     for variable, array in zip(variables, arrays, strict=True):
         value = variable.numpy().astype("float64")
         error, size = np.linalg.norm(value - array), np.linalg.norm(array)
@@ -120,7 +123,16 @@ def assert_close(variables, arrays, tolerance):
 
 
 def assert_follows_the_reference(start, gradients, outer, jit_compile="auto", rate=0.1, **options):
-    """SNGM takes the steps of the reference, and skips none."""
+    """Assert that SNGM takes the same steps as the reference, and skips none.
+
+    Args:
+        start: the weights at first, a list of arrays.
+        gradients: the gradients of each step.
+        outer: the `jit_compile` of the function around the step, `None` for eager steps.
+        jit_compile: the `jit_compile` of SNGM.
+        rate: the learning rate.
+        **options: keyword arguments of both optimizers.
+    """
     variables = variables_of(start)
     optimizer = SNGM(rate, jit_compile=jit_compile, **options)
     reference = ReferenceSNGM(start, **options)
@@ -136,7 +148,7 @@ def assert_follows_the_reference(start, gradients, outer, jit_compile="auto", ra
 def compare_with_reference(
     mode, tolerance=1e-5, dtypes="float32", scale=1.0, rate=SCHEDULE, **options
 ):
-    """60 steps beside the reference; returns both optimizers."""
+    """Take 60 steps with SNGM and the reference, compare them, and return both optimizers."""
     jit_compile, outer = MODES[mode]
     start = random_arrays()
     variables = variables_of(start, dtypes)
@@ -160,7 +172,7 @@ def values_of(variables):
 
 
 def trained_table(gradient):
-    """What steps with one gradient make of a table with 5 rows."""
+    """Return a table of 5 rows after five steps with the same gradient."""
     table = keras.Variable(np.ones((5, 3)), dtype="float32")
     optimizer = SNGM()
     for _ in range(5):

@@ -1,4 +1,4 @@
-"""Runs programs in processes of their own, as settings of TensorFlow need."""
+"""Functions that run Python in new processes, which can set up a backend in their own way."""
 
 import contextlib
 import os
@@ -15,20 +15,31 @@ ROOT = SUPPORT.parents[1]
 
 
 class Ended(NamedTuple):
-    """How a process ended."""
+    """The exit status of a process that has ended, and its output."""
 
     status: int
     printed: str
 
 
 def importing_project(**environment):
-    """Environment variables for a process that imports this project."""
+    """Return environment variables for a process that imports this project.
+
+    Args:
+        **environment: further environment variables.
+    """
     path = [ROOT, ROOT / "tests", SUPPORT, ROOT / "examples", os.environ.get("PYTHONPATH", "")]
     return {**os.environ, **environment, "PYTHONPATH": os.pathsep.join(map(str, path))}
 
 
 def run_python(*arguments, **environment):
-    """Run Python with this project importable; returns what it printed."""
+    """Run Python with this project importable, and return what it prints to stdout.
+
+    The process must succeed, and TensorFlow must not warn of retracing.
+
+    Args:
+        *arguments: the command line.
+        **environment: further environment variables.
+    """
     result = subprocess.run(
         [sys.executable, *map(str, arguments)],
         env=importing_project(**environment),
@@ -42,12 +53,14 @@ def run_python(*arguments, **environment):
 
 
 def run_together(processes, timeout=240):
-    """Run Python in several processes at a time until all have ended; returns how they did.
+    """Run Python in several processes at a time, and return how each ended.
 
     Args:
-        processes: of each its arguments and its environment variables, as `run_python` takes
-            them.
-        timeout: seconds that they may take.
+        processes: the command line and the further environment variables of each process.
+        timeout: the seconds after which an error is raised and all processes are killed.
+
+    Returns:
+        An `Ended` for each process; its output is stdout and stderr together.
     """
     with contextlib.ExitStack() as cleanup:
         folder = pathlib.Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
@@ -70,6 +83,7 @@ def run_together(processes, timeout=240):
 
 
 def free_ports(count):
+    """Return different ports of this machine that are free."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:

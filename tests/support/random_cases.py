@@ -1,7 +1,8 @@
-"""Random trainings by gradients that are given, and what the reference makes of each call.
+"""Random sequences of optimizer calls, and the expected state after each call.
 
-A case is a row of calls of an optimizer. The expectation of a call starts from the state that the
-calls before have left, as it is stored, so that rounding does not add up.
+A case is a model's variables, an optimizer's options, and a sequence of calls with gradients. The
+expected state after a call is computed from the stored state before it, so that rounding errors of
+several calls do not add up.
 """
 
 from typing import Any, NamedTuple
@@ -18,11 +19,11 @@ from reference import ReferenceSNGM, norm
 LARGEST = float(np.finfo("float32").max)
 SMALLEST_NORMAL = float(np.finfo("float32").tiny)
 FLUSHES = not float(keras.ops.convert_to_tensor(np.float32(1e-40)) * 2.0**24)
-"""Whether numbers below the smallest normal one are zeros."""
+"""Whether the device flushes subnormal float32 numbers to zero."""
 
 SHAPES = [(), (1,), (3,), (0,), (4, 5), (1, 1), (2, 3, 2, 2), (0, 3), (70, 70), (130, 130)]
 LARGE = (1024, 1024)
-# Powers of ten that a gradient of each dtype can have.
+# The least and the greatest power of ten of gradients in each dtype.
 EXPONENTS = {
     "float16": (-7.0, 4.7),
     "bfloat16": (-38.0, 38.4),
@@ -32,7 +33,13 @@ EXPONENTS = {
 
 
 class Weight(NamedTuple):
-    """A variable of the model."""
+    """A variable of the model.
+
+    Attributes:
+        shape: its shape.
+        dtype: its dtype.
+        constrained: whether a constraint keeps it from being negative.
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -40,13 +47,14 @@ class Weight(NamedTuple):
 
 
 class Gradient(NamedTuple):
-    """What a call has for one variable.
+    """Description of the gradient of one variable in one call.
 
     Attributes:
         kind: one of `KINDS`.
         exponent: the power of ten of its largest elements.
-        seed: of its elements, of the rows of slices, and of whose tensor is taken.
-        layout: how it lies in memory, on PyTorch.
+        seed: the seed of its elements and of the rows of slices. It also chooses the tensor to
+            reuse if the kind is "a weight" or "shared".
+        layout: its layout in memory on PyTorch, one of `LAYOUTS`.
     """
 
     kind: str
@@ -60,6 +68,7 @@ KINDS = ["random"] * 6 + [
     *("nan", "inf", "-inf"),
 ]
 STATIC = ("none", "known zeros")
+"""Kinds that are fixed when a function is compiled."""
 LAYOUTS = ["rows", "columns", "every second"] if BACKEND == "torch" else ["rows"]
 
 
@@ -68,9 +77,9 @@ class Call(NamedTuple):
 
     Attributes:
         gradients: one for each variable.
-        before: what is done before: "" for nothing, "move" to go on with another optimizer that
-            has loaded the state of this one, "rewind" for a call that is undone by loading, or
-            the name and the new value of a hyper-parameter.
+        before: the action before the call. It is "" for none, "move" to continue with a new
+            optimizer that has loaded the state of the old one, "rewind" for a call that is undone
+            by loading the state before it, or the name and the new value of a hyper-parameter.
     """
 
     gradients: tuple[Gradient, ...]
@@ -78,7 +87,7 @@ class Call(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A training."""
+    """A random training: options of SNGM, variables of the model, and calls of the optimizer."""
 
     options: dict[str, Any]
     weights: tuple[Weight, ...]
@@ -86,12 +95,13 @@ class Case(NamedTuple):
 
 
 def exponents() -> st.SearchStrategy:
-    """Most of them ordinary ones."""
+    """Return a strategy for powers of ten: ordinary ones, any of float32, and beyond float32."""
     return st.one_of(st.floats(-2.0, 2.0), st.floats(-38.0, 38.4), st.floats(-120.0, 120.0))
 
 
 @st.composite
 def options(draw: Any) -> dict[str, Any]:
+    """Draw options of SNGM."""
     chosen: dict[str, Any] = {
         "learning_rate": 10.0 ** draw(st.floats(-3.0, 0.0)),
         "momentum": draw(st.sampled_from([0.9, 0.0, 0.5, 0.99])),
@@ -121,6 +131,7 @@ def options(draw: Any) -> dict[str, Any]:
 
 @st.composite
 def weights(draw: Any) -> tuple[Weight, ...]:
+    """Draw the variables of a model, rarely with a large one among them."""
     dtypes = draw(st.sampled_from([["float32"], ["float32"], DTYPES, DTYPES, ["float16"]]))
     shapes = (
         st.sampled_from(SHAPES) if draw(st.booleans()) else st.just(draw(st.sampled_from(SHAPES)))
@@ -133,7 +144,7 @@ def weights(draw: Any) -> tuple[Weight, ...]:
 
 
 def hyper_parameters() -> st.SearchStrategy:
-    """Names and values that may be assigned at any time."""
+    """Return a strategy for hyper-parameters to assign between calls: names and new values."""
     return st.one_of(
         st.tuples(st.just("learning_rate"), st.sampled_from([0.003, 0.3])),
         st.tuples(st.just("nesterov"), st.booleans()),
@@ -148,10 +159,12 @@ def cases(draw: Any, eager: bool, most_calls: int = 6, alike: bool = False) -> C
     """Draw a case.
 
     Args:
-        draw: draws what it is made of.
-        eager: whether hyper-parameters may change, and which variables have a gradient.
-        most_calls: how many calls there may be.
-        alike: whether all calls have dense gradients of their own for the same variables.
+        draw: a function that draws from a strategy.
+        eager: whether calls are eager. Then hyper-parameters may change between calls, and so
+            may the variables that have a gradient.
+        most_calls: the greatest number of calls.
+        alike: whether all gradients are dense and tensors of their own, and nothing is done
+            between calls.
     """
     own = draw(weights())
     always = draw(st.lists(st.sampled_from(KINDS), min_size=len(own), max_size=len(own)))
@@ -170,7 +183,7 @@ def cases(draw: Any, eager: bool, most_calls: int = 6, alike: bool = False) -> C
         )
         for exponent in draw(st.lists(exponents(), min_size=1, max_size=most_calls))
     ]
-    # Without any gradient there is no step.
+    # The optimizer takes no step without any gradient, so every call has at least one.
     calls = [call if _has_any(call) else _with_first(call) for call in calls]
     if not eager and not all(map(_has_any, calls)):
         calls = list(map(_with_first, calls))
@@ -181,8 +194,18 @@ def cases(draw: Any, eager: bool, most_calls: int = 6, alike: bool = False) -> C
 def _gradients(
     draw: Any, weight: Weight, exponent: float, always: str, eager: bool, alike: bool
 ) -> Gradient:
+    """Draw the gradient of one variable in one call.
+
+    Args:
+        draw: a function that draws from a strategy.
+        weight: the variable.
+        exponent: the power of ten of the largest gradients of the call.
+        always: the kind of this variable's gradient in all compiled calls, if it is static.
+        eager: whether calls are eager.
+        alike: whether the gradient must be dense and a tensor of its own.
+    """
     kind = draw(st.sampled_from(KINDS))
-    if not eager:  # what a compiled function knows of a gradient does not change
+    if not eager:  # A compiled function cannot be called with another static kind.
         kind = always if always in STATIC else "zeros" if kind in STATIC else kind
     if alike and kind in ("slices", "a weight", "shared", "known zeros"):
         kind = "random"
@@ -201,25 +224,27 @@ def _has_any(call: Call) -> bool:
 
 
 def _with_first(call: Call) -> Call:
+    """Return a call in which the first variable has a gradient."""
     first, *others = call.gradients
     return call._replace(gradients=(first._replace(kind="equal"), *others))
 
 
 def start_of(case: Case) -> list[np.ndarray]:
+    """Return the weights at first, the same at every call."""
     generator = np.random.default_rng(0)
     return [generator.uniform(0.5, 4.0, weight.shape) for weight in case.weights]
 
 
 class Given(NamedTuple):
-    """A gradient, as an array of the dtype of its variable.
+    """A gradient as a NumPy array in the dtype of its variable.
 
     Attributes:
-        array: its elements; those of the rows of slices.
-        rows: to which rows they are to be added, if it consists of slices.
-        same_as: whose tensor to give: that of the weight of this number, or the gradient of this
-            number; `None` for a tensor of its own.
-        layout: how it is to lie in memory.
-        known: whether a compiled function is to know it.
+        array: its elements, or the elements of its slices.
+        rows: the row of the variable that each slice is added to; `None` if it is dense.
+        same_as: the tensor to reuse, as ("weight", index) or ("gradient", index); `None` for a
+            new tensor.
+        layout: the layout of the tensor in memory.
+        known: whether the gradient must be a constant in a compiled function.
     """
 
     array: np.ndarray
@@ -229,7 +254,7 @@ class Given(NamedTuple):
     known: bool = False
 
     def dense(self, weight: Weight) -> np.ndarray:
-        """All elements as they are computed with, in float64."""
+        """Return the dense gradient in float64, with the numbers that the device computes with."""
         array = flushed(self.array.astype("float64"), weight.dtype)
         if self.rows is None:
             return array
@@ -243,12 +268,12 @@ def numpy_dtype(name: str) -> Any:
 
 
 def given(case: Case, call: Call, values: list[np.ndarray]) -> list[Given | None]:
-    """Make the gradients of a call.
+    """Return the gradients of a call as arrays.
 
     Args:
-        case: the whole case.
-        call: that call.
-        values: the weights as they are.
+        case: the case.
+        call: a call of the case.
+        values: the weights before the call.
     """
     made: list[Given | None] = []
     for i, (weight, gradient) in enumerate(zip(case.weights, call.gradients)):
@@ -264,6 +289,16 @@ def _given_one(
     made: list[Given | None],
     i: int,
 ) -> Given | None:
+    """Return the gradient of one variable as an array.
+
+    Args:
+        case: the case.
+        weight: the variable.
+        gradient: the description of the gradient.
+        values: the weights before the call.
+        made: the gradients of the variables before this one.
+        i: the index of the variable.
+    """
     kind, generator = gradient.kind, np.random.default_rng(gradient.seed)
     dtype = numpy_dtype(weight.dtype)
     if kind == "none":
@@ -296,7 +331,19 @@ def _given_one(
 
 
 class State(NamedTuple):
-    """What an optimizer and its variables hold; float64."""
+    """State of an optimizer and values of the weights, in float64.
+
+    Attributes:
+        weights: the values of the weights.
+        momentums: the momentums, empty if there are none.
+        averages: the moving averages of the weights, empty if there are none.
+        moments: `noise_moments`, the averages behind the gradient noise scale, or zeros.
+        noise_scale: `gradient_noise_scale`, or 0.
+        skipped: `skipped_steps`.
+        averaged: `averaged_updates`, or 0.
+        norm: `gradient_norm`.
+        norms: `gradient_norms`.
+    """
 
     weights: list[np.ndarray]
     momentums: list[np.ndarray]
@@ -310,7 +357,10 @@ class State(NamedTuple):
 
 
 def flushed(array: np.ndarray, dtype: str) -> np.ndarray:
-    """What is computed with of an array."""
+    """Round an array to the numbers that the device computes with.
+
+    Except for float64 that is float32, where the device may flush subnormal numbers to zero.
+    """
     if dtype == "float64":
         return array
     array = array.astype("float32").astype("float64")
@@ -320,13 +370,13 @@ def flushed(array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 class Expectation:
-    """What each call of a case is to do.
+    """The expected effect of each call of a case, computed by the reference.
 
     Args:
         case: the case.
-        eager: whether a variable takes part in an update that had a gradient in any of its
-            micro-batches, not in the last one alone.
-        skips_above: the norm above which steps are skipped.
+        eager: whether a variable is updated if it had a gradient in any micro-batch of the
+            accumulation cycle. Otherwise it is updated if it had one in the last micro-batch.
+        skips_above: the norm of the gradient above which a step is skipped.
     """
 
     def __init__(self, case: Case, eager: bool, skips_above: float = np.inf) -> None:
@@ -339,21 +389,22 @@ class Expectation:
         self._times = case.options.get("gradient_accumulation_steps") or 1
         self._calls = 0
         self.knows_noise = True
-        """Whether the squares of the last update are far from what float32 cannot hold."""
+        """Whether the squared gradients of the last update sum to 0 or are well within float32."""
         self._begin_window()
 
     def _begin_window(self) -> None:
+        """Begin an accumulation cycle."""
         self._means = [np.zeros(weight.shape) for weight in self._weights]
         self._parts = 0.0
         self._had = [False] * len(self._weights)
 
     def assign(self, name: str, value: Any) -> None:
-        """Change a hyper-parameter."""
+        """Change a hyper-parameter for the calls to come."""
         self.options[name] = value
         self.was_blockwise = self.was_blockwise or self.options["blockwise"]
 
     def call(self, gradients: list[Given | None], before: State) -> State:
-        """Return the state after a call."""
+        """Return the expected state after a call, given its gradients and the state before it."""
         has = [gradient is not None for gradient in gradients]
         for i, (gradient, weight) in enumerate(zip(gradients, self._weights)):
             if gradient is None:
@@ -373,6 +424,7 @@ class Expectation:
         return after
 
     def _update(self, active: list[int], before: State) -> State:
+        """Return the state after an update of the variables with the indices `active`."""
         options = self.options
         names = ("momentum", "nesterov", "blockwise", "clipnorm", "clipvalue", "global_clipnorm")
         arguments = {name: options[name] for name in names if options.get(name) is not None}
@@ -416,6 +468,7 @@ class Expectation:
     def _averaged(
         self, before: State, weights: list[np.ndarray]
     ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Return the moving averages and the weights, which the averages may overwrite."""
         if not self.options.get("use_ema"):
             return [], weights
         past = self.options["ema_momentum"] if before.averaged else 0.0
@@ -425,6 +478,12 @@ class Expectation:
         return averages, list(averages) if overwrites else weights
 
     def _noise(self, before: State, large: float) -> tuple[np.ndarray, float]:
+        """Return the averages behind the gradient noise scale, and the noise scale.
+
+        Args:
+            before: the state before the update.
+            large: the norm of the mean gradient of the micro-batches.
+        """
         if "noise_scale_batch_size" not in self.options:
             return before.moments, before.noise_scale
         self.knows_noise = 1e-20 < self._parts < 1e33 or self._parts == 0.0
@@ -443,7 +502,15 @@ class Expectation:
 def assert_as_expected(
     now: State, expected: State, before: State, case: Case, expectation: Expectation
 ) -> None:
-    """Compare the state after a call with what it is to be."""
+    """Assert that the state after a call is as expected, up to rounding errors.
+
+    Args:
+        now: the state after the call.
+        expected: the expected state after the call.
+        before: the state before the call.
+        case: the case.
+        expectation: the object that has computed `expected`.
+    """
     assert now.skipped == expected.skipped, "skipped_steps"
     assert now.averaged == expected.averaged, "averaged_updates"
     if expected.skipped > before.skipped:
@@ -467,7 +534,7 @@ def assert_as_expected(
                 continue
             weight = case.weights[i]
             eps = float(ml_dtypes.finfo(numpy_dtype(weight.dtype)).eps)
-            if weight.constrained:  # Keras' constraints make float32 of float64 on PyTorch
+            if weight.constrained:  # On PyTorch Keras' constraints round float64 to float32.
                 eps = max(eps, 2.0**-23)
             stored = 2.0 * eps * (norm([wanted]) + norm([old]))
             stored += _least_of(weight.dtype) * np.sqrt(wanted.size)
@@ -476,7 +543,7 @@ def assert_as_expected(
             assert error <= allowed, f"{name}[{i}]: error {error:.2e}, allowed {allowed:.2e}"
     assert np.isfinite(now.noise_scale)
     if expectation.knows_noise:
-        atol = 1e-5 * np.abs(expected.moments).max()  # of differences of squares
+        atol = 1e-5 * np.abs(expected.moments).max()  # Moments are differences of squares.
         np.testing.assert_allclose(
             now.moments, expected.moments, rtol=1e-4, atol=atol, err_msg="moments"
         )
@@ -485,7 +552,11 @@ def assert_as_expected(
 def assert_within_the_bound(
     now: State, before: State, case: Case, expectation: Expectation
 ) -> None:
-    """Without weight decay and all that changes weights in another way a step has its bound."""
+    """Assert that a call moves the weights by at most learning rate / (1 - momentum).
+
+    If gradients are normalized by variable the bound holds for each variable. Nothing is asserted
+    where weight decay or moving averages change the weights as well.
+    """
     options = expectation.options
     if options.get("weight_decay") or options.get("ema_overwrite_frequency"):
         return
@@ -500,12 +571,13 @@ def assert_within_the_bound(
 
 
 def _least_of(dtype: str) -> float:
-    """The least number that a dtype holds where results below the normal ones are zeros."""
+    """Return the least positive number to expect of a dtype, as subnormal numbers may be zeros."""
     return float(
         np.finfo("float16").smallest_subnormal if dtype == "float16" else 2 * SMALLEST_NORMAL
     )
 
 
 def _as_float32(value: Any) -> Any:
+    """Round numbers to float32 and return them in float64."""
     with np.errstate(over="ignore"):
         return np.asarray(value).astype("float32").astype("float64")

@@ -1,4 +1,4 @@
-"""Random training jobs with loggers, what they log, and what they should log."""
+"""Random training jobs with loggers, and the values that the loggers write."""
 
 import csv
 import json
@@ -31,17 +31,26 @@ PER_VARIABLE = {
         {path: members for path, members in _VARIABLES.items() if "kernel" in path},
     ),
 }
-"""The argument of a logger, and the positions of the variables that belong to each name."""
+"""Each `per_variable` of a logger, with the indices of the variables that each name stands for."""
 OPTIMIZERS = {
     "SNGM": (SNGM, linear_model.SNGM, 0.05),
     "SGD": (keras.optimizers.SGD, linear_model.SGD, 0.005),
     "Adam": (keras.optimizers.Adam, linear_model.Adam, 0.05),
 }
-"""Keras' class, that of the second computation, and a learning rate."""
+"""The Keras optimizer, the same optimizer in NumPy, and a learning rate."""
 
 
 class Logger(NamedTuple):
-    """Arguments of a logger, and where it writes."""
+    """Arguments of a logger.
+
+    Attributes:
+        log_every: as of `GradientNormLogger`.
+        per_variable: a key of `PER_VARIABLE`.
+        update_ratio: as of `GradientNormLogger`.
+        histogram_every: as of `GradientNormLogger`, for loggers with a `log_dir`.
+        suffix: the suffix of its file, ".csv" or ".jsonl".
+        has_log_dir: whether it also writes to TensorBoard.
+    """
 
     log_every: int
     per_variable: str
@@ -52,10 +61,11 @@ class Logger(NamedTuple):
 
     @property
     def groups(self) -> dict[str, list[int]]:
-        """The positions of the variables that belong to each name."""
+        """Return the indices of the variables that belong to each logged name."""
         return PER_VARIABLE[self.per_variable][1]
 
     def make(self, folder: pathlib.Path, on_nonfinite: str, append: bool) -> GradientNormLogger:
+        """Return a new `GradientNormLogger` that writes to a folder."""
         return GradientNormLogger(
             log_dir=folder / "logs" if self.has_log_dir else None,
             filename=folder / f"log{self.suffix}",
@@ -72,11 +82,11 @@ class Fit(NamedTuple):
     """One call of `fit`.
 
     Attributes:
-        batches: of an epoch.
-        epochs: how many are planned.
-        interrupted: after how many batches training is interrupted, if ever.
-        by: what interrupts it.
-        renewed: whether new loggers go on with the files of the ones before.
+        batches: the number of batches in an epoch.
+        epochs: the number of epochs, unless training is interrupted.
+        interrupted: the number of batches after which training is interrupted, or `None`.
+        by: the type of the exception that interrupts training.
+        renewed: whether new loggers append to the files of the loggers before.
     """
 
     batches: int
@@ -90,14 +100,15 @@ class Job(NamedTuple):
     """Some calls of `fit` for one model.
 
     Attributes:
-        optimizer: its name.
-        options: of the optimizer.
-        times: how many micro-batches make up an update.
-        compile: arguments of `compile`.
-        loggers: all of them at once.
-        fits: one after the other.
-        bad_batch: which batch of an epoch has a target that is NaN, in the last `fit` alone.
-        on_nonfinite: of all loggers.
+        optimizer: a key of `OPTIMIZERS`.
+        options: keyword arguments of the optimizer.
+        times: the number of micro-batches in an accumulation cycle.
+        compile: keyword arguments of `compile`.
+        loggers: the loggers, all used at the same time.
+        fits: the calls of `fit`, one after the other.
+        bad_batch: the index of the batch in each epoch of the last `fit` whose targets have a
+            NaN, modulo the number of batches; `None` for no such batch.
+        on_nonfinite: as of `GradientNormLogger`, for all loggers.
     """
 
     optimizer: str
@@ -130,7 +141,7 @@ class Job(NamedTuple):
         return make(rate, **options, **self.options)
 
     def data(self, fit: int) -> tuple[np.ndarray, np.ndarray]:
-        """The samples of an epoch of a `fit`."""
+        """Return the inputs and targets of an epoch of the `fit` with the index `fit`."""
         generator = np.random.default_rng(fit)
         batches = self.fits[fit].batches
         x = generator.standard_normal((BATCH * batches, FEATURES)).astype("float32")
@@ -141,6 +152,7 @@ class Job(NamedTuple):
 
 
 def jobs() -> st.SearchStrategy[Job]:
+    """Return a strategy for jobs."""
     steps = [1] if BACKEND == "torch" else [1, 1, 2, 3]
     how = [{}, {"run_eagerly": True}]
     compiled = st.tuples(st.sampled_from(how), st.sampled_from(steps)).map(
@@ -162,6 +174,7 @@ def jobs() -> st.SearchStrategy[Job]:
 
 
 def options_of(optimizer: str) -> st.SearchStrategy[dict[str, Any]]:
+    """Return a strategy for keyword arguments of an optimizer."""
     if optimizer == "Adam":
         return st.just({})
     if optimizer == "SGD":
@@ -181,13 +194,14 @@ def options_of(optimizer: str) -> st.SearchStrategy[dict[str, Any]]:
 
 
 def are_allowed(options: dict[str, Any]) -> bool:
-    """Return whether SNGM takes options together."""
+    """Return whether SNGM accepts these options together."""
     return not (options.get("nesterov") and options["momentum"] == 0.0) and (
         sum(name in options for name in ("clipnorm", "clipvalue", "global_clipnorm")) <= 1
     )
 
 
 def loggers() -> st.SearchStrategy[Logger]:
+    """Return a strategy for loggers."""
     return st.builds(
         Logger,
         log_every=st.integers(1, 4),
@@ -200,12 +214,13 @@ def loggers() -> st.SearchStrategy[Logger]:
 
 
 def some_fits() -> st.SearchStrategy[list[Fit]]:
-    """Those of a job, of which the last is not interrupted."""
+    """Return a strategy for the calls of `fit` of a job, the last of which is not interrupted."""
     first = st.lists(fits(st.none() | st.integers(1, 2 * MOST_BATCHES)), max_size=2)
     return st.tuples(first, fits(st.none())).map(lambda drawn: [*drawn[0], drawn[1]])
 
 
 def fits(interrupted: st.SearchStrategy[int | None]) -> st.SearchStrategy[Fit]:
+    """Return a strategy for calls of `fit`, given one for `Fit.interrupted`."""
     return st.builds(
         Fit,
         batches=st.integers(1, MOST_BATCHES),
@@ -217,7 +232,13 @@ def fits(interrupted: st.SearchStrategy[int | None]) -> st.SearchStrategy[Fit]:
 
 
 class MicroBatch(NamedTuple):
-    """A batch that a model was trained on, and its weights after it, if these were seen."""
+    """A micro-batch that a model was trained on.
+
+    Attributes:
+        fit: the index of the call of `fit`.
+        number: the index of the micro-batch in its epoch.
+        weights: the weights after it, or `None` if further steps followed in one execution.
+    """
 
     fit: int
     number: int
@@ -225,17 +246,18 @@ class MicroBatch(NamedTuple):
 
 
 class Witness(keras.callbacks.Callback):
-    """Keeps which batches a model was trained on, and its weights; interrupts training."""
+    """Callback that keeps all micro-batches and the weights after them, and interrupts training."""
 
     def __init__(self) -> None:
         super().__init__()
         self.micro_batches: list[MicroBatch] = []
         self.epochs: list[range] = []
-        """Which of the micro-batches belong to each epoch that came to its end."""
+        """The indices of the micro-batches of each epoch that was completed."""
         self.fit = -1
         self._interrupted: int | None = None
 
     def begin(self, fit: Fit) -> None:
+        """Prepare for a call of `fit`, which may be interrupted."""
         self.fit += 1
         self._by = fit.by
         self._batches = fit.batches
@@ -247,7 +269,7 @@ class Witness(keras.callbacks.Callback):
         self._first = len(self.micro_batches)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        batch = min(batch, self._batches - 1)  # the last execution may have fewer steps
+        batch = min(batch, self._batches - 1)  # The last execution may have fewer steps.
         weights = [v.numpy().astype("float64") for v in self.model.trainable_variables]
         for number in range(len(self.micro_batches) - self._first, batch):
             self.micro_batches.append(MicroBatch(self.fit, number, None))
@@ -260,7 +282,7 @@ class Witness(keras.callbacks.Callback):
 
 
 class EpochLogs(keras.callbacks.Callback):
-    """Keeps `logs` of each epoch. Comes after the logger that they are of."""
+    """Callback that keeps the `logs` of each epoch; it must follow the logger that fills them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -271,7 +293,14 @@ class EpochLogs(keras.callbacks.Callback):
 
 
 class Logged(NamedTuple):
-    """What one logger has logged: rows of its file and of TensorBoard by step, epochs."""
+    """The output of one logger.
+
+    Attributes:
+        rows: the rows of its file by step.
+        scalars: the scalars in TensorBoard, by step and name.
+        histograms: the histograms in TensorBoard, by step and name.
+        epochs: the `logs` of each epoch.
+    """
 
     rows: dict[int, dict[str, float]]
     scalars: dict[int, dict[str, float]]
@@ -280,16 +309,17 @@ class Logged(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What became of a job."""
+    """The result of a job."""
 
     start: list[np.ndarray]
     witness: Witness
     logged: list[Logged]
     messages: list[str]
-    """What the loggers have warned of."""
+    """Messages of all warnings that were raised."""
 
 
 def run(job: Job, folder: pathlib.Path) -> Result:
+    """Do a job, with the files of its loggers in a folder."""
     model = linear_model.keras_model()
     model.compile(job.make_optimizer(), "mse", **job.compile)
     start = [v.numpy().astype("float64") for v in model.trainable_variables]
@@ -301,7 +331,7 @@ def run(job: Job, folder: pathlib.Path) -> Result:
         warnings.simplefilter("always")
         for number, fit in enumerate(job.fits):
             if not callbacks or (fit.renewed and not was_interrupted):
-                # An interrupted logger writes what it has when it is used the next time.
+                # After an interruption a logger writes its last values only when it is used again.
                 made = [
                     logger.make(folder / str(i), job.on_nonfinite, append=bool(callbacks))
                     for i, logger in enumerate(job.loggers)
@@ -320,7 +350,7 @@ def run(job: Job, folder: pathlib.Path) -> Result:
 
 
 def _fitted(model: keras.Model, job: Job, number: int, callbacks: list[Any]) -> bool:
-    """Train, and return whether that came to its end."""
+    """Make the `fit` with the index `number`; return whether it was not interrupted."""
     fit = job.fits[number]
     callbacks[-1].begin(fit)
     try:
@@ -338,7 +368,7 @@ def _fitted(model: keras.Model, job: Job, number: int, callbacks: list[Any]) -> 
 
 
 def rows_of(path: pathlib.Path) -> dict[int, dict[str, float]]:
-    """Return what a file holds, by step."""
+    """Return the rows of a CSV or JSON lines file by step; each step must occur once."""
     if path.suffix == ".csv":
         with path.open() as file:
             lines = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
@@ -350,7 +380,10 @@ def rows_of(path: pathlib.Path) -> dict[int, dict[str, float]]:
 
 
 def events_of(log_dir: pathlib.Path) -> tuple[dict[int, Any], dict[int, Any]]:
-    """Return the scalars and the histograms that TensorBoard has, by step."""
+    """Return the scalars and the histograms of TensorBoard, by step and name.
+
+    Each name must occur once in a step.
+    """
     events = EventAccumulator(str(log_dir), size_guidance={"tensors": 0}).Reload()
     scalars: dict[int, Any] = {}
     histograms: dict[int, Any] = {}
@@ -361,5 +394,5 @@ def events_of(log_dir: pathlib.Path) -> tuple[dict[int, Any], dict[int, Any]]:
             of_step = steps.setdefault(event.step, {})
             assert tag not in of_step
             of_step[tag] = value if value.ndim else float(value)
-    # Files of the same second are read in any order.
+    # TensorBoard reads files of the same second in any order.
     return dict(sorted(scalars.items())), dict(sorted(histograms.items()))

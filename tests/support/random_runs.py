@@ -1,4 +1,4 @@
-"""Runs random cases, and follows each call of them beside the reference."""
+"""Functions that run random cases and compare the state after each call with the reference."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,8 @@ from random_cases import given as gradients_of
 from random_settings import random_settings
 from random_steps import Steps
 
-# How a step is run, as in `problems.MODES`, and its share of the cases.
+# Ways to run a step: the `jit_compile` of SNGM and that of the function around it, as in
+# `problems.MODES`, and the share of the cases that are run in this way.
 MODES = {
     "tensorflow": {
         "eager": (False, None, 4),
@@ -36,6 +37,7 @@ MODES = {
     },
     "torch": {"eager": ("auto", None, 8), "compiled": ("auto", True, 1)},
 }[BACKEND]
+# Further tests have two shares on JAX and three on PyTorch.
 SHARES = (
     sum(share for *_, share in MODES.values()) + {"tensorflow": 0, "jax": 2, "torch": 3}[BACKEND]
 )
@@ -43,7 +45,7 @@ USUAL_CASES = {"tensorflow": 30, "jax": 28, "torch": 200}[BACKEND]
 
 
 def follow(case: Case, steps: Steps, expectation: Expectation) -> None:
-    """Make the calls of a case, and look at what each has done."""
+    """Make the calls of a case one by one, and assert that each does what is expected."""
     for call in case.calls:
         before = steps.state()
         gradients = gradients_of(case, call, before.weights)
@@ -62,7 +64,13 @@ def follow(case: Case, steps: Steps, expectation: Expectation) -> None:
 
 
 def run(share: float, strategy: Any, test: Callable[[Case], None]) -> None:
-    """Run a test with cases of a strategy."""
+    """Run a test with random cases.
+
+    Args:
+        share: its share of the number of all cases, which is `SHARES` in total.
+        strategy: a strategy for cases.
+        test: a function of a case.
+    """
 
     @random_settings(USUAL_CASES * share / SHARES, share / SHARES)
     @given(strategy)
@@ -74,12 +82,19 @@ def run(share: float, strategy: Any, test: Callable[[Case], None]) -> None:
 
 
 def skips_above(case: Case) -> float:
-    """The norm above which PyTorch with CUDA skips a step."""
+    """Return the norm of the gradient above which a step on PyTorch with CUDA is skipped."""
     only_doubles = all(weight.dtype == "float64" for weight in case.weights)
     return np.inf if only_doubles else LARGEST
 
 
 def compare(case: Case, states: list[State], gradients: list[list[Any]]) -> None:
+    """Assert that compiled calls of a case had the expected effects.
+
+    Args:
+        case: the case.
+        states: the state before the first call and after each call.
+        gradients: the gradients of each call.
+    """
     expectation = Expectation(case, eager=False)
     for before, now, own in zip(states, states[1:], gradients):
         assert_as_expected(now, expectation.call(own, before), before, case, expectation)

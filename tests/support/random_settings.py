@@ -1,6 +1,7 @@
-"""How many cases a random test draws.
+"""Settings of Hypothesis for tests with random cases.
 
-The same few in each run, or new ones, as many as `KERAS_SNGM_RANDOM_CASES` says.
+A test draws the same few cases in each run. If the environment variable
+`KERAS_SNGM_RANDOM_CASES` is set to a number, tests draw that many new cases.
 """
 
 import math
@@ -15,8 +16,8 @@ def random_settings(usual: float, share: float = 1.0) -> settings:
     """Return the settings of a test.
 
     Args:
-        usual: how many cases it has in a usual run.
-        share: its part of the number that is asked for.
+        usual: the number of its cases if the environment variable is not set.
+        share: the fraction of the cases that the environment variable asks for.
     """
     return settings(
         max_examples=math.ceil(usual if ASKED_FOR is None else int(ASKED_FOR) * share),

@@ -1,4 +1,4 @@
-"""Ways in which each backend takes the steps of a random case."""
+"""Optimizer steps with the gradients of a random case, on each backend."""
 
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from random_cases import Case, Given, State, start_of
 
 
 def variables_of(case: Case) -> list[keras.Variable]:
+    """Return new variables for a case, with their initial values."""
     made = []
     for i, (weight, start) in enumerate(zip(case.weights, start_of(case))):
         variable = keras.Variable(start, dtype=weight.dtype, name=f"v{i}")
@@ -21,16 +22,23 @@ def variables_of(case: Case) -> list[keras.Variable]:
 
 
 def read(array: Any) -> np.ndarray:
+    """Return a tensor or variable as a NumPy array in float64."""
     return keras.ops.convert_to_numpy(array).astype("float64")
 
 
 def state_of(optimizer: SNGM, variables: list[keras.Variable]) -> State:
+    """Read the state of an optimizer and the weights."""
     values = [read(v) for v in [*variables, *optimizer.variables]]
     return state_from(optimizer, values)
 
 
 def state_from(optimizer: SNGM, values: list[np.ndarray]) -> State:
-    """Read the state of an optimizer from the values of the weights and of its variables."""
+    """Return the state of an optimizer, given values of all weights and of its variables.
+
+    Args:
+        optimizer: the optimizer, whose own variables may have other values.
+        values: the values of the weights, followed by those of `optimizer.variables`.
+    """
     count = len(values) - len(optimizer.variables)
     of = dict(zip(map(id, optimizer.variables), values[count:], strict=True))
     noise = optimizer.noise_moments
@@ -50,12 +58,13 @@ def state_from(optimizer: SNGM, values: list[np.ndarray]) -> State:
 
 
 class Steps:
-    """Takes steps one after another.
+    """An SNGM and its variables, for the calls of a case.
 
     Args:
-        case: whose.
-        jit_compile: of SNGM.
-        outer: `None` for eager steps, else `jit_compile` of the function around them.
+        case: the case.
+        jit_compile: the `jit_compile` of SNGM.
+        outer: `None` for eager steps; else the function around a step is compiled, on TensorFlow
+            with this `jit_compile`, on JAX with donated arguments if it is "donate".
     """
 
     def __init__(self, case: Case, jit_compile: Any = "auto", outer: Any = None) -> None:
@@ -69,6 +78,7 @@ class Steps:
         return SNGM(jit_compile=self._jit_compile, **self.case.options)
 
     def _begin(self, optimizer: SNGM) -> None:
+        """Build an optimizer and use it from now on."""
         optimizer.build(self.variables)
         self.optimizer = optimizer
         self._apply = lambda gradients: optimizer.apply(gradients, self.variables)
@@ -79,12 +89,14 @@ class Steps:
         return state_of(self.optimizer, self.variables)
 
     def call(self, gradients: list[Given | None]) -> None:
+        """Call the optimizer with tensors made of the given gradients."""
         made: list[Any] = []
         for gradient, variable in zip(gradients, self.variables):
             made.append(self._tensor(gradient, variable, made))
         self._apply(made)
 
     def _tensor(self, gradient: Given | None, variable: Any, made: list[Any]) -> Any:
+        """Return a gradient as a tensor; `made` has the tensors of the variables before."""
         if gradient is None:
             return None
         if gradient.same_as is not None:
@@ -101,7 +113,7 @@ class Steps:
         setattr(self.optimizer, name, value)
 
     def move(self) -> None:
-        """Go on with an optimizer that has loaded the state of this one."""
+        """Continue with a new optimizer that has loaded the state of the old one."""
         options = {name: getattr(self.optimizer, name) for name in ASSIGNED}
         store: dict[str, Any] = {}
         self.optimizer.save_own_variables(store)
@@ -111,7 +123,7 @@ class Steps:
             setattr(self.optimizer, name, value)
 
     def rewind(self, gradients: list[Given | None]) -> None:
-        """Make a call, and undo it."""
+        """Make a call, and undo it by loading the state before it."""
         store: dict[str, Any] = {}
         self.optimizer.save_own_variables(store)
         before = [read(v) for v in self.variables]
@@ -121,11 +133,15 @@ class Steps:
             variable.assign(value)
 
 
+# Hyper-parameters that may be assigned and are not part of the saved state.
 ASSIGNED = ("nesterov", "blockwise", "clipnorm", "weight_decay")
 
 
 def compiled(optimizer: SNGM, variables: list[keras.Variable], how: Any) -> Any:
-    """Return a function that takes steps, with gradients that may be `Known`."""
+    """Return a function of gradients that takes a compiled step.
+
+    Gradients that are `Known` become constants of the compiled function.
+    """
     make = {"tensorflow": _in_a_function, "jax": _in_a_jit, "torch": _in_a_compiled_function}
     steps: dict[Any, Any] = {}
 
@@ -140,7 +156,7 @@ def compiled(optimizer: SNGM, variables: list[keras.Variable], how: Any) -> Any:
 
 
 class Known(NamedTuple):
-    """Zeros that a compiled function is to know."""
+    """A gradient of zeros that becomes a constant of a compiled function."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -150,6 +166,7 @@ class Known(NamedTuple):
 
 
 def _with_known(gradients: list[Any], zeros: list[Known | None]) -> list[Any]:
+    """Return the gradients, with constants in place of those that are known."""
     return [g if zero is None else zero.tensor() for g, zero in zip(gradients, zeros)]
 
 
@@ -189,7 +206,7 @@ def _in_a_jit(
     )
 
     def apply(gradients: list[Any]) -> None:
-        if donated:  # JAX gives away no array that is also an argument that stays
+        if donated:  # JAX cannot donate an array that is also another argument.
             gradients = jax.tree.map(jax.numpy.copy, gradients)
         own, weights = ([v.value for v in of] for of in (optimizer.variables, variables))
         weights, own = step(own, gradients, weights)
@@ -200,7 +217,7 @@ def _in_a_jit(
 
 
 def scanned(case: Case, gradients: list[list[Given]]) -> list[State]:
-    """Take all steps in one loop. Returns the state before it and after each."""
+    """Take all steps in one `jax.lax.scan`; return the state before the first and after each."""
     import jax
 
     steps = Steps(case)
@@ -222,11 +239,11 @@ def scanned(case: Case, gradients: list[list[Given]]) -> list[State]:
 
 
 def side_by_side(case: Case, gradients: list[list[list[Given]]]) -> list[list[State]]:
-    """Take the steps of several trainings at once.
+    """Take the steps of several trainings at once, with `jax.vmap`.
 
     Args:
-        case: what they begin with.
-        gradients: of each call, and of each training in it.
+        case: the case, which sets the options and the initial weights of all trainings.
+        gradients: the gradients of each call, for each training.
 
     Returns:
         The states of all trainings before the first call and after each.
@@ -250,6 +267,7 @@ def side_by_side(case: Case, gradients: list[list[list[Given]]]) -> list[list[St
 
 
 def stacked(gradients: list[list[Given | None]]) -> list[Any]:
+    """Stack the gradients of several trainings or calls, variable by variable."""
     import jax.numpy as jnp
 
     return [
@@ -259,6 +277,7 @@ def stacked(gradients: list[list[Given | None]]) -> list[Any]:
 
 
 def _tensorflow(gradient: Given, shape: tuple[int, ...], dtype: str) -> Any:
+    """Return a gradient as a TensorFlow tensor or `tf.IndexedSlices`."""
     import tensorflow as tf
 
     tensor = tf.constant(gradient.array, dtype)
@@ -271,6 +290,7 @@ def _tensorflow(gradient: Given, shape: tuple[int, ...], dtype: str) -> Any:
 
 
 def _jax(gradient: Given, shape: tuple[int, ...], dtype: str) -> Any:
+    """Return a gradient as a JAX array or a sparse `BCOO`."""
     import jax.numpy as jnp
     from jax.experimental.sparse import BCOO
 
@@ -281,6 +301,7 @@ def _jax(gradient: Given, shape: tuple[int, ...], dtype: str) -> Any:
 
 
 def _torch(gradient: Given, shape: tuple[int, ...], dtype: str) -> Any:
+    """Return a gradient as a PyTorch tensor, in its layout or sparse."""
     import torch
     from keras.src.backend.torch.core import get_device
 

@@ -1,4 +1,4 @@
-"""Stands in for a recorder of a backend, so that a `Recording` can be fed without training."""
+"""Stub of a backend's recorder, by which tests of `Recording` can do without training."""
 
 import types
 
@@ -20,12 +20,17 @@ PLAN = Plan(
 
 
 class RecorderStub:
-    """Has recorded `updates` updates. All that was measured on one is `value_of` its number."""
+    """A recorder that has recorded `updates` updates.
+
+    Args:
+        variables: the number of variables of the optimizer.
+        value_of: a function of the number of an update that returns every value measured on it.
+    """
 
     is_open = True
     has_momentum = True
     keeps_noise_scale = True
-    one_of_several = False
+    has_other_processes = False
     begun_at = Progress(0, 0, 0)
     plan = PLAN
 
@@ -39,7 +44,7 @@ class RecorderStub:
 
     @property
     def unread(self):
-        """How many snapshots were taken and not read yet."""
+        """Return the number of snapshots that were made and are not read yet."""
         return self._snapshots - self._snapshots_read
 
     def begin(self):
@@ -47,7 +52,7 @@ class RecorderStub:
 
     end = back_up = begin
 
-    def hold(self, updates):
+    def limit_halt(self, updates):
         pass
 
     def snapshot(self):
@@ -57,7 +62,7 @@ class RecorderStub:
     def progress(self, snapshot):
         return Progress(snapshot, snapshot, 0)
 
-    def since(self, progress, snapshot):
+    def new_rows(self, progress, snapshot):
         self._snapshots_read += 1
         steps = np.arange(progress.updates + 1, snapshot + 1)
         values = np.array([self._value_of(int(step)) for step in steps], "float64")
@@ -70,7 +75,12 @@ class RecorderStub:
 
 
 def recording_of(recorder, *sinks):
-    """A `Recording` of one recorder, in its first epoch."""
+    """Return a `Recording` of one recorder, in its first epoch.
+
+    Args:
+        recorder: a `RecorderStub`.
+        *sinks: the sinks that values are logged to.
+    """
     model = types.SimpleNamespace(
         steps_per_execution=1, trainable_variables=recorder.variables, layers=[]
     )
@@ -84,7 +94,7 @@ def recording_of(recorder, *sinks):
 
 
 def make_updates(recording, recorder, count):
-    """Have the recorder record so many updates more, one in each training step."""
+    """Have the recorder record `count` more updates, one in each training step."""
     for _ in range(count):
         recording.before_updates()
         recorder.updates += 1

@@ -1,6 +1,7 @@
 """Takes steps in which replicas have gradients of different kinds, or for different variables.
 
-Run by `test_distribution.py`, as devices must be configured before TensorFlow starts.
+`test_distribution.py` runs this in its own process, as devices must be configured before
+TensorFlow starts.
 """
 
 from collections.abc import Callable
@@ -16,19 +17,19 @@ from reference import ReferenceSNGM
 from replica_training import forbid_merge_call, make_strategy
 
 SHAPES = [(3, 2), (3, 2), (4,)]
-Give: TypeAlias = Callable[[], list[Any]]  # the gradients of one replica
+Give: TypeAlias = Callable[[], list[Any]]  # It returns the gradients of one replica.
 MODES: dict[str, Callable[[Callable[[], None]], Callable[[], None]]] = {
     "eager": lambda step: step,
     "function": tf.function,
 }
 SHARED = np.full((3, 2), 0.5, "float32")
-# TensorFlow takes functions of the same code for one that is traced again and again, and warns of
-# it unless each is called several times.
+# TensorFlow warns of retracing when functions of the same code are traced, unless each of them is
+# called several times.
 UPDATES = 4
 
 
 def rows(values: np.ndarray, *indices: int) -> tf.IndexedSlices:
-    """Slices that do not know their shape."""
+    """Return slices of a gradient whose dense shape is not given."""
     return tf.IndexedSlices(tf.constant(values, "float32"), tf.constant(indices))
 
 
@@ -36,7 +37,7 @@ def ones(shape: tuple[int, ...], value: float = 1.0) -> tf.Tensor:
     return tf.fill(shape, value)
 
 
-# What each of two replicas gives.
+# The gradients of each of two replicas, as functions that return them.
 GRADIENTS: dict[str, list[Give]] = {
     "other variables": [
         lambda: [ones((3, 2)), None, None],
@@ -58,12 +59,13 @@ GRADIENTS: dict[str, list[Give]] = {
 
 
 def in_replica(give: list[Give]) -> list[Any]:
-    """What the replica that asks gives."""
+    """Return the gradients of the replica in whose context this is called."""
     number = tf.distribute.get_replica_context().replica_id_in_sync_group
     return give[number if isinstance(number, int) else int(tf.get_static_value(number))]()
 
 
 def dense(gradient: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Return a gradient, or zeros in place of `None`, as a dense array."""
     total = np.zeros(shape)
     if isinstance(gradient, tf.IndexedSlices):
         np.add.at(total, gradient.indices.numpy(), gradient.values.numpy())
@@ -75,7 +77,14 @@ def dense(gradient: Any, shape: tuple[int, ...]) -> np.ndarray:
 def stepping(
     strategy: tf.distribute.Strategy, mode: str, give: list[Give], **options: Any
 ) -> tuple[list[keras.Variable], Callable[[], None]]:
-    """Weights, and a function that takes a step with what each replica gives."""
+    """Return variables, and a function that takes a step with the gradients of each replica.
+
+    Args:
+        strategy: a strategy of two replicas.
+        mode: a key of `MODES`.
+        give: the functions that return the gradients of each replica.
+        **options: keyword arguments of SNGM.
+    """
     with strategy.scope():
         variables = [keras.Variable(np.ones(shape, "float32")) for shape in SHAPES]
         optimizer = SNGM(0.1, **options)
@@ -88,6 +97,14 @@ def stepping(
 
 
 def check(strategy: tf.distribute.Strategy, name: str, mode: str, times: int | None) -> None:
+    """Assert that steps agree with the reference, whose gradient is the sum over replicas.
+
+    Args:
+        strategy: a strategy of two replicas.
+        name: a key of `GRADIENTS`.
+        mode: a key of `MODES`.
+        times: the number of micro-batches in an accumulation cycle, `None` for no accumulation.
+    """
     give = GRADIENTS[name]
     variables, step = stepping(strategy, mode, give, gradient_accumulation_steps=times)
     sums = [
@@ -107,7 +124,7 @@ def check(strategy: tf.distribute.Strategy, name: str, mode: str, times: int | N
 
 
 def check_one_tensor_of_all(strategy: tf.distribute.Strategy, mode: str) -> None:
-    """Each replica gives the same object, which is made outside of them."""
+    """Assert that a step is right if the gradient of both replicas is the same tensor object."""
     constant = tf.constant(SHARED)
     variables, step = stepping(strategy, mode, 2 * [lambda: [constant, None, None]])
     step()
@@ -117,7 +134,10 @@ def check_one_tensor_of_all(strategy: tf.distribute.Strategy, mode: str) -> None
 
 
 def check_refusal(strategy: tf.distribute.Strategy) -> None:
-    """Where replicas act for themselves nobody knows what the others have."""
+    """Assert that gradients for different variables are refused without cross-replica context.
+
+    A replica cannot know then for which variables the others have gradients.
+    """
     _, step = stepping(strategy, "function", GRADIENTS["other variables"])
     with pytest.raises(ValueError, match="All replicas must have gradients for the same var"):
         step()

@@ -1,4 +1,4 @@
-"""What the support table of the README is about: every option, as one small training job."""
+"""Options of the README's support table, each as one small training job."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,21 +10,22 @@ BATCH, STEPS_PER_EPOCH, EPOCHS = 24, 4, 3
 SAMPLES = BATCH * STEPS_PER_EPOCH
 FEATURES, TOKENS = 6, 7
 BAD_BATCH = 1
-# The last sample of a batch lies on the last replica, however many there are.
+# The last sample of a batch is on the last replica, whatever the number of replicas.
 BAD_SAMPLE = (BAD_BATCH + 1) * BATCH - 1
 
 
 def has_bad_sample(batch: int) -> bool:
-    """Whether the batch, counted from the epoch's begin, holds an option's bad sample."""
+    """Return whether a batch, counted from the start of its epoch, has the bad sample."""
     return batch == BAD_BATCH
 
 
 def inner(optimizer: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
-    """Of a `LossScaleOptimizer` the one that it wraps."""
+    """Return the optimizer within a `LossScaleOptimizer`; any other optimizer as it is."""
     return getattr(optimizer, "inner_optimizer", optimizer)
 
 
 def dense(**layer: Any) -> list[keras.layers.Layer]:
+    """Return two dense layers; keyword arguments are for the first."""
     return [
         keras.Input((FEATURES,)),
         keras.layers.Dense(5, activation="tanh", name="hidden", **layer),
@@ -43,9 +44,9 @@ def embedding() -> list[keras.layers.Layer]:
 
 @keras.saving.register_keras_serializable(package="tests")
 class HiddenLength(keras.layers.Layer):
-    """Has TensorFlow forget how many steps a sequence has while it traces.
+    """A layer after which TensorFlow does not know the length of sequences while it traces.
 
-    As where `padded_batch` makes sequences, whose lengths differ from batch to batch.
+    The same happens with `padded_batch`, whose sequences have another length in each batch.
     """
 
     def call(self, inputs):
@@ -57,7 +58,7 @@ class HiddenLength(keras.layers.Layer):
 
 
 def sequence() -> list[keras.layers.Layer]:
-    """Layers whose gradients have shapes that TensorFlow knows in part."""
+    """Return layers whose gradients have shapes that TensorFlow knows only in part."""
     return [
         keras.Input((FEATURES,), dtype="int32"),
         HiddenLength(),
@@ -77,6 +78,7 @@ def constrained() -> list[keras.layers.Layer]:
 
 
 def everything() -> list[keras.layers.Layer]:
+    """Return an embedding, a frozen layer, a constrained layer and an ordinary one."""
     return [
         *embedding()[:-1],
         keras.layers.Dense(4, activation="tanh", name="frozen", trainable=False),
@@ -91,14 +93,14 @@ class Option(NamedTuple):
     """One row of the support table.
 
     Attributes:
-        arguments: of the optimizer.
-        layers: of the model.
-        policy: dtype policy of the model.
-        loss_scale: whether a `LossScaleOptimizer` is wrapped around.
-        excluded: names of variables that do not decay.
-        callbacks: for `fit`, made anew for each run.
-        compile: arguments of `model.compile`.
-        bad: what the target of one sample is set to. It lies on one replica.
+        arguments: keyword arguments of the optimizer.
+        layers: a function that returns the layers of the model.
+        policy: the dtype policy of the model.
+        loss_scale: whether the optimizer is wrapped in a `LossScaleOptimizer`.
+        excluded: names of variables that are excluded from weight decay.
+        callbacks: functions that return the callbacks of `fit`, new ones for each run.
+        compile: keyword arguments of `model.compile`.
+        bad: the target of the bad sample, which is on one replica only; 0 for no such sample.
     """
 
     arguments: dict[str, Any] = {}  # noqa: RUF012
@@ -112,18 +114,20 @@ class Option(NamedTuple):
 
     @property
     def runs_in_replicas(self) -> bool:
-        """Whether it can do without the cross-replica context, as XLA on GPUs must.
+        """Return whether training can do without the cross-replica context, as XLA on GPUs must.
 
-        Eager loops never can. A `LossScaleOptimizer` would let every replica
-        decide for itself whether to take a step.
+        Eager training cannot. A `LossScaleOptimizer` would let every replica decide by itself
+        whether to take a step.
         """
         return "run_eagerly" not in self.compile and not self.loss_scale
 
     @property
     def tolerance(self) -> float:
+        """Return the relative error that is allowed between two ways of training."""
         return 1e-2 if "16" in self.policy else 1e-5
 
     def data(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the inputs and targets of an epoch."""
         generator = np.random.default_rng(0)
         x = generator.standard_normal((SAMPLES, FEATURES)).astype("float32")
         y = 2.0 + np.sin(x.sum(axis=1, keepdims=True))
@@ -134,7 +138,7 @@ class Option(NamedTuple):
         return x, y
 
     def model(self, optimizer_class: type[keras.optimizers.Optimizer]) -> keras.Model:
-        """A compiled model, the same at every call."""
+        """Return a compiled model with the same weights at every call."""
         keras.utils.set_random_seed(0)
         keras.config.set_dtype_policy(self.policy)
         try:
@@ -151,7 +155,20 @@ class Option(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What training with one option gave; `error` if it failed."""
+    """The result of training with one option.
+
+    Attributes:
+        error: the type of the error if training failed, else "".
+        weights: the weights at the end.
+        state: the momentums and the moving averages at the end.
+        norms: the gradient norm of each step.
+        skipped_steps: the number of skipped steps.
+        changed_by_bad_batches: whether a batch with a bad sample changed weights or state.
+        replicas: the number of replicas.
+        replicas_agree: whether weights and state are equal on all replicas.
+        reductions: the number of reductions over replicas, if they were counted.
+        sparse_reductions: the number of slices that were reduced, if they were counted.
+    """
 
     error: str = ""
     weights: list[np.ndarray] = []  # noqa: RUF012

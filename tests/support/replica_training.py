@@ -1,12 +1,12 @@
-"""Trains every option on N logical CPU devices and writes what came out.
+"""Trains a model with every option on N logical CPU devices, and writes the results.
 
-Run by `test_distribution.py`: two MirroredStrategy objects in one process can
-get in each other's way, and devices must be configured before TensorFlow starts.
+`test_distribution.py` runs this in its own process: two `MirroredStrategy` objects in one
+process can disturb each other, and devices must be configured before TensorFlow starts.
 
     python replica_training.py N OUTPUT [sngm | sgd | sngm-in-replicas]
 
-N = 0 means no strategy. `sngm-in-replicas` is SNGM where TensorFlow forbids
-`merge_call`, which it does on GPUs only: here it is made to believe that.
+N = 0 means no strategy. `sngm-in-replicas` is SNGM without the cross-replica context. TensorFlow
+forbids `merge_call` on GPUs only, so that the program patches TensorFlow to forbid it on CPUs.
 """
 
 import pickle
@@ -34,7 +34,11 @@ from replica_options import (
 
 
 class CountedReduction(tf.distribute.ReductionToOneDevice):
-    """Adds up on one device, and counts how often it was asked to while training."""
+    """A reduction on one device that counts the reductions of training.
+
+    `calls` is the number of reductions, `sparse_values` the number of reduced slices; the latter
+    is counted while TensorFlow traces.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +56,10 @@ class CountedReduction(tf.distribute.ReductionToOneDevice):
 
 
 class Recorder(keras.callbacks.Callback):
-    """Keeps the gradient norms, and whether a batch with a bad sample changed anything."""
+    """Callback that keeps the gradient norm of each step and watches batches with a bad sample.
+
+    `changed` says whether such a batch has changed weights, momentums or moving averages.
+    """
 
     def __init__(self, strategy: tf.distribute.Strategy) -> None:
         super().__init__()
@@ -69,6 +76,7 @@ class Recorder(keras.callbacks.Callback):
             self.changed |= self._bytes() != self.before
 
     def _bytes(self) -> list[bytes]:
+        """Return the bytes of weights, momentums and moving averages on all replicas."""
         optimizer = inner(self.model.optimizer)
         if not optimizer.built:
             return []
@@ -78,11 +86,16 @@ class Recorder(keras.callbacks.Callback):
 
 
 def components(strategy: tf.distribute.Strategy, variable: keras.Variable) -> tuple:
+    """Return the component of a variable on each replica."""
     return strategy.experimental_local_results(variable.value)
 
 
 def make_strategy(replicas: int) -> tf.distribute.Strategy:
-    """With two replicas as TensorFlow makes it, with four a reduction that counts."""
+    """Split the CPU into a device per replica; return a `MirroredStrategy` over the devices.
+
+    With four replicas the strategy counts its reductions. Without replicas it is the default
+    strategy.
+    """
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(
         cpu, [tf.config.LogicalDeviceConfiguration()] * max(replicas, 1)
@@ -96,13 +109,14 @@ def make_strategy(replicas: int) -> tf.distribute.Strategy:
 
 
 def fit(strategy: tf.distribute.Strategy, option: Option, optimizer: type) -> Outcome:
+    """Train a model with an option and an optimizer class under a strategy."""
     if optimizer is SNGM and strategy.num_replicas_in_sync == 4:
-        # Four XLA programs for each option would take minutes.
+        # To compile four XLA programs for each option would take minutes.
         option = option._replace(arguments={**option.arguments, "jit_compile": False})
     with strategy.scope():
         model = option.model(optimizer)
     recorder = Recorder(strategy) if optimizer is SNGM else keras.callbacks.Callback()
-    # One iterator for all epochs: TensorFlow waits for seconds to delete one.
+    # All epochs share one iterator, because TensorFlow waits for seconds to delete one.
     batches = tf.data.Dataset.from_tensor_slices(option.data()).batch(BATCH).repeat()
     counted = getattr(strategy.extended, "_cross_device_ops", None)
     counts = isinstance(counted, CountedReduction)
@@ -136,16 +150,17 @@ def fit(strategy: tf.distribute.Strategy, option: Option, optimizer: type) -> Ou
 
 
 def outcome(strategy: tf.distribute.Strategy, option: Option, optimizer: type) -> Outcome:
+    """Train with an option; if Keras' SGD fails, return the error."""
     try:
         return fit(strategy, option, optimizer)
-    except Exception as error:  # Keras' SGD fails in many ways
+    except Exception as error:  # Keras' SGD fails in many ways.
         if optimizer is SNGM:
             raise
         return Outcome(error=type(error).__name__)
 
 
 def traced_step(strategy: tf.distribute.Strategy) -> Any:
-    """The graph of a training step."""
+    """Return the graph definition of a training step with `SNGM(jit_compile=True)`."""
     option = Option({"jit_compile": True})
     with strategy.scope():
         model = option.model(SNGM)
@@ -156,7 +171,11 @@ def traced_step(strategy: tf.distribute.Strategy) -> Any:
 
 
 def calls_of_xla_programs(definition: Any) -> list[str]:
-    """Devices on which a graph calls an XLA program, one per call."""
+    """Return the devices on which a graph calls XLA programs, one for each call.
+
+    Args:
+        definition: the graph definition of a training step.
+    """
     compiled = {
         function.signature.name
         for function in definition.library.function
@@ -165,6 +184,7 @@ def calls_of_xla_programs(definition: Any) -> list[str]:
     bodies = {f.signature.name: f.node_def for f in definition.library.function}
 
     def calls(nodes, device):
+        """Yield the device of each call of an XLA program in nodes that run on `device`."""
         for node in nodes:
             callee = node.attr["f"].func.name
             where = node.device or device
@@ -177,12 +197,17 @@ def calls_of_xla_programs(definition: Any) -> list[str]:
 
 
 def collective_operations(definition: Any) -> list[str]:
-    """The operations of a graph by which devices send each other what they have."""
+    """Return the types of a graph's operations by which devices send each other data.
+
+    Args:
+        definition: the graph definition of a training step.
+    """
     nodes = [*definition.node, *(n for f in definition.library.function for n in f.node_def)]
     return [node.op for node in nodes if node.op.startswith("Collective")]
 
 
 def error_of(strategy: tf.distribute.Strategy, option: Option) -> str:
+    """Return the message of the `ValueError` that training raises, or "" if it succeeds."""
     try:
         fit(strategy, option, SNGM)
     except ValueError as error:
@@ -191,6 +216,8 @@ def error_of(strategy: tf.distribute.Strategy, option: Option) -> str:
 
 
 def forbid_merge_call() -> None:
+    """Patch `MirroredStrategy` to forbid the cross-replica context on CPUs, as on GPUs."""
+
     def refuse(self: Any, *args: Any) -> None:
         raise RuntimeError("merge_call was called")
 
@@ -199,6 +226,7 @@ def forbid_merge_call() -> None:
 
 
 def main(replicas: int, output: str, how: str = "sngm") -> None:
+    """Train with all options, and write the results to a pickle file."""
     strategy = make_strategy(replicas)
     options = {**OPTIONS, **FAULTS}
     if how == "sngm-in-replicas":

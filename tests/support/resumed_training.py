@@ -1,4 +1,4 @@
-"""Trains, saves, and resumes in another process; see `test_serialization.py`.
+"""Trains, saves, and resumes in another process, for `test_serialization.py`.
 
 python resumed_training.py begin FOLDER     two epochs, save; two more, keep the result
 python resumed_training.py resume FOLDER    load each saved form, two epochs, keep the results
@@ -35,23 +35,26 @@ def build_model():
 
 
 def train_an_epoch(model):
-    """Six batches: an epoch ends inside an accumulation window."""
+    """Train on six batches. An epoch so ends inside an accumulation cycle of four."""
     for i in range(0, len(X), 8):
         model.train_on_batch(X[i : i + 8], Y[i : i + 8])
 
 
 def keep(model, path):
+    """Write all variables of a model and of its optimizer to a file."""
     state = [*model.variables, *model.optimizer.variables]
     np.savez(path, *(v.numpy() for v in state))
 
 
 def checkpoint_of(model):
+    """Return a TensorFlow checkpoint of the model and its optimizer."""
     import tensorflow as tf
 
     return tf.train.Checkpoint(model=model, optimizer=model.optimizer)
 
 
 def begin(folder):
+    """Train two epochs and save in every form; train two more and keep the result."""
     keras.utils.set_random_seed(0)
     model = build_model()
     train_an_epoch(model)
@@ -66,6 +69,7 @@ def begin(folder):
 
 
 def load(form, folder):
+    """Return a model restored from one of the forms in `RESUMABLE`."""
     if form == "keras":
         return keras.saving.load_model(folder / "model.keras")
     model = build_model()
@@ -73,7 +77,7 @@ def load(form, folder):
         model.optimizer.build(model.trainable_variables)
         model.load_weights(folder / "model.weights.h5")
     else:
-        # Before the optimizer is built: its variables are restored when made.
+        # The optimizer is built after reading, as its variables are restored when they are made.
         status = checkpoint_of(model).read(str(folder / "checkpoint"))
         model.optimizer.build(model.trainable_variables)
         status.assert_existing_objects_matched()
@@ -81,6 +85,7 @@ def load(form, folder):
 
 
 def resume(folder):
+    """Restore the model from each saved form, train two epochs and keep the result."""
     for form in RESUMABLE:
         model = load(form, folder)
         train_an_epoch(model)

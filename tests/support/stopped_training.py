@@ -1,6 +1,7 @@
-"""Trains on two replicas until the gradient of one is NaN, with a logger that stops then.
+"""Trains on two replicas until the gradient of one is NaN, which makes a logger stop training.
 
-Run by `test_tensorflow.py`, as devices must be configured before TensorFlow starts.
+`test_tensorflow.py` runs this in its own process, as devices must be configured before TensorFlow
+starts.
 """
 
 import warnings
@@ -19,12 +20,23 @@ BATCH = 24
 def trained(
     strategy: tf.distribute.Strategy, optimizer: type, steps: int, bad: bool
 ) -> keras.Model:
+    """Train on three batches for up to four epochs; the logger must warn of a bad third batch.
+
+    Args:
+        strategy: a strategy of two replicas.
+        optimizer: the class of the optimizer.
+        steps: the number of steps in an epoch.
+        bad: whether a target of the third batch is NaN, on the last replica only.
+
+    Returns:
+        The model, which a bad batch must have left as it was before that batch.
+    """
     option = Option({"learning_rate": 0.05})
     with strategy.scope():
         model = option.model(optimizer)
     x, y = (array[: 3 * BATCH] for array in option.data())
     if bad:
-        y[3 * BATCH - 1] = np.nan  # on the last replica
+        y[3 * BATCH - 1] = np.nan  # This sample is on the last replica.
     batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -36,6 +48,7 @@ def trained(
 
 
 def main() -> None:
+    """Assert that a bad step leaves the weights as training without it does."""
     strategy = make_strategy(2)
     for optimizer in (SNGM, keras.optimizers.SGD):
         stopped = trained(strategy, optimizer, 3, bad=True)

@@ -1,6 +1,6 @@
-"""Prints the table of options in the README: what SNGM's tests hold, and what Keras' SGD does.
+"""Prints the README's table of options: the tests that SNGM passes, and what Keras' SGD does.
 
-Trains SGD with every option on one device and on two replicas, a few minutes.
+It trains SGD with every option on one device and on two replicas, which takes a few minutes.
 
     python tests/support/support_table.py
 """
@@ -20,10 +20,12 @@ TESTS_OF_COLUMNS = (
     "on_jax/test_jax_distribution",
     "project/test_backends",
 )
+# Arguments that Keras' SGD does not have.
 NOT_OFFERED = {"blockwise", "decoupled_weight_decay", "noise_scale_batch_size"}
 
 
 def main() -> None:
+    """Train SGD with every option, and print the table."""
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "outcomes"
         results = {}
@@ -35,13 +37,20 @@ def main() -> None:
 
 
 def row(name: str, sgd: str) -> str:
+    """Return the table's row of an option, with links to the tests of SNGM."""
     sngm = "step skipped" if name in FAULTS else "same"
     cells = [f"[{sngm}](tests/{test}.py)" for test in TESTS_OF_COLUMNS]
     return f"| {' | '.join([name, *cells, sgd])} |"
 
 
 def said_of(option: Option, alone: Outcome, on_two: Outcome) -> str:
-    """What Keras' SGD did, in a few words."""
+    """Describe in a few words how Keras' SGD on two replicas compares with one device.
+
+    Args:
+        option: the option.
+        alone: the result of training on one device.
+        on_two: the result of training on two replicas.
+    """
     if NOT_OFFERED & set(option.arguments):
         return "not offered"
     if alone.error:

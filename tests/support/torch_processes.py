@@ -1,4 +1,4 @@
-"""Trains a model in N processes with DistributedDataParallel, and writes its weights.
+"""Trains a model in N processes with DistributedDataParallel, and writes weights and state.
 
 python torch_processes.py OUTPUT N
 """
@@ -19,6 +19,14 @@ BATCH, STEPS = 16, 12
 
 
 def train(rank: int, processes: int, store: str, output: str) -> None:
+    """Train in one process on its shard of each batch; the process of rank 0 writes the result.
+
+    Args:
+        rank: the index of the process.
+        processes: the number of processes.
+        store: a file by which the processes find each other.
+        output: the file of the result.
+    """
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=processes
     )

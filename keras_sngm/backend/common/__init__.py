@@ -1,1 +1,1 @@
-"""Holds what the backends share."""
+"""Parts that the backends share."""

@@ -6,11 +6,11 @@ from typing import Any
 
 
 def check_each_variable_is_given_once(indices: Sequence[int], variables: Sequence[Any]) -> None:
-    """Refuse several gradients for one variable.
+    """Raise a `ValueError` if there are several gradients for one variable.
 
     Args:
-        indices: of the variables among those that the optimizer was built with.
-        variables: the given ones, in the same order.
+        indices: the index of each given variable among those of the optimizer.
+        variables: the given variables, in the same order.
     """
     if len(set(indices)) < len(variables):
         counts = collections.Counter(variable.path for variable in variables)
@@ -21,9 +21,9 @@ def check_each_variable_is_given_once(indices: Sequence[int], variables: Sequenc
 
 
 def check_shapes(gradients: Sequence[Any], variables: Sequence[Any]) -> None:
-    """Refuse gradients whose shapes are not those of their variables."""
+    """Raise a `ValueError` if a gradient does not have the shape of its variable."""
     for gradient, variable in zip(gradients, variables, strict=True):
-        # Not every `tf.IndexedSlices` knows its shape.
+        # A `tf.IndexedSlices` need not know its shape.
         shape: Any = getattr(gradient, "shape", None)
         if shape != variable.shape and not _is_compatible(shape, variable.shape):
             raise ValueError(
@@ -34,9 +34,9 @@ def check_shapes(gradients: Sequence[Any], variables: Sequence[Any]) -> None:
 
 
 def _is_compatible(shape: Any, wanted: Any) -> bool:
-    """Return whether a shape, which may be known in part or not at all, can be the wanted one."""
+    """Return whether a shape that may be unknown, or known in part, can be the wanted one."""
     if shape is None:
         return True
-    # In graphs of TensorFlow a shape may be known in part.
+    # In a graph TensorFlow may know a shape only in part.
     is_compatible = getattr(shape, "is_compatible_with", None)
     return is_compatible is not None and is_compatible(wanted)

@@ -1,4 +1,4 @@
-"""What the host knows of an optimizer's progress without asking the device."""
+"""Counts on the host that tell an optimizer's progress without waiting for the device."""
 
 import weakref
 from typing import Any
@@ -7,10 +7,11 @@ import keras
 
 
 class HostCount:
-    """Copy on the host of what a variable counts, renewed if anybody else has assigned to it.
+    """A cached copy on the host of an integer variable.
 
-    For backends on which an assignment leaves a trace: PyTorch, which counts them, and JAX,
-    where each brings another array.
+    It is refreshed if anybody else has assigned to the variable since. It works on backends on
+    which an assignment leaves a trace: PyTorch counts assignments to a tensor, and on JAX each
+    brings another array.
     """
 
     def __init__(self) -> None:
@@ -18,50 +19,53 @@ class HostCount:
         self._count = 0
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
+        """Pickle and copy the object as an empty one: the cached count belongs to one variable."""
         return type(self), ()
 
     def of(self, variable: keras.Variable) -> int:
-        """The variable's value. Waits for the device only if others have assigned to it."""
+        """Return the variable's value. Waits for the device only if others have assigned to it."""
         if not self.is_own(variable):
             self.set(variable, int(variable.value))
         return self._count
 
     def is_own(self, variable: keras.Variable) -> bool:
-        """Return whether nobody else has assigned to it."""
+        """Return whether the cached count is current: nobody else has assigned to the variable."""
         value, (known, version) = variable.value, self._mark
         return known() is value and version == _version(value)
 
     def set(self, variable: keras.Variable, count: int) -> None:
-        """Say what was assigned last."""
+        """Cache `count` as the value that the caller has just assigned to the variable."""
         value = variable.value
         self._count, self._mark = count, (weakref.ref(value), _version(value))
 
 
 class AccumulationCycle:
-    """Which variables had a gradient in those micro-batches of an update that there were."""
+    """Record of the variables that had a gradient since the accumulation cycle began."""
 
     def __init__(self) -> None:
         self._calls = -1
         self._positions: frozenset[int] = frozenset()
 
     def indices(self, calls: int, micro_batches: int) -> frozenset[int] | None:
-        """Return the positions of these variables, `None` if that is not known.
+        """Return the indices of the variables with a gradient since the cycle began.
+
+        `None` if this object did not see the beginning, because state was loaded for instance.
 
         Args:
-            calls: how many calls there were.
-            times: how many make up an update.
+            calls: number of calls of the optimizer so far.
+            micro_batches: number of calls that make up an update.
         """
         if calls % micro_batches == 0:
             return frozenset()
         return self._positions if calls == self._calls else None
 
     def add(self, calls: int, micro_batches: int, indices: frozenset[int]) -> None:
-        """Note whose gradients are in the next call.
+        """Note which variables have a gradient in the next call.
 
         Args:
-            calls: how many calls there were before.
-            times: how many make up an update.
-            positions: of these variables.
+            calls: number of calls of the optimizer before this one.
+            micro_batches: number of calls that make up an update.
+            indices: indices of the variables that have a gradient in this call.
         """
         known = self.indices(calls, micro_batches)
         if known is not None:
@@ -69,8 +73,9 @@ class AccumulationCycle:
 
 
 def _version(value: Any) -> int:
+    """Return PyTorch's count of in-place assignments to a tensor, 0 on other backends."""
     return getattr(value, "_version", 0)
 
 
 def _nothing() -> None:
-    return None
+    """Stand in for a weak reference to an object that no longer exists."""

@@ -1,4 +1,4 @@
-"""The gradient noise scale, from how the small batches of an update differ."""
+"""The gradient noise scale of an optimizer, from how the small batches of an update differ."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,13 +10,13 @@ from keras_sngm.update_rule import Tensor
 
 
 class NoiseMeter(NamedTuple):
-    """How to estimate it.
+    """Settings and arithmetic of the gradient noise scale of one optimizer.
 
     Attributes:
-        batch_size: samples in one call of the optimizer, all replicas together.
+        batch_size: number of samples in one call of the optimizer, all replicas together.
         momentum: weight of the past in the averages.
-        replicas: how many there are.
-        times: how many calls make up an update.
+        replicas: number of replicas.
+        micro_batches: number of calls of the optimizer that make up an update.
     """
 
     batch_size: int
@@ -25,7 +25,7 @@ class NoiseMeter(NamedTuple):
     micro_batches: int
 
     def check(self) -> None:
-        """Refuse a single small batch, which does not differ from anything."""
+        """Raise a `ValueError` if an update has only one small batch, and so nothing to compare."""
         if self.replicas * self.micro_batches < 2:
             raise ValueError(
                 "`noise_scale_batch_size` needs several batches in each update, to compare them: "
@@ -36,12 +36,12 @@ class NoiseMeter(NamedTuple):
             )
 
     def estimates(self, total: Tensor, large: Tensor) -> list[Tensor]:
-        """Of tr(Sigma) and norm(G)^2.
+        """Estimate tr(Sigma) and norm(G)^2, without bias, from one update.
 
         Args:
-            total: the sum of the squares of the gradients that all replicas had in all
-                calls. Keras has divided their losses by the number of replicas.
-            large: the squared norm of the gradient of the update.
+            total: scalar, the sum of the squares of the gradients of all replicas in all calls.
+                Keras has divided their losses by the number of replicas.
+            large: scalar, the squared norm of the gradient of the update.
         """
         count = self.replicas * self.micro_batches
         small = total * self.replicas**2 / count
@@ -50,16 +50,16 @@ class NoiseMeter(NamedTuple):
     def update(
         self, moments: Any, noise_scale: Any, estimates: Sequence[Tensor], is_taken: Tensor
     ) -> None:
-        """Move the averages of numerator and denominator, and divide them.
+        """Move the averages of tr(Sigma) and norm(G)^2 by one update, and divide them.
 
         Args:
             moments: variable, averages of tr(Sigma), of norm(G)^2 and of 1, all beginning
                 at 0.
             noise_scale: variable, the quotient of the first two; the largest float32 while
                 the second is not positive.
-            estimates: of tr(Sigma) and norm(G)^2 in this update.
-            taken: whether the update was; else it does not count. Nor does it if a
-                square overflowed.
+            estimates: tr(Sigma) and norm(G)^2, estimated from this update.
+            is_taken: boolean scalar, `False` if the update was skipped. It then does not count,
+                nor does it if an estimate is not finite.
         """
         moved, quotient = noise_averages(
             self.momentum,

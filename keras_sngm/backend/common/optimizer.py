@@ -1,4 +1,6 @@
-"""What an optimizer of the whole model does on every backend around its step."""
+"""The part of SNGM around its step that is the same on every backend.
+
+The methods of Keras' optimizers that it replaces are in one file."""
 
 import contextlib
 import itertools
@@ -19,10 +21,10 @@ from keras_sngm.update_rule import Rule, arithmetic_dtype
 
 
 class WholeModelOptimizer(keras.optimizers.Optimizer):
-    """Keras' optimizer with one update for the whole model instead of one per variable.
+    """Keras optimizer with one update for the whole model instead of one per variable.
 
     A backend supplies `_step`. An optimizer supplies `_rule`, `_decays`, the
-    hyper-parameters below and the variables read here: `momentums`, `gradient_norm`,
+    hyper-parameters below and these variables: `momentums`, `gradient_norm`,
     `gradient_norms` and `skipped_steps`, and `averaged_updates`, `gradient_noise_scale`
     and `noise_moments`, which may be `None`. Of all of them `averaged_updates` is made last.
     """
@@ -40,6 +42,7 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
         self._cycle = AccumulationCycle()
 
     def build(self, variables: Sequence[Any]) -> None:
+        """Create Keras' own optimizer variables, and those in which gradients accumulate."""
         # Keras' accumulators would have the dtype of the variables, and under a
         # strategy be saved from the first replica alone.
         steps = self.gradient_accumulation_steps
@@ -52,13 +55,15 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
             self._accumulated_squares = self._add_total((), "float32", "squares_accumulator")
 
     def add_variable(self, shape: Any, *args: Any, name: str | None = None, **kwargs: Any) -> Any:
-        """Add a variable, under a name and so a path that no other of the optimizer has.
+        """Add a variable under a name, and so a path, that no other of the optimizer's has.
 
-        Variables that belong to variables of the model which share a path would share one, too.
+        Two variables of the model can share a path; the optimizer's variables that belong to them
+        would otherwise share one, too.
         """
         return super().add_variable(shape, *args, name=self._unused_name(name), **kwargs)
 
     def _unused_name(self, name: str | None) -> str | None:
+        """Return `name`, or `name` with the least number that no variable of the optimizer has."""
         candidates = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1)))
         unused = next(candidate for candidate in candidates if candidate not in self._names)
         if unused is not None:
@@ -66,7 +71,10 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
         return unused
 
     def load_own_variables(self, store: Any) -> None:
-        """Set the state, also to one that was saved when averages were not counted."""
+        """Set the state from a saved one, also from one without `averaged_updates`.
+
+        Earlier versions did not count how often averages were updated.
+        """
         if self.averaged_updates is None or len(store.keys()) != len(self.variables) - 1:
             super().load_own_variables(store)
             return
@@ -75,6 +83,7 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
         self.averaged_updates.assign(ops.maximum(self.iterations - self.skipped_steps, 0))
 
     def _add_accumulator(self, variable: Any) -> keras.Variable:
+        """Add the variable in which the gradients of one variable of the model accumulate."""
         return self._add_total(
             variable.shape,
             arithmetic_dtype(variable.dtype),
@@ -85,20 +94,26 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
     def _add_total(
         self, shape: tuple[int, ...], dtype: str, name: str, layout: Any = None
     ) -> keras.Variable:
+        """Add a variable that sums something up over micro-batches.
+
+        A backend with replicas may keep one sum on each of them.
+        """
         return self.add_variable(shape, dtype=dtype, name=name, layout=layout)
 
     def _rule(self) -> Rule:
+        """Return the hyper-parameters of the next step."""
         raise NotImplementedError
 
     def _decays(self, variables: Sequence[Any]) -> Sequence[bool]:
+        """Return for each of the variables whether weight decay applies to it."""
         raise NotImplementedError
 
     def _step(self, gradients: Sequence[Any], active: Sequence[int]) -> None:
         """Update the variables or accumulate the gradients, and count the call.
 
         Args:
-            gradients: of some variables.
-            active: the positions of these.
+            gradients: gradients of some variables.
+            active: the index of each of these among the optimizer's variables.
         """
         raise NotImplementedError
 
@@ -143,18 +158,27 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
                 self._step_in_cycle(gradients, active, micro_batches)
 
     def _step_in_cycle(self, gradients: list[Any], active: list[int], micro_batches: int) -> None:
-        """As `_step`, with zeros for variables that had a gradient in earlier micro-batches."""
-        calls, own = self._calls_so_far(), frozenset(active)
-        for i in self._idle_with_gradient(calls, micro_batches, own):
+        """Take a step within an accumulation cycle.
+
+        Variables that had a gradient in earlier micro-batches of the cycle, but have none in this
+        one, get a gradient of zeros, so that all that was accumulated is applied.
+
+        Args:
+            gradients: gradients of some variables. Zeros are appended.
+            active: the index of each of these. Indices are appended.
+            micro_batches: number of calls that make up an update.
+        """
+        calls, with_gradient = self._calls_so_far(), frozenset(active)
+        for i in self._idle_with_gradient(calls, micro_batches, with_gradient):
             total = ops.convert_to_tensor(self._accumulated_gradients[i])
             gradients.append(ops.zeros_like(total))
             active.append(i)
         self._step(gradients, active)
         self._calls.set(self._iterations, calls + 1)
-        self._cycle.add(calls, micro_batches, own)
+        self._cycle.add(calls, micro_batches, with_gradient)
 
     def _calls_so_far(self) -> int:
-        """How often the optimizer was called. To be asked where the state is known."""
+        """Return how often the optimizer was called. Not to be asked while a function is traced."""
         if not self._calls.is_own(self._iterations):
             self._cycle = AccumulationCycle()
         return self._calls.of(self._iterations)
@@ -162,12 +186,12 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
     def _idle_with_gradient(
         self, calls: int, micro_batches: int, active: frozenset[int]
     ) -> list[int]:
-        """The positions of variables that had a gradient in earlier micro-batches alone.
+        """Return the indices of variables whose only gradients were in earlier micro-batches.
 
         Args:
-            calls: how many calls there were before this one.
-            times: how many make up an update.
-            active: positions of the variables that have a gradient in this one.
+            calls: number of calls of the optimizer before this one.
+            micro_batches: number of calls that make up an update.
+            active: indices of the variables that have a gradient in this call.
         """
         known = self._cycle.indices(calls, micro_batches)
         if known is not None:
@@ -175,20 +199,26 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
         return [i for i in self._idle(active) if self._has_accumulated(i)]
 
     def _idle(self, active: frozenset[int]) -> list[int]:
+        """Return the indices of the variables without a gradient in this call."""
         return [i for i in range(len(self._trainable_variables)) if i not in active]
 
     def _has_accumulated(self, index: int) -> bool:
-        """Whether what has accumulated for a variable is not zero. Waits for the device."""
+        """Return whether a variable's accumulated gradient is not zero. Waits for the device."""
         total = ops.convert_to_tensor(self._accumulated_gradients[index])
         return bool(ops.any(total != 0))
 
     def _state_is_known(self, gradients: Sequence[Any]) -> bool:
-        """Whether variables have values to look at: not while a function is traced."""
+        """Return whether variables have values that can be read: not while a function is traced."""
         return True
 
     def _variables_of(
         self, gradients: list[Any], trainable_variables: Iterable[Any] | None
     ) -> list[Any]:
+        """Return the variables that the gradients belong to; build the optimizer if it is not yet.
+
+        Raises:
+            ValueError: if gradients and variables do not fit each other or the optimizer.
+        """
         if trainable_variables is not None:
             variables = list(trainable_variables)
             if not self.built:
@@ -209,27 +239,28 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
         return variables
 
     def _learning_rate_of_update(self) -> Any:
+        """Return the learning rate of the update that this call of the optimizer belongs to."""
         schedule = self._learning_rate
         if self.gradient_accumulation_steps and isinstance(
             schedule, keras.optimizers.schedules.LearningRateSchedule
         ):
-            # Schedules count micro-batches. At the first one of those that make
-            # up this update, a schedule k times as long as that for whole
-            # batches gives the same rates.
+            # A schedule counts micro-batches. Read at the first micro-batch of each update, a
+            # schedule that is k times as long as one for whole batches gives the same rates.
             first = self._iterations - (self.gradient_accumulation_steps - 1)
             with self._iterations_being(first):
                 return schedule(self._iterations)
         return self.learning_rate
 
     def _iterations_being(self, value: Any) -> contextlib.AbstractContextManager:
-        """Have the counter of calls read as another value, by a schedule that gets it."""
+        """Return a context in which the counter of calls reads as `value`, for a schedule."""
         return keras.StatelessScope([(self._iterations, value)])
 
     def _replicas(self) -> int:
-        """How many call the optimizer at a time, each with a gradient of its own."""
+        """Return the number of replicas that call the optimizer at a time."""
         return 1
 
     def _noise_meter(self) -> NoiseMeter | None:
+        """Return the settings of the gradient noise scale, or `None` if it is not measured."""
         if self.noise_scale_batch_size is None:
             return None
         return NoiseMeter(
@@ -246,13 +277,14 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
         squares: Callable[[], Any],
         local: Callable[[Any], Any] = lambda variable: variable,
     ) -> None:
-        """Move the averages of the noise scale, if it is measured.
+        """Update the gradient noise scale, if it is measured.
 
         Args:
-            total: the sum of the squares of the gradients of all small batches.
-            normalized: how their sum is normalized.
-            squares: the sum of the squares of that sum, if `normalized` does not know.
-            local: what a variable is on the replica that asks.
+            total: scalar, the sum of the squares of the gradients of all small batches.
+            normalized: the normalization of the sum of these gradients.
+            squares: computes the sum of the squares of the gradient of the update, for rules that
+                change the gradient before it is normalized.
+            local: returns this replica's copy of a variable.
         """
         meter = self._noise_meter()
         if meter is None:
@@ -269,7 +301,10 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
         )
 
     def _least_total(self) -> float:
-        """The least sum of squares that can be told from one of gradients too small to square."""
+        """Return the least sum of squares over the whole model that can be relied on.
+
+        A smaller one may be that of gradients so small that their squares became zero.
+        """
         size = sum(math.prod(variable.shape) for variable in self._trainable_variables)
         return float(normalization.least_reliable_sums((size,), "float32", error=1e-3)[0])
 

@@ -1,4 +1,4 @@
-"""Rows of numbers that stay on the device until somebody fetches them."""
+"""Ring buffers of rows of numbers, which stay on the device until they are fetched."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,24 +14,29 @@ _COLUMNS_OF_STEP = 2
 
 
 class Snapshot(NamedTuple):
-    """A copy of a ring as it was, still on the device."""
+    """A copy of a ring buffer at one time, still on the device.
+
+    Attributes:
+        count: integer scalar, the number of rows written until then.
+        rows: matrix, the contents of the buffer.
+    """
 
     count: Any
     rows: Any
 
     def end(self) -> int:
-        """The number that the next row will have. Waits for the device."""
+        """Return the number of rows that had been written. Waits for the device."""
         return int(ops.convert_to_numpy(self.count))
 
 
 class Ring:
-    """The newest rows that were written, each with the number of its step.
+    """A ring buffer on the device: the newest rows that were written, each with its step.
 
-    A backend writes them: the row numbered `count` goes to place `count % length`.
+    Each backend writes rows itself: row number `count` goes to place `count % length`.
 
     Args:
         make_variable: makes a variable of a given shape and dtype.
-        length: how many rows there are until the oldest is overwritten.
+        length: number of rows that are kept before the oldest is overwritten.
         columns: length of a row.
     """
 
@@ -43,17 +48,17 @@ class Ring:
         self.rows = make_variable((length, _COLUMNS_OF_STEP + columns), "float32")
 
     def snapshot(self, copy: Callable[[keras.Variable], Any]) -> Snapshot:
-        """Copies, made by `copy`."""
+        """Return a copy of the ring buffer on the device; `copy` copies one of its variables."""
         return Snapshot(copy(self.count), copy(self.rows))
 
-    def since(self, begin: int, snapshot: Snapshot) -> tuple[np.ndarray, np.ndarray]:
-        """The rows from the one numbered `begin` on. Waits for the device.
+    def new_rows(self, begin: int, snapshot: Snapshot) -> tuple[np.ndarray, np.ndarray]:
+        """Fetch the rows of a snapshot, from row number `begin` on. Waits for the device.
 
         Returns:
-            The steps, and the rows.
+            The step of each row, and the rows.
 
         Raises:
-            RowsLostError: if some of them were overwritten.
+            RowsLostError: if some of the rows were overwritten before.
         """
         end = snapshot.end()
         if end - begin > self.length:
@@ -68,12 +73,12 @@ class Ring:
 
 
 def row_of(step: Any, values: Any) -> Any:
-    """A row as a ring holds it.
+    """Return a row in the format of a ring buffer: the step in two columns, then the values.
 
     Args:
         step: integer scalar.
         values: vector.
     """
-    # Two halves, as float32 could not hold every step.
+    # A float32 cannot hold every step, so the step is stored in two halves.
     halves = ops.cast(ops.stack([step // _HIGH, step % _HIGH]), "float32")
     return ops.concatenate([halves, ops.cast(values, "float32")])

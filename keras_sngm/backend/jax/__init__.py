@@ -1,4 +1,4 @@
-"""Runs and records the steps of SNGM on JAX."""
+"""Steps of SNGM on JAX, and their recording."""
 
 from keras_sngm.backend.jax.optimizer import BackendOptimizer
 from keras_sngm.backend.jax.watch import attach, detach, is_current

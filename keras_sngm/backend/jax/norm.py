@@ -1,4 +1,4 @@
-"""Sums of squares that cost one pass over the gradient and survive any magnitude."""
+"""Sums of squares that take one pass over the gradient, for gradients of any magnitude."""
 
 from collections.abc import Sequence
 
@@ -11,17 +11,17 @@ from keras_sngm.update_rule import Rule
 
 
 def sums_of_squares(gradients: Sequence[jax.Array]) -> jax.Array:
-    """Return one sum per variable."""
+    """Return a vector with the sum of squares of each gradient."""
     return jnp.stack([jnp.sum(jnp.square(gradient)) for gradient in gradients])
 
 
 def normalized_by(rule: Rule, gradients: Sequence[jax.Array]) -> Normalization:
-    """Measure gradients of any dtypes that are computed with."""
+    """Compute how to normalize gradients, which may have several dtypes."""
     widest = jnp.result_type(*gradients)
     at_least_float32 = [gradient.astype(widest) for gradient in gradients]
 
     def rescaled_squares(factors: jax.Array) -> jax.Array:
-        # XLA makes g^2 * factor^2 of (g * factor)^2 if it knows both, and factor^2 is infinite.
+        # XLA would turn (g * factor)^2 of constants into g^2 * factor^2, which overflows.
         unknown = jax.lax.optimization_barrier((at_least_float32, factors))
         return sums_of_squares([g * factor for g, factor in zip(*unknown, strict=True)])
 
@@ -32,5 +32,5 @@ def normalized_by(rule: Rule, gradients: Sequence[jax.Array]) -> Normalization:
 
 
 def sum_of_squares(gradients: Sequence[jax.Array]) -> jax.Array:
-    """Return that of all elements of some gradients, float32."""
+    """Return the sum of the squares of all elements of some gradients, float32."""
     return jnp.sum(sums_of_squares([gradient.astype("float32") for gradient in gradients]))

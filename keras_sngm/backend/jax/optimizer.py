@@ -1,8 +1,8 @@
-"""How SNGM runs on JAX: pure functions of its state, which the function around them compiles.
+"""SNGM on JAX: pure functions of its state, which the function around them compiles.
 
 Keras' `fit` compiles the whole training step. An optimizer that is called outside of any
-compiled function compiles its own. Where arrays are sharded XLA sees to it that sums go
-over all shards.
+compiled function compiles its own. Where arrays are sharded, XLA makes sums go over all
+shards.
 """
 
 import contextlib
@@ -11,13 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import sparse
 from keras import ops
 
 from keras_sngm import normalization, update_rule
 from keras_sngm.backend.common.cache import Cache
+from keras_sngm.backend.common.measured import measured_by_sngm
 from keras_sngm.backend.common.optimizer import WholeModelOptimizer
-from keras_sngm.backend.common.recorder import conditions_of_step, measured_by, ready
+from keras_sngm.backend.common.recorder import conditions_of_step, ready_recorders
+from keras_sngm.backend.jax.gradients import dense, unscaled
 from keras_sngm.backend.jax.norm import normalized_by, sum_of_squares
 from keras_sngm.backend.jax.recorder import Change
 from keras_sngm.backend.jax.state import assign, at_least_float32, do_if, pure
@@ -26,7 +27,7 @@ from keras_sngm.update_rule import Coefficients
 
 
 class BackendOptimizer(WholeModelOptimizer):
-    """Takes the step where it is called: while a function is traced, as a part of it."""
+    """Optimizer that takes its step on JAX, as a part of any function that is being traced."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -34,7 +35,7 @@ class BackendOptimizer(WholeModelOptimizer):
 
     @contextlib.contextmanager
     def _iterations_being(self, value: Any) -> Iterator[None]:
-        # Another scope would hide the values of all other variables.
+        # A nested `StatelessScope` would hide the values of all other variables.
         before = self._iterations.value
         self._iterations.assign(value)
         try:
@@ -43,9 +44,9 @@ class BackendOptimizer(WholeModelOptimizer):
             self._iterations.assign(before)
 
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
-        """Replace the weights by their averages, so that they share no arrays.
+        """Replace the weights by their averages, as copies.
 
-        The next training step gives both away, and JAX gives away no array twice.
+        The next training step donates the buffers of both, and JAX donates no buffer twice.
         """
         calls = self._iterations._value
         if calls is None or calls.is_deleted():
@@ -55,32 +56,37 @@ class BackendOptimizer(WholeModelOptimizer):
             if average is not None:
                 average.assign(jnp.copy(average.value))
 
-    def forget(self, recorder: Any) -> None:
-        """Let go of the steps that were compiled with a recorder, and so of the recorder."""
+    def drop_steps_with(self, recorder: Any) -> None:
+        """Drop the steps that were compiled with a recorder, and with them the recorder."""
         self._steps.drop(lambda key: id(recorder) in key[2])
 
     def _step(self, gradients: Sequence[Any], active: Sequence[int]) -> None:
+        """Take one step, compiled by JAX unless a function is being traced already."""
         active = tuple(active)
         if active and (meter := self._noise_meter()) is not None:
             meter.check()
-        own = [unscaled(dense(gradient), self.loss_scale_factor) for gradient in gradients]
+        unscaled_gradients = [
+            unscaled(dense(gradient), self.loss_scale_factor) for gradient in gradients
+        ]
         rate = ops.convert_to_tensor(self._learning_rate_of_update())
-        if self._state_is_known([*own, rate]):
-            self._take_compiled(active, own, rate)
+        if self._state_is_known([*unscaled_gradients, rate]):
+            self._step_compiled(active, unscaled_gradients, rate)
         else:
-            self._take(active, own, rate)
+            self._step_traced(active, unscaled_gradients, rate)
 
     def _state_is_known(self, gradients: Sequence[Any]) -> bool:
+        """Return whether gradients and state are arrays, not tracers of a function."""
         state = [*gradients, self._iterations.value]
         return not any(isinstance(array, jax.core.Tracer) for array in state)
 
-    def _take_compiled(
+    def _step_compiled(
         self, active: tuple[int, ...], gradients: list[jax.Array], rate: jax.Array
     ) -> None:
+        """Take one step as a compiled function of the state, and assign the new state."""
         variables = [*self._trainable_variables, *self.variables]
-        recorders = ready(self)
-        # Hyper-parameters are part of the key, so that assigning to one of them takes
-        # effect; and so is what the state consists of.
+        recorders = ready_recorders(self)
+        # Hyper-parameters are part of the key, so that assigning to one of them takes effect.
+        # So are the variables and recorders, as their values are the compiled step's state.
         how = (
             self._rule(),
             self.use_ema,
@@ -91,12 +97,15 @@ class BackendOptimizer(WholeModelOptimizer):
         step = self._steps.get_or_make(
             (how, active, tuple(map(id, recorders)), tuple(map(id, variables))),
             lambda: jax.jit(
-                pure(lambda gradients, rate: self._take(active, gradients, rate), variables)
+                pure(lambda gradients, rate: self._step_traced(active, gradients, rate), variables)
             ),
         )
         assign(variables, step([v.value for v in variables], gradients, rate))
 
-    def _take(self, active: tuple[int, ...], gradients: list[jax.Array], rate: jax.Array) -> None:
+    def _step_traced(
+        self, active: tuple[int, ...], gradients: list[jax.Array], rate: jax.Array
+    ) -> None:
+        """Take one step in place, or accumulate the gradients, and count the call."""
         if not active:
             pass
         elif self.gradient_accumulation_steps is None:
@@ -112,6 +121,7 @@ class BackendOptimizer(WholeModelOptimizer):
         self._iterations.assign_add(1)
 
     def _accumulate(self, active: tuple[int, ...], gradients: list[jax.Array]) -> None:
+        """Add the gradients of one micro-batch to the accumulated means."""
         for i, gradient in zip(active, gradients, strict=True):
             accumulator = self._accumulated_gradients[i]
             mean = gradient.astype(accumulator.dtype) / self.gradient_accumulation_steps
@@ -120,6 +130,7 @@ class BackendOptimizer(WholeModelOptimizer):
             self._accumulated_squares.assign_add(sum_of_squares(gradients))
 
     def _update_with_accumulated(self, active: tuple[int, ...], rate: jax.Array) -> None:
+        """Update the variables with the accumulated means, and reset these to zero."""
         totals = [] if self.noise_scale_batch_size is None else [self._accumulated_squares]
         means = [self._accumulated_gradients[i].value for i in active]
         self._update(active, means, rate, [total.value for total in totals])
@@ -133,15 +144,16 @@ class BackendOptimizer(WholeModelOptimizer):
         rate: jax.Array,
         totals: list[jax.Array],
     ) -> None:
-        """Take the step of one update.
+        """Update the variables, and record the update.
 
         Args:
-            active: positions of the variables that have a gradient.
-            gradients: theirs, averaged over micro-batches.
+            active: indices of the variables that have a gradient.
+            gradients: their gradients, averaged over micro-batches.
             rate: learning rate.
-            totals: the sum of the squares of all small batches, if it is measured.
+            totals: a list with the sum of the squares of all small batches, empty if the noise
+                scale is not measured.
         """
-        recorders = ready(self)
+        recorders = ready_recorders(self)
         rule, weights = self._rule(), [v.value for v in self._trainable_variables]
         final = self._final_gradients(active, gradients)
         normalized = normalized_by(rule, final)
@@ -149,13 +161,13 @@ class BackendOptimizer(WholeModelOptimizer):
             is_taken = normalized.is_finite & jnp.all(jnp.stack(conditions))
             normalized = normalized._replace(is_taken=is_taken)
         self._descend(active, final, normalized, rate)
-        self._read(active, normalized)
+        self._assign_readings(active, normalized)
         for total in totals:
             self._measure_noise(total, normalized, lambda: sum_of_squares(gradients))
         for recorder in recorders:
             recorder.record(
                 ops.convert_to_tensor(self.iterations) + 1,
-                measured_by(self, normalized, active),
+                measured_by_sngm(self, normalized, active),
                 Change(
                     weights,
                     [v.value for v in self._trainable_variables],
@@ -173,7 +185,7 @@ class BackendOptimizer(WholeModelOptimizer):
     def _final_gradients(
         self, active: tuple[int, ...], gradients: list[jax.Array]
     ) -> list[jax.Array]:
-        """Return what is to be normalized."""
+        """Return the gradients to be normalized, after coupled weight decay and `clipvalue`."""
         rule = self._rule()
         weights = [at_least_float32(self._trainable_variables[i].value) for i in active]
         gradients = [g.astype(w.dtype) for g, w in zip(gradients, weights, strict=True)]
@@ -192,6 +204,14 @@ class BackendOptimizer(WholeModelOptimizer):
         normalized: Normalization,
         rate: jax.Array,
     ) -> None:
+        """Assign new weights, momenta and moving averages, and apply constraints.
+
+        Args:
+            active: indices of the variables that have a gradient.
+            final: the gradients to be normalized.
+            normalized: how to normalize them.
+            rate: learning rate.
+        """
         rule, decays = self._rule(), self._decays(self._trainable_variables)
         coefficients = self._coefficients(rate, normalized.is_taken)
         new = [at_least_float32(v.value) for v in self._trainable_variables]
@@ -219,6 +239,7 @@ class BackendOptimizer(WholeModelOptimizer):
                 variable.assign(weight)
 
     def _coefficients(self, rate: jax.Array, is_taken: jax.Array) -> dict[Any, Coefficients]:
+        """Return the factors of this step for each dtype that variables are computed in."""
         count = self.averaged_updates
         first_average = None if count is None else jnp.equal(count.value, 0)
         dtypes = {at_least_float32(v.value).dtype for v in self._trainable_variables}
@@ -232,7 +253,11 @@ class BackendOptimizer(WholeModelOptimizer):
     def _averaged(
         self, weights: list[jax.Array], coefficients: dict[Any, Coefficients], is_taken: jax.Array
     ) -> list[jax.Array]:
-        """Move the averages. Returns the weights to go on with."""
+        """Update the moving averages of the weights.
+
+        Returns:
+            The weights, overwritten by their averages if `ema_overwrite_frequency` says so.
+        """
         overwrite: Any = False
         if self.ema_overwrite_frequency:
             updates = ops.convert_to_tensor(self.iterations) + 1
@@ -249,8 +274,8 @@ class BackendOptimizer(WholeModelOptimizer):
                 new[i] = jnp.where(overwrite, value, new[i])
         return new
 
-    def _read(self, active: tuple[int, ...], normalized: Normalization) -> None:
-        """Write what the user may read."""
+    def _assign_readings(self, active: tuple[int, ...], normalized: Normalization) -> None:
+        """Assign the variables that a user may read: norms, skipped steps, averaged updates."""
         norms = update_rule.scatter(normalized.norms, active, len(self._trainable_variables))
         self.gradient_norm.assign(normalized.norm.astype("float32"))
         self.gradient_norms.assign(norms.astype("float32"))
@@ -259,22 +284,3 @@ class BackendOptimizer(WholeModelOptimizer):
         if self.averaged_updates is not None:
             is_taken = normalized.is_taken.astype(self.averaged_updates.dtype)
             self.averaged_updates.assign_add(is_taken)
-
-
-def dense(gradient: Any) -> jax.Array:
-    """Return a gradient as an array, rows that are there twice added up, not in 16 bits."""
-    if isinstance(gradient, sparse.BCOO):
-        # Its own `astype` adds them up first.
-        values = at_least_float32(gradient.data)
-        return sparse.BCOO((values, gradient.indices), shape=gradient.shape).todense()
-    if isinstance(gradient, sparse.JAXSparse):
-        return gradient.todense()
-    return jnp.asarray(gradient)
-
-
-def unscaled(gradient: jax.Array, loss_scale_factor: float | None) -> jax.Array:
-    """The gradient of the loss itself."""
-    if loss_scale_factor is None:
-        return gradient
-    # Not in 16 bits: there a small gradient would become zero.
-    return at_least_float32(gradient) / loss_scale_factor

@@ -1,7 +1,7 @@
-"""Keeps what is measured on each update of one optimizer, as a part of JAX's step.
+"""Recorder of the updates of one optimizer, as a part of JAX's training step.
 
-Its variables go in and out of the step as those of the optimizer do, which they are while
-the step is traced, and never where others can see it.
+The recorder's variables go in and out of the step behind those of the optimizer. They are
+the optimizer's while the step is traced, and never where others can see it.
 """
 
 import contextlib
@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 
-from keras_sngm.backend.common.recorder import Measured, RecorderBase
+from keras_sngm.backend.common.measured import Measured
+from keras_sngm.backend.common.recorder import RecorderBase
 from keras_sngm.backend.common.ring import Ring, row_of
 from keras_sngm.backend.jax.state import at_least_float32, do_if
 from keras_sngm.measurements import HISTOGRAM, details, histogram
@@ -27,7 +28,8 @@ class Change(NamedTuple):
     Attributes:
         before: the weights before it.
         after: the weights after it.
-        momentums: the momentum of each that has one after it, or nothing at all.
+        momentums: the momentum of each variable after it, `None` for one that has none; empty
+            if the optimizer keeps no momenta.
     """
 
     before: Sequence[jax.Array]
@@ -36,20 +38,20 @@ class Change(NamedTuple):
 
 
 class Recorder(RecorderBase):
-    """Holds its variables itself between calls of the training function.
+    """Recorder that keeps its variables' values between calls of the training function.
 
     Attributes:
-        own: its variables.
+        state_variables: the variables on the device that it records to.
     """
 
     def __init__(self, *what: Any) -> None:
         super().__init__(*what)
-        self.own: list[keras.Variable] = []
+        self.state_variables: list[keras.Variable] = []
         self._is_tracked = False
         self._newest_norm: Any = math.nan
 
     def open(self) -> None:
-        # While a function is traced no variables can be made.
+        # No variables can be created while a function is traced.
         if not isinstance(self.optimizer()._iterations.value, jax.core.Tracer):
             super().open()
 
@@ -59,34 +61,39 @@ class Recorder(RecorderBase):
 
     def _variable(self, shape: Sequence[int], dtype: str) -> keras.Variable:
         variable = super()._variable(shape, dtype)
-        self.own.append(variable)
+        self.state_variables.append(variable)
         return variable
 
     def _copy(self, variable: keras.Variable) -> jax.Array:
-        """Copy a value in the thread that trains: its next step takes the original away."""
+        """Return a copy of a variable's value, made in the thread that trains.
+
+        The next training step donates the original's buffer.
+        """
         return jnp.copy(variable._value)
 
     @property
-    def one_of_several(self) -> bool:
+    def has_other_processes(self) -> bool:
         return jax.process_count() > 1
 
-    def hold(self, updates: int) -> None:
-        self._to_hold = updates
+    def limit_halt(self, updates: int) -> None:
+        self._halt_limit = updates
 
-    # Around a call of the training function.
+    # Methods to be called around a call of the training function.
 
-    def take(self) -> list[jax.Array]:
-        """Return the values of its variables, for the function to take away."""
+    def values_for_step(self) -> list[jax.Array]:
+        """Return the values of its variables, whose buffers the training function may donate."""
         if self.plan.stops:
-            self._held._value = _like(self._held._value, self._to_hold)
-            self._to_hold = 0
-        return [variable._value for variable in self.own]
+            self._halt_updates_left._value = _scalar_like(
+                self._halt_updates_left._value, self._halt_limit
+            )
+            self._halt_limit = 0
+        return [variable._value for variable in self.state_variables]
 
-    def put(self, values: Sequence[jax.Array]) -> None:
-        """Set the variables to what the function has returned."""
-        for variable, value in zip(self.own, values, strict=True):
+    def set_values(self, values: Sequence[jax.Array]) -> None:
+        """Set its variables to the values that the training function has returned."""
+        for variable, value in zip(self.state_variables, values, strict=True):
             variable._value = value
-        # Keras may ask in another thread, when the next step has taken the original away.
+        # Keras may ask for it in another thread, after the next step has donated the original.
         self._newest_norm = jnp.copy(self._latest._value)
 
     def latest_norm(self) -> Any:
@@ -94,23 +101,23 @@ class Recorder(RecorderBase):
 
     @contextlib.contextmanager
     def tracked(self) -> Iterator[None]:
-        """Have its variables among those of the optimizer, at their end."""
+        """Return a context in which its variables are the last of the optimizer's variables."""
         optimizer = self.optimizer()
-        for variable in self.own:
+        for variable in self.state_variables:
             optimizer._track_variable(variable)
         self._is_tracked = True
         try:
             yield
         finally:
             self._is_tracked = False
-            for variable in self.own:
+            for variable in self.state_variables:
                 optimizer._untrack_variable(variable)
 
-    # In a training step.
+    # Methods to be called in a training step, while it is traced.
 
     def may_step(self) -> jax.Array:
-        """Return whether a step may be taken. Asked only if the plan is to stop."""
-        return jnp.logical_not(self._halted.value & (self._held.value > 0))
+        """Return whether a step may be taken: not during a halt. Asked only if the plan `stops`."""
+        return jnp.logical_not(self._is_halted.value & (self._halt_updates_left.value > 0))
 
     def record(
         self,
@@ -119,18 +126,17 @@ class Recorder(RecorderBase):
         change: Change,
         directions: Callable[[], Mapping[int, jax.Array]],
     ) -> None:
-        """Record an update that was made.
+        """Record an update that was made, in the function that is traced.
 
         Args:
-            step: integer scalar, its number.
-            measured: what it has measured.
-            change: what it has changed.
-            directions: computes g / norm(g) for the positions of those variables that
-                have a gradient.
+            step: integer scalar, the number of the update.
+            measured: what was measured on its gradient.
+            change: weights and momenta around it.
+            directions: computes g / norm(g) by index, for the variables that have a gradient.
         """
         _write(self._updates, step, self._row(measured))
         self._latest.assign(measured.norm)
-        self._note_what_is_not_finite(step, measured)
+        self._record_nonfinite(step, measured)
         rarer = (
             (self._details, self.plan.details_every, lambda: _details(change, directions())),
             (
@@ -147,52 +153,58 @@ class Recorder(RecorderBase):
                     [ring.count, ring.rows],
                 )
 
-    def _note_what_is_not_finite(self, step: jax.Array, measured: Measured) -> None:
+    def _record_nonfinite(self, step: jax.Array, measured: Measured) -> None:
+        """Note the first update whose gradient is not finite; begin a halt if the plan `stops`."""
         nonfinite = jnp.logical_not(measured.is_finite)
-        first = nonfinite & (self._bad_step.value == 0)
-        self._bad.assign(jnp.where(first, measured.nonfinite, self._bad.value))
-        self._bad_step.assign(jnp.where(first, step, self._bad_step.value))
+        first = nonfinite & (self._nonfinite_step.value == 0)
+        self._nonfinite.assign(jnp.where(first, measured.nonfinite, self._nonfinite.value))
+        self._nonfinite_step.assign(jnp.where(first, step, self._nonfinite_step.value))
         if self.plan.stops:
-            self._halted.assign(self._halted.value | nonfinite)
-            self._held.assign(self._held.value - 1)
+            self._is_halted.assign(self._is_halted.value | nonfinite)
+            self._halt_updates_left.assign(self._halt_updates_left.value - 1)
 
-    # Around a training step.
+    # Method to be called around a training step, while it is traced.
 
     def backed_up(
         self,
         before: dict[int, jax.Array],
         after: dict[int, jax.Array],
     ) -> dict[int, jax.Array]:
-        """The new values of the backups of guarded variables.
+        """Return new values for the backups of the variables that are restored after a halt.
+
+        They are the variables' values if a good step was taken, else the backups' old ones.
 
         Args:
-            before: values of all variables before a training step, by their id.
-            after: and after it.
+            before: values of all variables before a training step, by the variable's id.
+            after: their values after it.
         """
         count = id(self._updates.count)
-        good = (before[count] != after[count]) & ~after[id(self._halted)]
+        good = (before[count] != after[count]) & ~after[id(self._is_halted)]
         return {
             id(backup): jnp.where(good, after[id(variable)], before[id(backup)])
-            for variable, backup in zip(self._guarded, self._backups, strict=True)
+            for variable, backup in zip(self._restorable, self._backups, strict=True)
         }
 
 
 def _write(ring: Ring, step: jax.Array, values: jax.Array) -> None:
+    """Append a row to a ring buffer."""
     place = ring.count.value % ring.length
     ring.rows.assign(ring.rows.value.at[place].set(row_of(step, values)))
     ring.count.assign_add(1)
 
 
 def _write_computed(ring: Ring, step: jax.Array, row: Callable[[], jax.Array]) -> None:
+    """Append the row that `row` computes to a ring buffer."""
     _write(ring, step, row())
 
 
 def _details(change: Change, directions: Mapping[int, jax.Array]) -> jax.Array:
+    """Return the `DETAILS` of all variables, one after the other in one vector."""
     rows = [
         details(
             at_least_float32(before),
             at_least_float32(after),
-            _of(change.momentums, i),
+            _momentum_at(change.momentums, i),
             directions.get(i),
         )
         for i, (before, after) in enumerate(zip(change.before, change.after, strict=True))
@@ -200,16 +212,26 @@ def _details(change: Change, directions: Mapping[int, jax.Array]) -> jax.Array:
     return jnp.concatenate(rows)
 
 
-def _like(array: jax.Array, number: int) -> jax.Array:
-    """A number in place of a scalar, so that a step compiled for the one takes the other."""
+def _scalar_like(array: jax.Array, number: int) -> jax.Array:
+    """Return `number` as an array with the dtype and sharding of a scalar.
+
+    A function that was compiled for the scalar then takes the number without compiling anew.
+    """
     new = np.asarray(number, array.dtype)
     if not array.committed:
         return jnp.asarray(new)
-    # Unlike `jax.device_put` this does not ask other processes whether they agree.
+    # `jax.device_put` would ask other processes whether they agree.
     return jax.make_array_from_callback((), array.sharding, lambda _: new)
 
 
 def _histograms(change: Change, norm: jax.Array, directions: Mapping[int, jax.Array]) -> jax.Array:
+    """Return histograms of each variable's gradient and momentum, in one vector.
+
+    Args:
+        change: weights and momenta around the update.
+        norm: scalar, the norm of the gradient.
+        directions: g / norm(g) by index, for the variables that have a gradient.
+    """
     rows = []
     for i in range(len(change.after)):
         direction = directions.get(i)
@@ -223,6 +245,7 @@ def _histograms(change: Change, norm: jax.Array, directions: Mapping[int, jax.Ar
     return jnp.concatenate(rows)
 
 
-def _of(momentums: Sequence[jax.Array | None], i: int) -> jax.Array | None:
+def _momentum_at(momentums: Sequence[jax.Array | None], i: int) -> jax.Array | None:
+    """Return the momentum of variable `i`, at least float32, or `None` if it has none."""
     momentum = momentums[i] if momentums else None
     return None if momentum is None else at_least_float32(momentum)

@@ -1,4 +1,4 @@
-"""Lets code that assigns to Keras variables run inside of JAX's pure functions."""
+"""Conversion of code that assigns to Keras variables into pure functions for JAX."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +10,16 @@ from keras_sngm.update_rule import arithmetic_dtype
 
 
 def pure(action: Callable[..., None], variables: Sequence[keras.Variable]) -> Callable[..., Any]:
-    """A function of the variables' values and other arguments, which returns their new values."""
+    """Turn an action that assigns to variables into a pure function.
+
+    Args:
+        action: assigns to no other variables than these.
+        variables: the variables that it may read and assign to.
+
+    Returns:
+        A function of the variables' values and of the arguments of `action`, which returns the
+        variables' new values.
+    """
 
     def function(values: Sequence[jax.Array], *arguments: Any) -> list[jax.Array]:
         with keras.StatelessScope(list(zip(variables, values, strict=True))) as scope:
@@ -28,12 +37,12 @@ def assign(variables: Sequence[keras.Variable], values: Sequence[jax.Array]) -> 
 def do_if(
     condition: jax.Array, action: Callable[[], None], variables: Sequence[keras.Variable]
 ) -> None:
-    """Do it if the condition holds.
+    """Call an action if a condition holds, also while a function is traced.
 
     Args:
         condition: boolean scalar.
-        action: what assigns to no other variables than these.
-        variables: those that it may assign to.
+        action: assigns to no other variables than these.
+        variables: the variables that it may assign to.
     """
     if not isinstance(condition, jax.core.Tracer):
         if condition:
@@ -41,8 +50,8 @@ def do_if(
         return
     new = pure(action, variables)
 
-    # A loop of at most one round. What a condition returns XLA would copy, whether it
-    # holds or not; a loop changes it in place.
+    # A loop of at most one round stands in for `lax.cond`: XLA copies what a condition
+    # returns, also if it does not hold, but changes the state of a loop in place.
     def act(state: tuple[jax.Array, list[jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
         again, values = state
         return jax.numpy.zeros_like(again), new(values)
@@ -52,5 +61,5 @@ def do_if(
 
 
 def at_least_float32(array: jax.Array) -> jax.Array:
-    """In the precision that it is computed with."""
+    """Return an array in the dtype that it is computed with: float32 if it has 16 bits."""
     return array.astype(arithmetic_dtype(array.dtype.name))

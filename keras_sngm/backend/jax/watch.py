@@ -1,4 +1,4 @@
-"""Has the optimizer of a model recorded while it is trained, Keras' own as well as SNGM.
+"""Attaching of recorders to the optimizers of a model on JAX.
 
 Nothing goes in and out of a training step but the state of the model. So the training
 function gets the variables of the recorders behind those of the optimizer, and within it
@@ -15,51 +15,61 @@ import jax
 import keras
 from keras import ops
 
-from keras_sngm.backend.common import watch
-from keras_sngm.backend.common.recorder import Measured, conditions_of_step, ready
+from keras_sngm.backend.common import recorded_apply, watch
+from keras_sngm.backend.common.measured import Measured
+from keras_sngm.backend.common.recorder import conditions_of_step, ready_recorders
+from keras_sngm.backend.jax.gradients import dense, unscaled
 from keras_sngm.backend.jax.norm import normalized_by
-from keras_sngm.backend.jax.optimizer import BackendOptimizer, dense, unscaled
+from keras_sngm.backend.jax.optimizer import BackendOptimizer
 from keras_sngm.backend.jax.recorder import Change, Recorder
 from keras_sngm.backend.jax.state import at_least_float32, do_if
 from keras_sngm.measurements import Plan
 
 
-def attach(model: keras.Model, plan: Plan, fit_params: Any) -> watch.Watch:
-    """Record from the next training step on."""
-    for recorder in watch.left_over(model, fit_params):
+def attach(model: keras.Model, plan: Plan, fit_params: Any) -> watch.Attachment:
+    """Attach recorders to a model's optimizers; they record from the next training step on.
+
+    Args:
+        model: a compiled model.
+        plan: what to record.
+        fit_params: the `callback.params` of this `fit()` call.
+    """
+    for recorder in watch.recorders_of_other_fits(model, fit_params):
         _detach(recorder)
-    own = watch.Watch(model, fit_params)
-    own.begin(watch.maker(model, plan, Recorder), _Watched)
+    attachment = watch.Attachment(model, fit_params)
+    attachment.begin(watch.recorder_factory(model, plan, Recorder), _RecordedApply)
     model.make_train_function()
     if not isinstance(model.train_function, _TrainFunction):
         model.train_function = _TrainFunction(model)
-    return own
+    return attachment
 
 
-def detach(own: watch.Watch) -> None:
-    """Record no longer."""
-    for recorder in own.recorders:
+def detach(attachment: watch.Attachment) -> None:
+    """Detach all recorders that `attach` has attached."""
+    for recorder in attachment.recorders:
         _detach(recorder)
-    own.end()
+    attachment.end()
 
 
 def _detach(recorder: Recorder) -> None:
+    """Detach one recorder, and let its optimizer forget it."""
     optimizer = recorder.optimizer()
     if watch.detach(recorder) and isinstance(optimizer, BackendOptimizer):
-        optimizer.forget(recorder)
+        optimizer.drop_steps_with(recorder)
 
 
-def is_current(own: watch.Watch, model: keras.Model) -> bool:
-    """Return whether the next training step of the model is still recorded."""
-    return own.root is model.optimizer and isinstance(model.train_function, _TrainFunction)
+def is_current(attachment: watch.Attachment, model: keras.Model) -> bool:
+    """Return whether the model's next training step is recorded: it was not compiled anew."""
+    return attachment.root is model.optimizer and isinstance(model.train_function, _TrainFunction)
 
 
 def _recorders_of(model: keras.Model) -> list[Recorder]:
+    """Return the recorders of a model's optimizers that have their variables."""
     return [recorder for recorder in watch.recorders_of(model.optimizer) if recorder.is_open]
 
 
 class _TrainFunction:
-    """Takes the place of a model's training function, for good.
+    """Permanent replacement of a model's training function, which records if there are recorders.
 
     Without recorders it calls the function that Keras has made. With them it calls another,
     which may be traced with some recorders and called with others of the same plans.
@@ -69,7 +79,7 @@ class _TrainFunction:
         self._model: Callable[[], Any] = weakref.ref(model)
         self._plain = model.train_function
         self._recording: Any = None
-        self._made_for: Any = None
+        self._recording_key: Any = None
         self._order: list[int] = []
 
     def __call__(self, state: Any, iterator: Any) -> tuple[Any, Any]:
@@ -78,33 +88,35 @@ class _TrainFunction:
         if not recorders:
             return self._plain(state, iterator)
         function = self._recording_function(model, recorders, state)
-        added = [value for recorder in recorders for value in recorder.take()]
-        given = [*state[2], *added]
-        values = [given[i] for i in self._order]
+        added = [value for recorder in recorders for value in recorder.values_for_step()]
+        in_both = [*state[2], *added]
+        values = [in_both[i] for i in self._order]
         logs, state = function((*state[:2], values, *state[3:]), iterator)
         result = dict(zip(self._order, state[2], strict=True))
-        first = len(given) - len(added)
+        first = len(in_both) - len(added)
         for recorder in recorders:
-            last = first + len(recorder.own)
-            recorder.put([result[i] for i in range(first, last)])
+            last = first + len(recorder.state_variables)
+            recorder.set_values([result[i] for i in range(first, last)])
             first = last
-        own = [result[i] for i in range(len(given) - len(added))]
-        return logs, (*state[:2], own, *state[3:])
+        of_optimizer = [result[i] for i in range(len(state[2]))]
+        return logs, (*state[:2], of_optimizer, *state[3:])
 
     def _recording_function(
         self, model: keras.Model, recorders: Sequence[Recorder], state: Any
     ) -> Callable[..., Any]:
+        """Return the training function that records, made anew if state or plans are others."""
         made_for = (len(state[2]), [recorder.plan for recorder in recorders])
-        if self._recording is None or self._made_for != made_for:
-            with _in_place(model, state):
-                self._make(model, recorders)
-            self._made_for = made_for
+        if self._recording is None or self._recording_key != made_for:
+            with _with_values(model, state):
+                self._make_recording_function(model, recorders)
+            self._recording_key = made_for
         return self._recording
 
-    def _make(self, model: keras.Model, recorders: Sequence[Recorder]) -> None:
-        own = [variable for recorder in recorders for variable in recorder.own]
-        places = {id(v): i for i, v in enumerate([*model.optimizer.variables, *own])}
-        step, is_own = model.train_step, "train_step" in vars(model)
+    def _make_recording_function(self, model: keras.Model, recorders: Sequence[Recorder]) -> None:
+        """Make the training function that records, by Keras' own `make_train_function`."""
+        added = [variable for recorder in recorders for variable in recorder.state_variables]
+        places = {id(v): i for i, v in enumerate([*model.optimizer.variables, *added])}
+        step, is_instance_attribute = model.train_step, "train_step" in vars(model)
         with _tracked(recorders):
             shardings = [variable.value.sharding for variable in model.optimizer.variables]
         model.train_step = functools.partial(_recorded_step, model, step, shardings)
@@ -113,7 +125,7 @@ class _TrainFunction:
                 self._order = [places[id(v)] for v in model.optimizer.variables]
                 model.make_train_function(force=True)
         finally:
-            if is_own:
+            if is_instance_attribute:
                 model.train_step = step
             else:
                 del model.train_step
@@ -122,6 +134,7 @@ class _TrainFunction:
 
 @contextlib.contextmanager
 def _tracked(recorders: Sequence[Recorder]) -> Iterator[None]:
+    """Return a context in which all recorders' variables are among their optimizer's."""
     with contextlib.ExitStack() as stack:
         for recorder in recorders:
             stack.enter_context(recorder.tracked())
@@ -129,32 +142,35 @@ def _tracked(recorders: Sequence[Recorder]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _in_place(model: keras.Model, state: Any) -> Iterator[None]:
-    """Gives variables the values that Keras has taken away from them while it trains."""
+def _with_values(model: keras.Model, state: Any) -> Iterator[None]:
+    """Return a context in which variables have values that Keras takes away while it trains."""
     groups = (
         model.trainable_variables,
         model.non_trainable_variables,
         model.optimizer.variables,
         model.metrics_variables,
     )
-    is_taken = [
+    taken_away = [
         (variable, value)
         for variables, values in zip(groups, state, strict=True)
         for variable, value in zip(variables, values, strict=True)
         if variable._value is None
     ]
-    for variable, value in is_taken:
+    for variable, value in taken_away:
         variable._value = value
     try:
         yield
     finally:
-        for variable, _ in is_taken:
+        for variable, _ in taken_away:
             variable._value = None
 
 
 @contextlib.contextmanager
 def _sharded_as(model: keras.Model, shardings: Sequence[Any]) -> Iterator[None]:
-    """Replace what older Keras has noted before training: how the optimizer's state is sharded."""
+    """Return a context in which Keras takes these for the shardings of the optimizer's state.
+
+    Older versions of Keras note them when training begins, without the recorders' variables.
+    """
     noted = getattr(model, "_optimizer_variable_shardings", None)
     if noted is None:
         yield
@@ -169,35 +185,50 @@ def _sharded_as(model: keras.Model, shardings: Sequence[Any]) -> Iterator[None]:
 def _recorded_step(
     model: keras.Model, step: Callable[..., Any], shardings: Sequence[Any], state: Any, data: Any
 ) -> tuple[Any, Any]:
-    """A training step that records, and backs up what is to be restored after a stop."""
+    """Take a training step that records, and back up the variables to be restored after a halt.
+
+    Args:
+        model: the model in training.
+        step: its `train_step`.
+        shardings: the shardings of the optimizer's and the recorders' variables.
+        state: as for `train_step`.
+        data: as for `train_step`.
+    """
     recorders = _recorders_of(model)
     with _tracked(recorders), _sharded_as(model, shardings):
         logs, new = step(state, data)
         optimizer_variables = model.optimizer.variables
     variables = [*model.non_trainable_variables, *optimizer_variables]
-    before = _by_id(variables, [*state[1], *state[2]])
-    after = _by_id(variables, [*new[1], *new[2]])
+    before = _values_by_id(variables, [*state[1], *state[2]])
+    after = _values_by_id(variables, [*new[1], *new[2]])
     for recorder in recorders:
         after |= recorder.backed_up(before, after)
     return logs, (*new[:2], [after[id(v)] for v in optimizer_variables], *new[3:])
 
 
-def _by_id(variables: Sequence[keras.Variable], values: Sequence[jax.Array]) -> dict[int, Any]:
+def _values_by_id(
+    variables: Sequence[keras.Variable], values: Sequence[jax.Array]
+) -> dict[int, Any]:
+    """Return a dictionary from the id of each variable to its value."""
     return {id(variable): value for variable, value in zip(variables, values, strict=True)}
 
 
-class _Watched(watch.Watched):
+class _RecordedApply(recorded_apply.RecordedApply):
+    """Replacement of an optimizer's `apply` that records, on JAX."""
+
     def _update(
-        self, given: watch.Given, gradients: list[Any], variables: list[Any] | None
+        self, inputs: recorded_apply.UpdateInputs, gradients: list[Any], variables: list[Any] | None
     ) -> None:
         optimizer = self._optimizer
         weights = optimizer._trainable_variables
-        known, indices = given.gradients, given.indices
-        final = [self._final(*pair) for pair in zip(known, indices, strict=True)]
-        normalized = normalized_by(watch.PLAIN_RULE, final)
-        measured, directions = watch.measured(normalized, final, indices, len(weights))
+        indices = inputs.indices
+        final = [
+            self._gradient_of_update(*pair) for pair in zip(inputs.gradients, indices, strict=True)
+        ]
+        normalized = normalized_by(recorded_apply.PLAIN_RULE, final)
+        measured, directions = recorded_apply.measure(normalized, final, indices, len(weights))
         step = ops.convert_to_tensor(optimizer.iterations) + 1
-        recorders = ready(optimizer)
+        recorders = ready_recorders(optimizer)
         are_due = [self._is_due(recorder, measured) for recorder in recorders]
         before = [variable.value for variable in weights]
         self._apply_unless_stopped(recorders, measured, gradients, variables)
@@ -207,10 +238,10 @@ class _Watched(watch.Watched):
             if is_due is None:
                 record()
             else:
-                do_if(is_due, record, recorder.own)
+                do_if(is_due, record, recorder.state_variables)
 
-    def _final(self, gradient: Any, index: int) -> jax.Array:
-        """The gradient that the next update is made with."""
+    def _gradient_of_update(self, gradient: Any, index: int) -> jax.Array:
+        """Return the gradient of one variable that the next update is made with."""
         optimizer = self._optimizer
         gradient = at_least_float32(unscaled(dense(gradient), optimizer.loss_scale_factor))
         if not optimizer.gradient_accumulation_steps:
@@ -219,7 +250,10 @@ class _Watched(watch.Watched):
         return (before + gradient) / optimizer.gradient_accumulation_steps
 
     def _is_due(self, recorder: Recorder, measured: Measured) -> jax.Array | None:
-        """Return whether there is something to record, `None` for always."""
+        """Return a boolean scalar, whether this call ends an update; `None` if every call does.
+
+        For a recorder that stops training, a gradient that is not finite counts as the end, too.
+        """
         micro_batches = self._optimizer.gradient_accumulation_steps
         if micro_batches is None:
             return None
@@ -235,14 +269,15 @@ class _Watched(watch.Watched):
         gradients: list[Any],
         variables: list[Any] | None,
     ) -> None:
+        """Apply the gradients, unless a recorder has stopped training or stops it now."""
         conditions = conditions_of_step(recorders)
         if not conditions:
             self._apply(gradients, variables)
             return
         optimizer = self._optimizer
-        may = functools.reduce(ops.logical_and, [*conditions, measured.is_finite])
+        may_step = functools.reduce(ops.logical_and, [*conditions, measured.is_finite])
         do_if(
-            may,
+            may_step,
             lambda: self._apply(gradients, variables),
             [*optimizer._trainable_variables, *optimizer.variables],
         )

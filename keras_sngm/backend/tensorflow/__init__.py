@@ -1,4 +1,4 @@
-"""Runs and records the steps of SNGM on TensorFlow."""
+"""Steps of SNGM on TensorFlow, and their recording."""
 
 from keras_sngm.backend.tensorflow.optimizer import BackendOptimizer
 from keras_sngm.backend.tensorflow.watch import attach, detach, is_current

@@ -1,4 +1,4 @@
-"""Accumulation of gradients over micro-batches."""
+"""Accumulation of gradients over micro-batches, on each replica by itself."""
 
 import itertools
 from collections.abc import Sequence
@@ -16,22 +16,22 @@ def add_to_means(
     values: Sequence[Any],
     micro_batches: int,
 ) -> None:
-    """Add one micro-batch of `micro_batches` to means: its values, divided by their number.
+    """Add one micro-batch to means over `micro_batches`: its values, divided by their number.
 
     Args:
-        replicas: those that act in this call. Each has a part of its own of every accumulator.
+        replicas: the replicas to act for. Each has its own part of every accumulator.
         accumulators: the variables that hold the means.
-        values: what to add to each of them, one value per replica.
-        micro_batches: how many micro-batches the means are of. 1 adds the values as they are.
+        values: a per-replica value to add to each of them.
+        micro_batches: number of micro-batches in a mean. 1 adds the values as they are.
     """
     for accumulator, value in zip(accumulators, values, strict=True):
-        for own, part in zip(replicas.parts(accumulator), replicas.parts(value), strict=True):
-            with tf.device(own.device):
-                _add_share(own, part, 1.0 / micro_batches)
+        for total, part in zip(replicas.parts(accumulator), replicas.parts(value), strict=True):
+            with tf.device(total.device):
+                _add_share(total, part, 1.0 / micro_batches)
 
 
 def values_of(replicas: Replicas, accumulators: Sequence[keras.Variable]) -> list[Any]:
-    """Return what accumulators hold on each replica."""
+    """Return the per-replica values of accumulators."""
     values = []
     for accumulator in accumulators:
         parts = []
@@ -43,14 +43,14 @@ def values_of(replicas: Replicas, accumulators: Sequence[keras.Variable]) -> lis
 
 
 def set_to_zero(replicas: Replicas, accumulators: Sequence[keras.Variable]) -> None:
-    """Reset accumulators on each replica."""
+    """Set accumulators to zero on each replica."""
     for part in itertools.chain(*map(replicas.parts, accumulators)):
         with tf.device(part.device):
             part.assign(tf.zeros_like(part))
 
 
 def _add_share(accumulator: tf.Variable, gradient: Any, share: float) -> None:
-    """Add a part of the gradient, without a tensor for that part."""
+    """Add `share * gradient` to an accumulator, without a tensor for the product if it is dense."""
     gradient = tf.cast(gradient, accumulator.dtype)
     if isinstance(gradient, tf.IndexedSlices):
         values = gradient.values * tf.cast(share, accumulator.dtype)

@@ -1,4 +1,4 @@
-"""Where an optimizer can take a step, and what to say where it cannot."""
+"""Checks of where an optimizer can take a step, with errors that say what to do."""
 
 import platform
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ _SYNCHRONOUS = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirrore
 _SUPPORTED = (*_SYNCHRONOUS, tf.distribute.OneDeviceStrategy)
 
 
-def must_leave_the_replica(optimizer: str, home: tf.distribute.Strategy) -> bool:
-    """Whether the step belongs in the cross-replica context, entered by `merge_call`.
+def needs_merge_call(optimizer: str, home: tf.distribute.Strategy) -> bool:
+    """Return whether the step must be taken in the cross-replica context, by `merge_call`.
 
     Args:
-        optimizer: its name, for messages.
-        home: the strategy that it was created under.
+        optimizer: name of the optimizer, for messages.
+        home: the strategy that the optimizer was created under.
 
     Raises:
         RuntimeError: outside of a replica context.
@@ -63,7 +63,12 @@ def must_leave_the_replica(optimizer: str, home: tf.distribute.Strategy) -> bool
 
 
 def check_strategy(optimizer: str, strategy: tf.distribute.Strategy) -> None:
-    """Refuse strategies that no step is known to be right under."""
+    """Raise a `ValueError` under a strategy that the optimizer does not support.
+
+    Args:
+        optimizer: name of the optimizer, for the message.
+        strategy: the strategy that it is created under.
+    """
     if tf.distribute.has_strategy() and not isinstance(strategy, _SUPPORTED):
         raise ValueError(
             f"`{optimizer}` runs without a strategy and under `OneDeviceStrategy`, "
@@ -75,7 +80,13 @@ def check_strategy(optimizer: str, strategy: tf.distribute.Strategy) -> None:
 def check_variables(
     optimizer: str, strategy: tf.distribute.Strategy, variables: Sequence[Any]
 ) -> None:
-    """Refuse variables that were not created under the optimizer's strategy."""
+    """Raise a `ValueError` for a variable that was created under another strategy.
+
+    Args:
+        optimizer: name of the optimizer, for the message.
+        strategy: the strategy that the optimizer was created under.
+        variables: the variables that it is built with.
+    """
     expected = strategy if isinstance(strategy, _SYNCHRONOUS) else None
     for variable in variables:
         owner = getattr(native_variable(variable), "distribute_strategy", None)
@@ -89,6 +100,7 @@ def check_variables(
 
 
 def _name(strategy: tf.distribute.Strategy | None) -> str:
+    """Return the name of a strategy's class, "no strategy" if there is none."""
     if strategy is None or type(strategy).__name__ == "_DefaultDistributionStrategy":
         return "no strategy"
     return type(strategy).__name__

@@ -1,4 +1,4 @@
-"""The update by TensorFlow's own kernels for momentum and descent, variable by variable.
+"""Updates by TensorFlow's own kernels for momentum and descent, variable by variable.
 
 For small variables that is quicker than an XLA program, which takes some
 microseconds for each of its arguments, and nothing has to be compiled. The kernel
@@ -17,39 +17,44 @@ from keras_sngm.backend.tensorflow.slot import Slot, arithmetic_dtype
 from keras_sngm.normalization import Normalization
 from keras_sngm.update_rule import Coefficients, Rule, changes_gradient
 
-# In elements: up to where the kernel is as quick as XLA, without an average and
-# with one, which XLA updates in the same pass; and up to where copying several
-# gradients into one tensor is quicker than calling every operation for each of
-# them. Measured on two cores, see benchmarks/step_time.py.
+# The greatest numbers of elements up to which the kernel is as quick as XLA, without and with
+# a moving average, which XLA updates in the same pass; and up to which copying several
+# gradients into one tensor is quicker than calling every operation for each of them.
+# Measured on two cores, see benchmarks/step_time.py.
 _LARGEST = 300_000
 _LARGEST_AVERAGED = 16_384
 _LARGEST_STACKED = 4096
 
 
 class Bundle(NamedTuple):
-    """One variable, or several small ones of the same shape, dtype and device."""
+    """One variable, or several small ones of the same shape, dtype and device.
+
+    Attributes:
+        indices: the index of each variable among those that have a gradient.
+        slots: the variables with their state.
+    """
 
     indices: tuple[int, ...]
     slots: tuple[Slot, ...]
 
     def joined(self, gradients: Sequence[tf.Tensor]) -> tf.Tensor:
-        """The gradients of its variables as one tensor, one row each if they are several."""
+        """Return the gradients as one tensor, with one row each if the variables are several."""
         return tf.stack(gradients) if len(self.slots) > 1 else gradients[0]
 
     def update(
         self, rule: Rule, coefficients: Coefficients, normalized: Normalization, joined: tf.Tensor
     ) -> None:
-        """Take the step on its variables.
+        """Update the bundle's variables and momenta, in place.
 
         A step that is skipped multiplies the momentum by 1 and adds 0 to it, and
         changes the weight by 0 times the momentum.
 
         Args:
             rule: the hyper-parameters.
-            by: what to multiply by.
-            normalized: with divisors for the variables of this bundle alone, and a
+            coefficients: the factors of this step, in the dtype of the variables.
+            normalized: how to normalize, with divisors for these variables alone and a
                 `prescale` of 1.
-            joined: what `joined` has made of their gradients.
+            joined: the gradients, as the method `joined` returns them.
         """
         divisor = tf.where(
             coefficients.is_taken, normalized.divisor, tf.zeros_like(normalized.divisor)
@@ -60,39 +65,47 @@ class Bundle(NamedTuple):
             divisor = tf.reshape(divisor, rows + [1] * self.slots[0].weight.shape.rank)
         direction = tf.math.divide_no_nan(joined, divisor)
         directions = tf.unstack(direction) if several else [direction]
-        for slot, own in zip(self.slots, directions, strict=True):
+        for slot, slot_direction in zip(self.slots, directions, strict=True):
             if slot.decays and rule.weight_decay is not None and rule.decoupled_weight_decay:
                 _descend(slot, coefficients.learning_rate * rule.weight_decay, slot.weight)
             if slot.momentum is None:
-                _descend(slot, coefficients.learning_rate, own)
+                _descend(slot, coefficients.learning_rate, slot_direction)
             else:
                 tf.raw_ops.ResourceApplyMomentum(
                     var=slot.weight.handle,
                     accum=slot.momentum.handle,
                     lr=coefficients.learning_rate,
-                    grad=own,
+                    grad=slot_direction,
                     momentum=coefficients.momentum,
                     use_nesterov=rule.nesterov,
                 )
 
 
-def chosen(rule: Rule, slots: Sequence[Slot], jit_compile: bool | str) -> list[bool]:
-    """For each slot, whether the kernel is to update it.
+def updated_by_kernel(rule: Rule, slots: Sequence[Slot], jit_compile: bool | str) -> list[bool]:
+    """Return for each variable on a CPU whether TensorFlow's kernel is to update it.
 
-    For slots on a CPU. With `jit_compile=False` wherever it can; with `"auto"` where it is as quick
-    as XLA; never with `True`.
+    With `jit_compile=False` it does wherever it can; with `"auto"` where it is as quick
+    as XLA; with `True` never.
     """
     if len({arithmetic_dtype(slot.weight.dtype) for slot in slots}) > 1:
         return [False] * len(slots)
     choice = [_suits(slot) and slot.size <= _limit(rule, slot, jit_compile) for slot in slots]
     if jit_compile and changes_gradient(rule) and not all(choice):
-        # Then XLA takes the norm, and there is one norm for all.
+        # XLA then takes the norm of the whole gradient, and so must get all variables.
         return [False] * len(slots)
     return choice
 
 
 def bundled(slots: Sequence[Slot], indices: Sequence[int]) -> list[Bundle]:
-    """The slots at these positions: first those that stay alone, then the stacks."""
+    """Put slots into bundles, small variables that are alike into one.
+
+    Args:
+        slots: the slots of all variables that have a gradient.
+        indices: the indices in `slots` of those to put into bundles.
+
+    Returns:
+        The bundles, those of one variable first.
+    """
     groups: dict[Hashable, list[int]] = {}
     for i in indices:
         weight = slots[i].weight
@@ -103,7 +116,7 @@ def bundled(slots: Sequence[Slot], indices: Sequence[int]) -> list[Bundle]:
 
 
 def _limit(rule: Rule, slot: Slot, jit_compile: bool | str) -> float:
-    """Up to how many elements a variable like this is left to the kernel."""
+    """Return the greatest size up to which a variable is left to the kernel."""
     if jit_compile is True:
         return 0
     if jit_compile is False or changes_gradient(rule):
@@ -112,9 +125,10 @@ def _limit(rule: Rule, slot: Slot, jit_compile: bool | str) -> float:
 
 
 def _suits(slot: Slot) -> bool:
-    """Whether the kernels, which compute in the dtype of the weight, are precise enough."""
+    """Return whether the kernels, which compute in the weight's dtype, are precise enough."""
     return slot.weight.dtype == arithmetic_dtype(slot.weight.dtype)
 
 
 def _descend(slot: Slot, rate: tf.Tensor, direction: Any) -> None:
+    """Subtract `rate * direction` from a weight, in place, by TensorFlow's kernel."""
     tf.raw_ops.ResourceApplyGradientDescent(var=slot.weight.handle, alpha=rate, delta=direction)

@@ -11,7 +11,17 @@ from keras_sngm.update_rule import Coefficients
 def average_new_weight(
     slot: Slot, weight: tf.Tensor, coefficients: Coefficients, scalars: StepScalars
 ) -> tf.Tensor:
-    """Where averages are kept, move that of a new weight. Returns the weight to go on with."""
+    """Update the moving average of a variable, if it has one, with its new weight.
+
+    Args:
+        slot: the variable with its state.
+        weight: its new weight.
+        coefficients: the factors of this step.
+        scalars: the scalars of this step.
+
+    Returns:
+        The weight, or its average if `ema_overwrite_frequency` says so.
+    """
     if slot.average is None:
         return weight
     average = update_rule.moving_average(coefficients, for_arithmetic(slot.average), weight)
@@ -26,7 +36,13 @@ def average_new_weight(
 def average_unchanged_weight(
     slot: Slot, coefficients: dict[tf.DType, Coefficients], scalars: StepScalars
 ) -> None:
-    """Move the average of a weight that has its new value, or keeps its old one."""
+    """Update the moving average of a weight that is already updated, or had no gradient.
+
+    Args:
+        slot: the variable with its state.
+        coefficients: the factors of this step for each dtype.
+        scalars: the scalars of this step.
+    """
     weight = for_arithmetic(slot.weight)
     averaged = average_new_weight(slot, weight, coefficients[weight.dtype], scalars)
     if averaged is not weight:

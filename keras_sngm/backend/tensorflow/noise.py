@@ -1,4 +1,4 @@
-"""Squares of the gradients of small batches, for the gradient noise scale."""
+"""Sums of squares of the gradients of small batches, for the gradient noise scale."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,13 @@ from keras_sngm.backend.tensorflow.slot import dense, is_accelerator
 
 
 def sum_of_squares(gradients: Sequence[Any], weights: Sequence[Any], device: str) -> tf.Tensor:
-    """Of all elements of some gradients, float32."""
+    """Return the sum of the squares of all elements of some gradients, float32.
+
+    Args:
+        gradients: dense or sparse gradients.
+        weights: their variables, for the shapes.
+        device: name of the device that they are on.
+    """
     tensors = [
         tf.cast(dense(gradient, weight.shape), tf.float32)
         for gradient, weight in zip(gradients, weights, strict=True)

@@ -1,4 +1,4 @@
-"""Sums of squares that cost one pass over the gradient and survive any magnitude."""
+"""Sums of squares that take one pass over the gradient, for gradients of any magnitude."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -12,7 +12,9 @@ from keras_sngm.normalization import Normalization
 from keras_sngm.update_rule import Rule
 
 Sums = Callable[[Sequence[tf.Tensor]], tf.Tensor]
+"""A function from gradients to the sum of squares of each variable."""
 RescaledSums = Callable[[Sequence[tf.Tensor], tf.Tensor], tf.Tensor]
+"""The same of gradients times a factor for each variable."""
 
 _LEAST_SIZE_IF_RARE = 1_000_000
 _LANES = 16
@@ -20,7 +22,17 @@ _LEAST_SIZE = 4096
 
 
 def sums_on(on_accelerator: bool, in_xla: bool, stacks: int = 0) -> tuple[Sums, RescaledSums]:
-    """How to take sums of squares there: of gradients as they are, and times a factor."""
+    """Choose how to compute sums of squares on a kind of device.
+
+    Args:
+        on_accelerator: whether the device is not a CPU.
+        in_xla: whether XLA compiles the sums.
+        stacks: number of tensors, at the end, that hold one variable per row.
+
+    Returns:
+        A function from gradients to a vector of sums, one per variable; and another that
+        takes a vector of factors, too, and multiplies each variable's gradient first.
+    """
     usual: Sums = functools.partial(sums_of_squares, stacks=stacks)
     rare = usual
     if in_xla and not on_accelerator:
@@ -29,7 +41,7 @@ def sums_on(on_accelerator: bool, in_xla: bool, stacks: int = 0) -> tuple[Sums, 
 
     def rescaled(gradients: Sequence[tf.Tensor], factors: tf.Tensor) -> tf.Tensor:
         if in_xla:
-            # XLA makes g^2 * factor^2 of (g * factor)^2 if it knows both, and factor^2 is infinite.
+            # XLA would turn (g * factor)^2 of constants into g^2 * factor^2, which overflows.
             *gradients, factors = optimization_barrier(*gradients, factors)
         return rare(_rescaled(gradients, factors, stacks=0))
 
@@ -37,11 +49,11 @@ def sums_on(on_accelerator: bool, in_xla: bool, stacks: int = 0) -> tuple[Sums, 
 
 
 def sums_of_squares(tensors: Sequence[tf.Tensor], stacks: int) -> tf.Tensor:
-    """One sum per variable, by TensorFlow's kernels.
+    """Return a vector of sums of squares, one per variable, by TensorFlow's kernels.
 
     Args:
-        tensors: one per variable, but for the last of them.
-        stacks: how many tensors at the end belong to one variable per row.
+        tensors: one tensor per variable, then the stacks.
+        stacks: number of tensors, at the end, that hold one variable per row.
     """
     one_each = tensors[: len(tensors) - stacks]
     sums = [2.0 * tf.stack([tf.nn.l2_loss(tensor) for tensor in one_each])] if one_each else []
@@ -53,16 +65,16 @@ def sums_of_squares(tensors: Sequence[tf.Tensor], stacks: int) -> tf.Tensor:
 def sums_of_squares_in_lanes(
     tensors: Sequence[tf.Tensor], least_size: int = _LEAST_SIZE
 ) -> tf.Tensor:
-    """One sum per tensor, for XLA on CPUs.
+    """Return a vector of sums of squares, one per tensor, in a way that XLA does well on CPUs.
 
     There XLA reduces a tensor to a number on one core and without vector
     instructions, at a fifteenth of the memory's speed. Adding up slices of the
     tensor first is elementwise work, which it does well.
 
     Args:
-        tensors: one per variable.
-        least_size: smaller tensors are left to XLA's reduction, which is quicker to
-            compile. If their elements are computed first, it keeps them in memory.
+        tensors: one tensor per variable.
+        least_size: number of elements below which a tensor is left to XLA's reduction, which
+            is quicker to compile.
     """
     vectors = [tf.reshape(tensor, [-1]) for tensor in tensors]
     return tf.stack(
@@ -76,6 +88,7 @@ def sums_of_squares_in_lanes(
 
 
 def _sum_of_squares_in_lanes(vector: tf.Tensor) -> tf.Tensor:
+    """Return the sum of the squares of a vector, whose slices are added up element by element."""
     size = vector.shape[0]
     length = size // _LANES
     lanes = [tf.square(vector[i * length : (i + 1) * length]) for i in range(_LANES)]
@@ -90,14 +103,14 @@ def normalized_by(
     gradients: Sequence[tf.Tensor],
     sizes: Sequence[int],
 ) -> Normalization:
-    """Measure gradients.
+    """Compute how to normalize gradients.
 
     Args:
         sums: maps the gradients to a vector of sums of squares, one per variable.
         rescaled_sums: the same, of gradients times a factor for each variable. That is hardly
             ever needed, so it may be slow, but should be quick to compile.
         rule: the hyper-parameters.
-        gradients: of one dtype.
+        gradients: the gradients, of one dtype.
         sizes: the number of elements of each variable.
     """
     return normalization.safe_normalization(
@@ -108,13 +121,23 @@ def normalized_by(
 def prescaled_and_normalized_by(
     sums: Sums, rule: Rule, gradients: Sequence[tf.Tensor], sizes: Sequence[int], stacks: int
 ) -> tuple[list[tf.Tensor], Normalization]:
-    """As `normalized_by`, together with the gradients times the `prescale`.
+    """Compute how to normalize gradients, and multiply them by the `prescale`.
 
     Not for XLA, which would copy them.
+
+    Args:
+        sums: maps the gradients to a vector of sums of squares, one per variable.
+        rule: the hyper-parameters.
+        gradients: one tensor per variable, then the stacks, all of one dtype.
+        sizes: the number of elements of each variable.
+        stacks: number of tensors, at the end, that hold one variable per row.
+
+    Returns:
+        The multiplied gradients, and the normalization.
     """
-    # A condition costs an operation for each tensor that goes in or out, and for
-    # each operation in the branch that is not taken. So all gradients pass as one,
-    # and the unusual branch is one call.
+    # A `tf.cond` costs an operation for each tensor that goes in or out, and for each
+    # operation in the branch that is not taken. So all gradients are passed as one value,
+    # and the rare branch is one call.
     packed = tf.experimental.Optional.from_value(tuple(gradients))
 
     @tf.function(autograph=False, experimental_attributes={"_noinline": True})
@@ -142,33 +165,34 @@ def prescaled_and_normalized_by(
 
 
 def _rescaled(tensors: Sequence[tf.Tensor], factors: tf.Tensor, stacks: int) -> list[tf.Tensor]:
-    """The tensors times one factor, or times one factor per variable.
+    """Multiply tensors by one factor, or by one factor per variable.
 
     Args:
-        tensors: one per variable, but for the last of them.
-        factors: a scalar or a vector.
-        stacks: how many tensors at the end belong to one variable per row.
+        tensors: one tensor per variable, then the stacks.
+        factors: a scalar, or a vector with one factor per variable.
+        stacks: number of tensors, at the end, that hold one variable per row.
     """
     if factors.shape.rank == 0:
         return [tensor * factors for tensor in tensors]
     alone = len(tensors) - stacks
     one_each = tf.unstack(factors[:alone])
-    scaled = [tensor * own for tensor, own in zip(tensors[:alone], one_each, strict=True)]
+    scaled = [tensor * factor for tensor, factor in zip(tensors[:alone], one_each, strict=True)]
     begin = alone
     for stack in tensors[alone:]:
         rows = stack.shape[0]
-        own = tf.reshape(factors[begin : begin + rows], [rows] + [1] * (stack.shape.rank - 1))
-        scaled.append(stack * own)
+        column = tf.reshape(factors[begin : begin + rows], [rows] + [1] * (stack.shape.rank - 1))
+        scaled.append(stack * column)
         begin += rows
     return scaled
 
 
 def part_of(normalized: Normalization, span: slice) -> Normalization:
-    """With the factors of some variables alone, where there is one for each."""
+    """Return a normalization with the factors of the variables in `span` only."""
     return normalized._replace(
-        prescale=_some(normalized.prescale, span), divisor=_some(normalized.divisor, span)
+        prescale=_select(normalized.prescale, span), divisor=_select(normalized.divisor, span)
     )
 
 
-def _some(factor: tf.Tensor, span: slice) -> tf.Tensor:
+def _select(factor: tf.Tensor, span: slice) -> tf.Tensor:
+    """Return the slice of a vector, or a scalar as it is."""
     return factor if factor.shape.rank == 0 else factor[span]

@@ -1,4 +1,4 @@
-"""How SNGM runs on TensorFlow: one update for the whole model, on any number of replicas.
+"""SNGM on TensorFlow: one update for the whole model, on any number of replicas.
 
 Keras calls the optimizer once per replica. A step there is to
 
@@ -20,13 +20,14 @@ from tensorflow.python.framework.ops import get_default_graph
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from keras_sngm.backend.common.cache import Cache
+from keras_sngm.backend.common.measured import measured_by_sngm
 from keras_sngm.backend.common.optimizer import WholeModelOptimizer, name_for
-from keras_sngm.backend.common.recorder import conditions_of_step, measured_by, ready
+from keras_sngm.backend.common.recorder import conditions_of_step, ready_recorders
 from keras_sngm.backend.tensorflow.accumulation import add_to_means, set_to_zero, values_of
 from keras_sngm.backend.tensorflow.checks import (
     check_strategy,
     check_variables,
-    must_leave_the_replica,
+    needs_merge_call,
     xla_is_supported,
 )
 from keras_sngm.backend.tensorflow.noise import sum_of_squares
@@ -47,7 +48,7 @@ from keras_sngm.update_rule import Rule
 
 
 class BackendOptimizer(WholeModelOptimizer):
-    """Takes the step on all replicas that this process has."""
+    """Optimizer that takes its step on TensorFlow, on all replicas that this process has."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         check_strategy(type(self).__name__, tf.distribute.get_strategy())
@@ -56,6 +57,11 @@ class BackendOptimizer(WholeModelOptimizer):
         self._agreement = Agreement()
 
     def build(self, variables: Sequence[Any]) -> None:
+        """Create the optimizer's variables.
+
+        Raises:
+            ValueError: if a variable was created under another strategy than the optimizer.
+        """
         check_variables(type(self).__name__, self._distribution_strategy, variables)
         super().build(variables)
 
@@ -75,7 +81,7 @@ class BackendOptimizer(WholeModelOptimizer):
     def _add_total(
         self, shape: tuple[int, ...], dtype: str, name: str, layout: Any = None
     ) -> keras.Variable:
-        """Every replica's own sum; their total is what is read and saved."""
+        """Add a variable of which each replica has its own; reading or saving it adds them up."""
         with self._distribution_strategy.scope(), keras.name_scope(self.name, caller=self):
             variable = keras.Variable(
                 keras.initializers.Zeros(),
@@ -90,23 +96,27 @@ class BackendOptimizer(WholeModelOptimizer):
         return variable
 
     def _step(self, gradients: Sequence[Any], active: Sequence[int]) -> None:
-        given: list[Any] = [None] * len(self._trainable_variables)
+        """Take one step, in the cross-replica context where TensorFlow has one."""
+        all_gradients: list[Any] = [None] * len(self._trainable_variables)
         for gradient, i in zip(gradients, active, strict=True):
             shape = self._trainable_variables[i].shape
-            given[i] = self._unscaled(of_known_shape(gradient, shape))
-        if must_leave_the_replica(type(self).__name__, self._distribution_strategy):
+            all_gradients[i] = self._unscaled(of_known_shape(gradient, shape))
+        if needs_merge_call(type(self).__name__, self._distribution_strategy):
             tf.distribute.get_replica_context().merge_call(
                 tf.autograph.experimental.do_not_convert(
-                    lambda strategy, given: self._step_on(AllReplicas(strategy), given)
+                    lambda strategy, all_gradients: self._step_on(
+                        AllReplicas(strategy), all_gradients
+                    )
                 ),
-                args=(given,),
+                args=(all_gradients,),
             )
         else:
             context = tf.distribute.get_replica_context()
-            self._agreement.check(context, [gradient is not None for gradient in given])
-            self._step_on(OwnReplica(context), given)
+            self._agreement.check(context, [gradient is not None for gradient in all_gradients])
+            self._step_on(OwnReplica(context), all_gradients)
 
     def _state_is_known(self, gradients: Sequence[Any]) -> bool:
+        """Return whether the call is eager and on one replica, so that state can be read."""
         return tf.executing_eagerly() and self._replicas() == 1
 
     def _calls_so_far(self) -> int:
@@ -115,29 +125,33 @@ class BackendOptimizer(WholeModelOptimizer):
     def _idle_with_gradient(
         self, calls: int, micro_batches: int, active: frozenset[int]
     ) -> list[int]:
-        # What others assign to TensorFlow's variables leaves no trace on the host.
+        # An assignment by others to a TensorFlow variable leaves no trace on the host, so what
+        # is known of this cycle may be incomplete.
         known = self._cycle.indices(calls, micro_batches) or frozenset()
         return [i for i in self._idle(active) if i in known or self._has_accumulated(i)]
 
     def _unscaled(self, gradient: Any) -> Any:
+        """Divide a gradient, dense or sparse, by the loss scale, not in 16 bits."""
         if self.loss_scale_factor is None:
             return gradient
-        # Not in 16 bits: there a small gradient would become zero.
+        # In 16 bits a small gradient would become zero.
         gradient = tf.cast(gradient, arithmetic_dtype(gradient.dtype))
         if isinstance(gradient, tf.IndexedSlices):
             values = gradient.values / self.loss_scale_factor
             return tf.IndexedSlices(values, gradient.indices, gradient.dense_shape)
         return gradient / self.loss_scale_factor
 
-    def _step_on(self, replicas: Replicas, given: Sequence[Any]) -> None:
-        """Take the step.
+    def _step_on(self, replicas: Replicas, all_gradients: Sequence[Any]) -> None:
+        """Take one step on some replicas: update the variables or accumulate, and count the call.
 
         Args:
-            replicas: where.
-            given: the gradients of all variables, `None` for a variable that has none.
+            replicas: the replicas to act for.
+            all_gradients: for each of the optimizer's variables its gradient or `None`.
         """
-        active = tuple(i for i, gradient in enumerate(given) if gradient is not None)
-        gradients = [replicas.completed(given[i], self._trainable_variables[i]) for i in active]
+        active = tuple(i for i, gradient in enumerate(all_gradients) if gradient is not None)
+        gradients = [
+            replicas.completed(all_gradients[i], self._trainable_variables[i]) for i in active
+        ]
         squares = []
         if active and (meter := self._noise_meter()) is not None:
             meter.check()
@@ -159,10 +173,11 @@ class BackendOptimizer(WholeModelOptimizer):
                 part.assign_add(1)
 
     def _replicas(self) -> int:
+        """Return the number of replicas, on all machines."""
         return self._distribution_strategy.num_replicas_in_sync
 
     def _squares(self, replicas: Replicas, active: tuple[int, ...], gradients: list[Any]) -> Any:
-        """Each replica's sum of squares of its own gradient."""
+        """Return a per-replica value: the sum of squares of each replica's own gradient."""
         weight = self._trainable_variables[active[0]]
         sums: list[tf.Tensor] = []
         for parts in zip(*map(replicas.parts, gradients), strict=True):
@@ -179,12 +194,14 @@ class BackendOptimizer(WholeModelOptimizer):
         squares: list[Any],
         micro_batches: int,
     ) -> None:
+        """Add each replica's gradients, and their squares if needed, to its own accumulators."""
         means = [self._accumulated_gradients[i] for i in active]
         add_to_means(replicas, means, gradients, micro_batches)
         if squares:
             add_to_means(replicas, [self._accumulated_squares], squares, 1)
 
     def _update_with_accumulated(self, replicas: Replicas, active: tuple[int, ...]) -> None:
+        """Update the variables with the accumulated means, and reset these to zero."""
         gradients = values_of(replicas, [self._accumulated_gradients[i] for i in active])
         totals = []
         if self.noise_scale_batch_size is not None:
@@ -199,15 +216,24 @@ class BackendOptimizer(WholeModelOptimizer):
         gradients: list[Any],
         squares: list[Any],
     ) -> None:
+        """Sum up gradients over all replicas, and update each replica's variables with the sums.
+
+        Args:
+            replicas: the replicas to act for.
+            active: indices of the variables that have a gradient.
+            gradients: each replica's gradients of these.
+            squares: a list with each replica's sum of squares, empty if the noise scale is not
+                measured.
+        """
         sums = [replicas.parts(summed) for summed in replicas.sums([*gradients, *squares])]
         per_variable, of_squares = sums[: len(active)], sums[len(active) :]
-        recorders = ready(self)
-        scalars = self._scalars(conditions_of_step(recorders, _on(replicas, 0)))
+        recorders = ready_recorders(self)
+        scalars = self._scalars(conditions_of_step(recorders, _copy_on(replicas, 0)))
         for replica, local_gradients in enumerate(zip(*per_variable, strict=True)):
             step = self._local_step(replicas, replica, active)
             with tf.device(step.device):
-                local = _on(replicas, replica)
-                # All replicas measure the same.
+                local = _copy_on(replicas, replica)
+                # All replicas measure the same, so one of them records.
                 number = tf.cast(self.iterations, tf.int64) + 1
                 recording = recorders if replica == 0 else []
                 for recorder in recording:
@@ -223,22 +249,27 @@ class BackendOptimizer(WholeModelOptimizer):
                         local,
                     )
                 for recorder in recording:
-                    # A variable that is read does not wait for data.
+                    # Reading a variable alone would not wait for data.
                     with tf.control_dependencies([normalized.norm]):
                         recorder.after(
                             local,
                             number,
-                            measured_by(self, normalized, step.indices, local),
+                            measured_by_sngm(self, normalized, step.indices, local),
                             functools.partial(_directions, step, local_gradients, normalized),
                         )
 
     def _local_squares(
         self, active: tuple[int, ...], gradients: Sequence[Any], device: str
     ) -> tf.Tensor:
-        """The sum of the squares of the gradients that one replica has."""
+        """Return the sum of the squares of all gradients that one replica has."""
         return sum_of_squares(gradients, [self._trainable_variables[i] for i in active], device)
 
     def _scalars(self, conditions: Sequence[tf.Tensor]) -> StepScalars:
+        """Return the scalars of this step.
+
+        Args:
+            conditions: boolean scalars, all of which must be true for the step to be taken.
+        """
         updates = tf.convert_to_tensor(self.iterations)
         overwrite = None
         if self.use_ema and self.ema_overwrite_frequency:
@@ -253,9 +284,16 @@ class BackendOptimizer(WholeModelOptimizer):
         )
 
     def _local_step(self, replicas: Replicas, replica: int, active: tuple[int, ...]) -> LocalStep:
-        local = _on(replicas, replica)
-        # Hyper-parameters are part of the key, so that assigning to one of
-        # them takes effect as it does in Keras: when Python runs again.
+        """Return the step for one replica's variables, from the cache if it is there.
+
+        Args:
+            replicas: the replicas that this code acts for.
+            replica: which of these.
+            active: indices of the variables that have a gradient.
+        """
+        local = _copy_on(replicas, replica)
+        # Hyper-parameters are part of the key, so that assigning to one of them takes effect
+        # as it does in Keras: the next time that this Python code runs.
         rule, jit_compile = self._rule(), self.jit_compile
         if jit_compile == "auto" and not xla_is_supported():
             jit_compile = False
@@ -274,6 +312,15 @@ class BackendOptimizer(WholeModelOptimizer):
         local: Local,
         in_xla: bool,
     ) -> LocalStep:
+        """Make the step for the variables of one device.
+
+        Args:
+            rule: the hyper-parameters.
+            jit_compile: whether to compile with XLA, or `"auto"`.
+            active: indices of the variables that have a gradient.
+            local: returns this replica's copy of a variable, and `None` for `None`.
+            in_xla: whether XLA compiles the function around the step.
+        """
         count = len(self._trainable_variables)
         slots = [
             Slot(
@@ -306,9 +353,10 @@ class BackendOptimizer(WholeModelOptimizer):
 def _directions(
     step: LocalStep, gradients: Sequence[Any], normalized: Normalization, weights: Sequence[Any]
 ) -> dict[int, tf.Tensor]:
+    """Compute g / norm(g) by index, given the weights before the step last."""
     return step.directions(gradients, weights, normalized)
 
 
-def _on(replicas: Replicas, replica: int) -> Local:
-    """What a variable is on one of the replicas."""
+def _copy_on(replicas: Replicas, replica: int) -> Local:
+    """Return a function that maps a variable to one replica's copy of it, and `None` to `None`."""
     return lambda variable: None if variable is None else replicas.parts(variable)[replica]

@@ -1,4 +1,4 @@
-"""Keeps what is measured on each update of one optimizer, as a part of TensorFlow's step."""
+"""Recorder of the updates of one optimizer, as a part of TensorFlow's training step."""
 
 import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -7,30 +7,36 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_sngm.backend.common.recorder import Measured, RecorderBase
+from keras_sngm.backend.common.measured import Measured
+from keras_sngm.backend.common.recorder import RecorderBase
 from keras_sngm.backend.common.ring import Ring, row_of
 from keras_sngm.backend.tensorflow.replicas import native_variable
 from keras_sngm.backend.tensorflow.slot import arithmetic_dtype, for_arithmetic
 from keras_sngm.measurements import HISTOGRAM, details, histogram
 
 Local = Callable[[Any], tf.Variable]
+"""A function from a variable to the copy of it that one replica has."""
 
 
 class Recorder(RecorderBase):
-    """With its variables on the first replica of each device."""
+    """Recorder that keeps its variables on every replica and writes those of the first.
+
+    In its methods `local` returns the first replica's copy of a variable.
+    """
 
     def open(self) -> None:
-        """As for every backend; also while the function is traced that the optimizer is built in.
+        """Create the variables and begin to record, unless that is done.
 
-        TensorFlow traces that function twice, and gives variables their initial values in
-        between. Those that are guarded are backed up then, before the first step.
+        Does nothing as long as the optimizer is not built. Keras may build it inside of a function
+        that is traced; TensorFlow traces that function twice, and gives variables their initial
+        values in between. The variables to be restored are backed up then, before the first step.
         """
         if self.begun_at is None:
             with tf.init_scope():
                 super().open()
 
     def _can_begin(self) -> bool:
-        return all(native_variable(v).is_initialized() for v in self._guarded)
+        return all(native_variable(v).is_initialized() for v in self._restorable)
 
     def _make_variables(self, optimizer: Any) -> None:
         self._strategy = optimizer._distribution_strategy
@@ -54,11 +60,18 @@ class Recorder(RecorderBase):
             )
 
     def may_step(self, local: Local) -> tf.Tensor:
-        """Whether a step may be taken. Asked only if the plan is to stop."""
-        return tf.logical_not(tf.logical_and(local(self._halted), local(self._held) > 0))
+        """Return whether a step may be taken: not during a halt. Asked only if the plan `stops`."""
+        return tf.logical_not(
+            tf.logical_and(local(self._is_halted), local(self._halt_updates_left) > 0)
+        )
 
     def before(self, local: Local, step: tf.Tensor) -> None:
-        """To be called before the update `step` is made."""
+        """Keep the weights, if details or histograms are due. To be called before an update.
+
+        Args:
+            local: returns the first replica's copy of a variable.
+            step: int64 scalar, the number of the update.
+        """
         if not self._before:
             return
 
@@ -79,19 +92,19 @@ class Recorder(RecorderBase):
         measured: Measured,
         directions: Callable[[Sequence[tf.Tensor]], Mapping[int, tf.Tensor]],
     ) -> None:
-        """To be called after it.
+        """Record an update that was made.
 
         Args:
-            local: what a variable is on the device in hand.
+            local: returns the first replica's copy of a variable.
             step: int64 scalar, the number of the update.
-            measured: what it has measured.
-            directions: maps the weights before the update to g / norm(g), for the
-                positions of those variables that have a gradient.
+            measured: what was measured on its gradient.
+            directions: maps the weights before the update to g / norm(g) by index, for the
+                variables that have a gradient.
         """
         # At the end of a dataset of unknown length TensorFlow runs whatever does not wait for data.
         with tf.control_dependencies([measured.norm]):
             self._write_row(local, step, measured)
-            self._note_what_is_not_finite(local, step, measured)
+            self._record_nonfinite(local, step, measured)
             weights = [tf.convert_to_tensor(local(kept)) for kept in self._before]
 
             def write_details() -> None:
@@ -109,26 +122,32 @@ class Recorder(RecorderBase):
                     tf.cond(self._is_due(local, every, step), write, lambda: None)
 
     def _is_due(self, local: Local, every: int | None, step: tf.Tensor) -> tf.Tensor:
+        """Return a boolean scalar: whether rows written every `every` updates are due at `step`."""
         if every is None:
             return tf.constant(False)
         return tf.logical_and(tf.convert_to_tensor(local(self._active)), step % every == 0)
 
     def _write_row(self, local: Local, step: tf.Tensor, measured: Measured) -> None:
+        """Append the row of an update to the ring buffer of updates."""
         _write(self._updates, local, step, self._row(measured))
         local(self._latest).assign(measured.norm)
 
-    def _note_what_is_not_finite(self, local: Local, step: tf.Tensor, measured: Measured) -> None:
+    def _record_nonfinite(self, local: Local, step: tf.Tensor, measured: Measured) -> None:
+        """Note the first update whose gradient is not finite; if the plan `stops`, begin a halt.
+
+        Until then the variables to be restored are backed up.
+        """
         nonfinite = tf.logical_not(measured.is_finite)
-        nonfinite_step, bad_ones = local(self._bad_step), local(self._bad)
+        nonfinite_step, nonfinite_ones = local(self._nonfinite_step), local(self._nonfinite)
         first = tf.logical_and(nonfinite, nonfinite_step == 0)
-        bad_ones.assign(tf.where(first, measured.nonfinite, bad_ones))
+        nonfinite_ones.assign(tf.where(first, measured.nonfinite, nonfinite_ones))
         nonfinite_step.assign(tf.where(first, step, nonfinite_step))
         if not self.plan.stops:
             return
-        halted = tf.logical_or(local(self._halted), nonfinite)
-        local(self._halted).assign(halted)
-        local(self._held).assign_sub(1)
-        for variable, backup in zip(self._guarded, self._backups, strict=True):
+        halted = tf.logical_or(local(self._is_halted), nonfinite)
+        local(self._is_halted).assign(halted)
+        local(self._halt_updates_left).assign_sub(1)
+        for variable, backup in zip(self._restorable, self._backups, strict=True):
             kept = local(backup)
             kept.assign(tf.where(halted, kept, local(variable)))
 
@@ -139,6 +158,7 @@ class Recorder(RecorderBase):
         weights: Sequence[tf.Tensor],
         directions: Mapping[int, tf.Tensor],
     ) -> None:
+        """Append the `DETAILS` of all variables to their ring buffer."""
         rows = [
             self._traced_once(
                 details,
@@ -160,6 +180,7 @@ class Recorder(RecorderBase):
         norm: tf.Tensor,
         directions: Mapping[int, tf.Tensor],
     ) -> None:
+        """Append histograms of each variable's gradient and momentum to their ring buffer."""
         rows = []
         for i, momentum in enumerate(self._momentums):
             direction = directions.get(i)
@@ -175,7 +196,7 @@ class Recorder(RecorderBase):
     def _traced_once(
         self, function: Callable[..., tf.Tensor], *tensors: tf.Tensor | None
     ) -> tf.Tensor:
-        """Calls it as a function of the graph that variables of one shape share.
+        """Call a `tf.function` of `function`, traced once for all tensors that are alike.
 
         Otherwise tracing a deep model would take many times as long.
         """
@@ -183,8 +204,8 @@ class Recorder(RecorderBase):
             None if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors
         )
         if (function, alike) not in self._functions:
-            # One function for each shape, for TensorFlow warns of functions that it
-            # traces again and again.
+            # TensorFlow warns of a function that it traces again and again, so each shape has
+            # a function of its own.
             self._functions[function, alike] = tf.function(
                 functools.partial(function),
                 autograph=False,
@@ -194,6 +215,7 @@ class Recorder(RecorderBase):
 
 
 def _write(ring: Ring, local: Local, step: tf.Tensor, values: tf.Tensor) -> None:
+    """Append a row to a ring buffer."""
     count, rows = local(ring.count), local(ring.rows)
     row = row_of(step, values)[tf.newaxis]
     rows.scatter_update(tf.IndexedSlices(row, (count % ring.length)[tf.newaxis]))

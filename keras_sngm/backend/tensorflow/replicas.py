@@ -1,9 +1,9 @@
-"""The replicas a step is taken on, and how they sum up their gradients.
+"""Replicas that a step is taken on, and how they sum up their gradients.
 
 Under a `tf.distribute` strategy one optimizer has weights on several devices.
-Where TensorFlow can leave the replicas and act on all of them at once, it must
-be done: there, and only there, may a `tf.cond` decide whether they communicate.
-Where it cannot, each replica acts for itself. Both look the same to a step.
+Where TensorFlow can enter the cross-replica context, a step must be taken there: only
+there may a `tf.cond` decide whether replicas communicate. Where it cannot, each replica
+acts for itself. Both look the same to a step.
 """
 
 import weakref
@@ -21,28 +21,30 @@ from keras_sngm.backend.tensorflow.slot import dense
 
 
 class Replicas(Protocol):
-    """Those replicas that the code in hand acts for."""
+    """The replicas that some code acts for: all of this machine, or a single one."""
 
     def parts(self, value: Any) -> tuple[Any, ...]:
-        """What a variable or a gradient is on each of the replicas."""
+        """Return each replica's copy of a variable, or its part of a gradient."""
 
     def joined(self, parts: Sequence[Any]) -> Any:
-        """The gradient that has these parts."""
+        """Return the per-replica value that consists of these parts."""
 
     def completed(self, gradient: Any, variable: Any) -> Any:
-        """A gradient that each of the replicas has, of one kind and in its own memory.
+        """Return a gradient of one kind on all replicas, each part in its replica's memory.
+
+        Zeros stand in for a replica that has none.
 
         Args:
-            gradient: what they gave for a variable, at least one of them a gradient.
-            variable: that variable.
+            gradient: the replicas' gradients of a variable, of which some may be `None`.
+            variable: the variable.
         """
 
     def sums(self, gradients: Sequence[Any]) -> list[Any]:
-        """Each gradient, summed over all replicas of all machines."""
+        """Return each gradient summed up over all replicas of all machines."""
 
 
 class AllReplicas:
-    """All replicas of this machine, from the cross-replica context."""
+    """All replicas of this machine, seen from the cross-replica context."""
 
     def __init__(self, strategy: tf.distribute.Strategy) -> None:
         self._strategy = strategy
@@ -73,13 +75,13 @@ class AllReplicas:
         reduce = self._strategy.extended.batch_reduce_to
         if _uses_a_ring_in_memory(self._strategy):
             reduce = tf.distribute.ReductionToOneDevice().batch_reduce
-        # A gradient is its own destination: with the variable there TensorFlow
-        # would reduce them one by one.
+        # With the gradient as its own destination TensorFlow reduces all gradients together,
+        # with the variable one by one.
         return reduce(tf.distribute.ReduceOp.SUM, [(gradient, gradient) for gradient in gradients])
 
 
 class OwnReplica:
-    """One replica, from its own context."""
+    """One replica, seen from its own context."""
 
     def __init__(self, context: tf.distribute.ReplicaContext) -> None:
         self._context = context
@@ -102,9 +104,9 @@ class OwnReplica:
 
 
 class Agreement:
-    """Sees to it that replicas which act for themselves have gradients for the same variables.
+    """A check that replicas which act for themselves have gradients for the same variables.
 
-    Each of them is traced by itself, and none knows what another will have.
+    Each replica is traced by itself, and none knows what another will have.
     """
 
     def __init__(self) -> None:
@@ -112,36 +114,42 @@ class Agreement:
         self._calls = weakref.WeakKeyDictionary()
 
     def check(self, context: tf.distribute.ReplicaContext, has_gradient: list[bool]) -> None:
-        """Refuse what differs from the same call of a replica before.
+        """Compare a call on this replica with the same call on replicas that were traced before.
+
+        Args:
+            context: the context of this replica.
+            has_gradient: for each variable, whether this replica has a gradient.
 
         Raises:
-            ValueError: if it does.
+            ValueError: if they do not have gradients for the same variables.
         """
         if context.num_replicas_in_sync == 1:
             return
         calls = self._calls.setdefault(_outermost_function(get_default_graph()), {})
-        own = calls.setdefault(get_current_replica_id_as_int(), [])
-        own.append(has_gradient)
+        own_calls = calls.setdefault(get_current_replica_id_as_int(), [])
+        own_calls.append(has_gradient)
         for others in calls.values():
-            if len(others) >= len(own) and others[len(own) - 1] != has_gradient:
+            if len(others) >= len(own_calls) and others[len(own_calls) - 1] != has_gradient:
+                other = others[len(own_calls) - 1]
                 raise ValueError(
                     "All replicas must have gradients for the same variables where XLA compiles "
                     "what each of them does. Give zeros for a variable that a replica does not "
-                    f"use. Received: {others[len(own) - 1]} and {has_gradient} (whether there is "
+                    f"use. Received: {other} and {has_gradient} (whether there is "
                     "a gradient, for each variable)"
                 )
 
 
 def _outermost_function(graph: Any) -> Any:
+    """Return the graph of the outermost function that is being traced."""
     while hasattr(getattr(graph, "outer_graph", None), "outer_graph"):
         graph = graph.outer_graph
     return graph
 
 
 def _uses_a_ring_in_memory(strategy: tf.distribute.Strategy) -> bool:
-    """Whether CPUs that could read each other's gradients are to send them around.
+    """Return whether TensorFlow would reduce gradients of CPUs of one machine by a ring all-reduce.
 
-    That is what TensorFlow does unless told otherwise. Measured: most of a step's time.
+    They could read each other's memory instead. Measured: the ring takes most of a step's time.
     """
     return (
         isinstance(strategy, tf.distribute.MirroredStrategy)
@@ -155,13 +163,14 @@ def _is_cpu(device: str) -> bool:
 
 
 def native_variable(value: Any) -> Any:
+    """Return the TensorFlow variable inside of a Keras variable; anything else as it is."""
     return value.value if isinstance(value, keras.Variable) else value
 
 
 def first_gradient_of(
     replicas: Replicas, replica: int, gradients: Sequence[Any]
 ) -> list[tf.Tensor]:
-    """Return a tensor that one replica has only if there were data, or none.
+    """Return a list with one tensor that a replica has only if there were data, or an empty list.
 
     At the end of a dataset of unknown length TensorFlow runs whatever does not wait for data.
     """

@@ -1,4 +1,4 @@
-"""Scalars that differ from step to step."""
+"""Scalars of a step that differ from one step to the next."""
 
 from typing import NamedTuple
 
@@ -6,12 +6,12 @@ import tensorflow as tf
 
 
 class StepScalars(NamedTuple):
-    """What changes from step to step besides the gradient."""
+    """Scalars that change from step to step, besides the gradient."""
 
     learning_rate: tf.Tensor
     first_average: tf.Tensor | None
-    """Whether the next moving average is the first. `None` if there are none."""
+    """Boolean, whether the moving averages begin with this step. `None` if none are kept."""
     overwrite_with_average: tf.Tensor | None
-    """`None` if that never happens."""
+    """Boolean, whether weights are overwritten by their averages. `None` if they never are."""
     may_step: tf.Tensor | None
-    """Whether a step may be taken at all. `None` if it may."""
+    """Boolean, whether a step may be taken: recorders can forbid it. `None` if none does."""

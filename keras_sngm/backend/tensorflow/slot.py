@@ -1,4 +1,4 @@
-"""A weight with the optimizer's state for it, and the precision it is computed in."""
+"""A weight with the optimizer's state for it, and the dtype it is computed in."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -9,7 +9,15 @@ from keras_sngm import update_rule
 
 
 class Slot(NamedTuple):
-    """A weight and what the optimizer keeps for it on this device."""
+    """A weight on one device, with the optimizer's state for it.
+
+    Attributes:
+        weight: the variable.
+        momentum: its momentum, or `None` if none is kept.
+        average: its moving average, or `None` if none is kept.
+        decays: whether weight decay applies to it.
+        constraint: maps the weight to one that its layer allows, or `None`.
+    """
 
     weight: tf.Variable
     momentum: tf.Variable | None
@@ -24,32 +32,31 @@ class Slot(NamedTuple):
 
 
 def arithmetic_dtype(dtype: tf.DType) -> tf.DType:
-    """That in which variables of the given one are computed with."""
+    """Return the dtype to compute with for variables of `dtype`: float32 also for 16-bit ones."""
     return tf.as_dtype(update_rule.arithmetic_dtype(dtype.name))
 
 
 def for_arithmetic(variable: tf.Variable) -> tf.Tensor:
-    """A variable's value in the precision it is computed in."""
+    """Return a variable's value in the dtype that it is computed in."""
     return tf.cast(variable, arithmetic_dtype(variable.dtype))
 
 
 def widest(tensors: Sequence[tf.Tensor]) -> tf.DType:
-    """The dtype of most bits among theirs."""
+    """Return the dtype of most bits among those of the tensors."""
     return max((tensor.dtype for tensor in tensors), key=lambda dtype: dtype.size)
 
 
 def dense(gradient: Any, shape: tf.TensorShape) -> tf.Tensor:
-    """A gradient, as slices or not, as a tensor of the shape of its variable."""
+    """Return a gradient as a dense tensor; duplicate rows are added up, not in 16 bits."""
     if not isinstance(gradient, tf.IndexedSlices):
         return tf.convert_to_tensor(gradient)
-    # Duplicate rows of a sparse gradient must be added before a norm is taken, not in 16 bits,
-    # and the momentum is dense anyway.
+    # Duplicate rows must be added up before a norm is taken. The momentum is dense anyway.
     at_least_float32 = tf.cast(gradient, arithmetic_dtype(gradient.dtype))
     return tf.ensure_shape(tf.convert_to_tensor(at_least_float32), shape)
 
 
 def of_known_shape(gradient: Any, shape: tf.TensorShape) -> Any:
-    """Return a gradient that is known to have the shape of its variable.
+    """Return the gradient, known to have the shape of its variable while a graph is traced.
 
     TensorFlow does not know all of it where a layer's input has axes of unknown length. Slices
     need not know it at all.
@@ -63,7 +70,7 @@ def of_known_shape(gradient: Any, shape: tf.TensorShape) -> Any:
 
 
 def is_accelerator(device: str) -> bool:
-    """Whether the device of this name is not a CPU."""
+    """Return whether the device of this name is not a CPU."""
     return tf.DeviceSpec.from_string(device).device_type not in (None, "CPU")
 
 

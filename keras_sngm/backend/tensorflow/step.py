@@ -1,4 +1,6 @@
-"""One SNGM step on the variables of one device."""
+"""One SNGM step on the variables of one device.
+
+What XLA compiles of a step depends on all of its parts, so they are in one file."""
 
 import functools
 import itertools
@@ -30,7 +32,7 @@ from keras_sngm.update_rule import Coefficients, Rule
 
 
 class Readings(NamedTuple):
-    """The state a user may read, on this device."""
+    """Variables that a user may read after a step, on this device."""
 
     gradient_norm: tf.Variable
     gradient_norms: tf.Variable
@@ -39,7 +41,7 @@ class Readings(NamedTuple):
 
 
 class LocalStep:
-    """Reduced gradients in, variables of one device updated in place.
+    """One SNGM step: applies all-reduced gradients to the variables of one device, in place.
 
     Called eagerly it is one function call; called while a graph is traced, it
     becomes part of that graph. Some variables may be left to TensorFlow's kernel
@@ -48,9 +50,9 @@ class LocalStep:
 
     Args:
         rule: the hyper-parameters to compile in.
-        slots: those of all variables the optimizer was built with.
-        active: positions in `slots` of the variables that have a gradient.
-        readings: where to write what was measured.
+        slots: one for each variable that the optimizer was built with.
+        active: indices in `slots` of the variables that have a gradient.
+        readings: the variables to write measurements to.
         jit_compile: whether to compile with XLA; `"auto"` compiles what the kernel
             is not quicker at.
         in_xla: whether XLA compiles the function around this step.
@@ -75,54 +77,69 @@ class LocalStep:
         can_call_kernel = not in_xla and not is_accelerator(self.device)
         by_kernel = [False] * len(active)
         if can_call_kernel:
-            by_kernel = kernel.chosen(rule, [slots[i] for i in active], jit_compile)
+            by_kernel = kernel.updated_by_kernel(rule, [slots[i] for i in active], jit_compile)
         self._arrange([slots[i] for i in active], active, by_kernel)
         self._compile(bool(jit_compile), in_xla)
 
     def _arrange(
         self, slots: Sequence[Slot], active: Sequence[int], by_kernel: Sequence[bool]
     ) -> None:
-        """Bring the slots into the order of a step: those updated together come first."""
-        together = [k for k, chosen in enumerate(by_kernel) if not chosen]
-        self._bundles = kernel.bundled(slots, [k for k, chosen in enumerate(by_kernel) if chosen])
+        """Order the slots: first those that are updated together, then those left to the kernel.
+
+        Args:
+            slots: the slots of the variables that have a gradient.
+            active: the index of each of these among all variables.
+            by_kernel: which of these are left to the kernel.
+        """
+        together = [k for k, updated_by_kernel in enumerate(by_kernel) if not updated_by_kernel]
+        self._bundles = kernel.bundled(
+            slots, [k for k, updated_by_kernel in enumerate(by_kernel) if updated_by_kernel]
+        )
         self._order = [*together, *(k for bundle in self._bundles for k in bundle.indices)]
-        self._together = len(together)
+        self._count_without_kernel = len(together)
         ends = itertools.accumulate((len(b.slots) for b in self._bundles), initial=len(together))
         self._spans = list(itertools.starmap(slice, itertools.pairwise(ends)))
         self._slots = [slots[k] for k in self._order]
         self.indices = [active[k] for k in self._order]
 
     def _compile(self, jit_compile: bool, in_xla: bool) -> None:
-        """Decide what XLA gets: all of a step, the update alone, or nothing."""
+        """Decide what XLA compiles: all of a step, the update alone, or nothing."""
         self._normalize_and_update: Callable[..., Any] = self._normalize_then_update
         self._update: Callable[..., Any] = self._update_together
-        # XLA on CPUs is slow at reducing a tensor to a number. So there the norm is
-        # taken by TensorFlow's kernel, unless that would need one more tensor for a
-        # gradient that is changed first.
+        # XLA on CPUs is slow at reducing a tensor to a number. So TensorFlow's kernel takes the
+        # norm there, unless the gradient is changed first and would need one more tensor.
         on_accelerator = is_accelerator(self.device)
         with_norm = on_accelerator or update_rule.changes_gradient(self._rule)
         with_norm = with_norm and jit_compile and not self._bundles
-        sizes = [slot.size for slot in self._slots[: self._together]]
-        delayed_until = jit_compile and not in_xla and not on_accelerator
-        self._chunks = order.chunks(sizes) if delayed_until else [slice(self._together)]
+        sizes = [slot.size for slot in self._slots[: self._count_without_kernel]]
+        needs_order = jit_compile and not in_xla and not on_accelerator
+        self._chunks = order.chunks(sizes) if needs_order else [slice(self._count_without_kernel)]
         if with_norm:
             self._normalize_and_update = _function(self._normalize_then_update, jit_compile=True)
         elif jit_compile:
             self._update = _function(self._update_together, jit_compile=True)
         stacks = sum(len(bundle.slots) > 1 for bundle in self._bundles)
         usual, rare = norm.sums_on(on_accelerator, in_xla or with_norm, stacks)
-        self._normalized = functools.partial(norm.normalized_by, usual, rare, self._rule)
+        self._normalization_of = functools.partial(norm.normalized_by, usual, rare, self._rule)
         self._prescaled_and_normalized = functools.partial(
             norm.prescaled_and_normalized_by, usual, self._rule, stacks=stacks
         )
-        self._run = _function(self._run_and_read)
+        self._run = _function(self._run_step)
 
     def __call__(
         self, gradients: Sequence[tf.Tensor | tf.IndexedSlices], scalars: StepScalars
     ) -> Normalization:
-        """Returns what was measured, in the order of this step's own; see `directions`."""
-        # A nested function would cost an operation for each of its arguments.
-        run = self._run if tf.executing_eagerly() else self._run_and_read
+        """Take the step.
+
+        Args:
+            gradients: the gradients of the variables that have one, in the order of `active`.
+            scalars: the scalars of this step.
+
+        Returns:
+            How the gradient was normalized. Its vectors are in the order of `self.indices`.
+        """
+        # In a graph a nested function would cost an operation for each of its arguments.
+        run = self._run if tf.executing_eagerly() else self._run_step
         return run(self._in_order(gradients), scalars)
 
     def directions(
@@ -131,17 +148,17 @@ class LocalStep:
         weights: Sequence[tf.Tensor],
         normalized: Normalization,
     ) -> dict[int, tf.Tensor]:
-        """The direction of the whole gradient, computed once more.
+        """Compute g / norm(g) of the whole gradient once more, after the step.
 
         That is what has entered the momentum, unless the rule is `blockwise`.
 
         Args:
-            gradients: those the step was called with.
-            weights: all that the optimizer was built with, as they were before.
+            gradients: the gradients that the step was called with.
+            weights: the weights of all variables before the step.
             normalized: what the step has returned.
 
         Returns:
-            g / norm(g) by position among all variables.
+            The part of g / norm(g) of each variable that has a gradient, by its index.
         """
         final = self._final_gradients(
             self._in_order(gradients), [weights[index] for index in self.indices]
@@ -150,12 +167,19 @@ class LocalStep:
         return dict(zip(self.indices, directions, strict=True))
 
     def _in_order(self, gradients: Sequence[tf.Tensor | tf.IndexedSlices]) -> list[tf.Tensor]:
+        """Return the gradients as dense tensors, in the order of this step's slots."""
         return [
             dense(gradients[k], slot.weight.shape)
             for k, slot in zip(self._order, self._slots, strict=True)
         ]
 
-    def _run_and_read(self, gradients: list[tf.Tensor], scalars: StepScalars) -> Normalization:
+    def _run_step(self, gradients: list[tf.Tensor], scalars: StepScalars) -> Normalization:
+        """Take the step, apply constraints, and assign the variables that a user may read.
+
+        Args:
+            gradients: dense gradients in the order of this step's slots.
+            scalars: the scalars of this step.
+        """
         normalized = self._normalize_and_update(gradients, scalars)
         self._constrain(normalized.is_taken)
         norms = tf.cast(normalized.norms, tf.float32)
@@ -172,9 +196,15 @@ class LocalStep:
     def _normalize_then_update(
         self, gradients: list[tf.Tensor], scalars: StepScalars
     ) -> Normalization:
+        """Normalize the gradients, and update weights, momenta and averages with them.
+
+        Args:
+            gradients: dense gradients in the order of this step's slots.
+            scalars: the scalars of this step.
+        """
         weights = [for_arithmetic(slot.weight) for slot in self._slots]
         gradients = self._final_gradients(gradients, weights)
-        joined = gradients[: self._together]
+        joined = gradients[: self._count_without_kernel]
         for bundle, span in zip(self._bundles, self._spans, strict=True):
             joined.append(bundle.joined(gradients[span]))
         joined, pending, normalized = self._normalize(joined)
@@ -182,16 +212,16 @@ class LocalStep:
             is_taken = tf.logical_and(normalized.is_finite, scalars.may_step)
             normalized = normalized._replace(is_taken=is_taken)
         to_do = normalized._replace(prescale=pending)
-        if self._together or self._idle:
-            own = norm.part_of(to_do, slice(self._together))
-            self._update(joined[: self._together], own, scalars)
-        self._update_bundles(joined[self._together :], to_do, scalars)
+        if self._count_without_kernel or self._idle:
+            count = self._count_without_kernel
+            self._update(joined[:count], norm.part_of(to_do, slice(count)), scalars)
+        self._update_bundles(joined[self._count_without_kernel :], to_do, scalars)
         return normalized
 
     def _final_gradients(
         self, gradients: list[tf.Tensor], weights: Sequence[tf.Tensor]
     ) -> list[tf.Tensor]:
-        """What is to be normalized."""
+        """Return the gradients to be normalized, after coupled weight decay and `clipvalue`."""
         gradients = [
             tf.cast(gradient, arithmetic_dtype(slot.weight.dtype))
             for gradient, slot in zip(gradients, self._slots, strict=True)
@@ -206,16 +236,24 @@ class LocalStep:
     def _update_bundles(
         self, joined: list[tf.Tensor], normalized: Normalization, scalars: StepScalars
     ) -> None:
+        """Update the variables that are left to TensorFlow's kernel, and their averages.
+
+        Args:
+            joined: one tensor of gradients for each bundle.
+            normalized: how to normalize them, with a `prescale` of 1.
+            scalars: the scalars of this step.
+        """
         coefficients = self._coefficients(scalars, normalized.is_taken)
         for bundle, span, gradient in zip(self._bundles, self._spans, joined, strict=True):
-            own = norm.part_of(normalized, span)
-            bundle.update(self._rule, coefficients[gradient.dtype], own, gradient)
-        for slot in self._slots[self._together :]:
+            of_bundle = norm.part_of(normalized, span)
+            bundle.update(self._rule, coefficients[gradient.dtype], of_bundle, gradient)
+        for slot in self._slots[self._count_without_kernel :]:
             if slot.average is not None:
                 average_unchanged_weight(slot, coefficients, scalars)
 
     def _constrain(self, is_taken: tf.Tensor) -> None:
-        # Constraints are the user's code: XLA need not be able to compile them.
+        """Apply the constraints of the variables, unless the step is skipped."""
+        # Constraints are the user's code, which XLA need not be able to compile.
         for slot in self._slots:
             if slot.constraint is not None:
                 weight = tf.convert_to_tensor(slot.weight)
@@ -224,18 +262,28 @@ class LocalStep:
     def _normalize(
         self, gradients: list[tf.Tensor]
     ) -> tuple[list[tf.Tensor], tf.Tensor, Normalization]:
-        """The gradients, the prescale that is still to be done to them, and the whole one."""
+        """Compute how to normalize the gradients.
+
+        Args:
+            gradients: one tensor for each variable that is updated together with others, then
+                one for each bundle.
+
+        Returns:
+            The gradients; the prescale that they are still to be multiplied by; and the whole
+            normalization. Where there are bundles the gradients have been multiplied.
+        """
         sizes = [slot.size for slot in self._slots]
         if self._bundles:
             gradients, normalized = self._prescaled_and_normalized(gradients, sizes)
             return gradients, tf.ones_like(normalized.prescale), normalized
         at_least_float32 = [tf.cast(gradient, widest(gradients)) for gradient in gradients]
-        normalized = self._normalized(at_least_float32, sizes)
+        normalized = self._normalization_of(at_least_float32, sizes)
         return gradients, normalized.prescale, normalized
 
     def _coefficients(
         self, scalars: StepScalars, is_taken: tf.Tensor
     ) -> dict[tf.DType, Coefficients]:
+        """Return the factors of this step for each dtype that variables are computed in."""
         dtypes = {arithmetic_dtype(slot.weight.dtype) for slot in [*self._slots, *self._idle]}
         return {
             dtype: update_rule.step_coefficients(
@@ -253,16 +301,23 @@ class LocalStep:
         normalized: Normalization,
         scalars: StepScalars,
     ) -> None:
+        """Update the variables that are not left to the kernel, chunk by chunk.
+
+        Args:
+            gradients: the gradients to be normalized.
+            normalized: how to normalize them.
+            scalars: the scalars of this step.
+        """
         coefficients = self._coefficients(scalars, normalized.is_taken)
         directions = normalization.directions(normalized, gradients)
         done: list[tf.Tensor] = []
         for chunk in self._chunks:
-            now = {
-                dtype: own._replace(momentum=order.delayed_until(own.momentum, done))
-                for dtype, own in coefficients.items()
+            delayed = {
+                dtype: factors._replace(momentum=order.delayed_until(factors.momentum, done))
+                for dtype, factors in coefficients.items()
             }
             weights = [
-                self._update_one(slot, direction, now[direction.dtype], scalars)
+                self._update_one(slot, direction, delayed[direction.dtype], scalars)
                 for slot, direction in zip(self._slots[chunk], directions[chunk], strict=True)
             ]
             done.extend(weights[-1:])
@@ -272,7 +327,7 @@ class LocalStep:
     def _update_one(
         self, slot: Slot, direction: tf.Tensor, coefficients: Coefficients, scalars: StepScalars
     ) -> tf.Tensor:
-        """Returns the new weight."""
+        """Update one variable with its state. Returns its new weight."""
         weight, momentum = update_rule.descend(
             self._rule,
             coefficients,
@@ -287,6 +342,7 @@ class LocalStep:
 
 
 def _function(method: Callable[..., Any], jit_compile: bool | None = None) -> Callable[..., Any]:
+    """Return a `tf.function` of a method that counts traces for itself."""
     # TensorFlow counts traces by code object, and would warn that a method is
     # retraced when it is traced once for each of several devices. A partial
     # has no code object and counts for itself.

@@ -1,4 +1,4 @@
-"""Has the optimizer of a model recorded while it is trained, Keras' own as well as SNGM.
+"""Attaching of recorders to the optimizers of a model on TensorFlow.
 
 SNGM calls its recorders itself, where it has summed up the gradients. The `apply` of
 any other optimizer is wrapped while a recorder is attached to it.
@@ -14,8 +14,13 @@ import tensorflow as tf
 from tensorflow.python.framework.ops import get_default_graph
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
-from keras_sngm.backend.common import watch
-from keras_sngm.backend.common.recorder import Measured, attached, conditions_of_step, ready
+from keras_sngm.backend.common import recorded_apply, watch
+from keras_sngm.backend.common.measured import Measured
+from keras_sngm.backend.common.recorder import (
+    attached_recorders,
+    conditions_of_step,
+    ready_recorders,
+)
 from keras_sngm.backend.tensorflow import norm
 from keras_sngm.backend.tensorflow.recorder import Recorder
 from keras_sngm.backend.tensorflow.replicas import OwnReplica
@@ -30,44 +35,52 @@ from keras_sngm.measurements import Plan
 from keras_sngm.normalization import Normalization
 
 
-def attach(model: keras.Model, plan: Plan, fit_params: Any) -> watch.Watch:
-    """Record from the next training step on.
+def attach(model: keras.Model, plan: Plan, fit_params: Any) -> watch.Attachment:
+    """Attach recorders to a model's optimizers; they record from the next training step on.
 
     The training function is made anew, and traced by its next call, unless it already
     calls such recorders from an earlier `fit`.
+
+    Args:
+        model: a compiled model.
+        plan: what to record.
+        fit_params: the `callback.params` of this `fit()` call.
     """
-    for recorder in watch.left_over(model, fit_params):
+    for recorder in watch.recorders_of_other_fits(model, fit_params):
         watch.detach(recorder)
     model.make_train_function()
-    own = watch.Watch(model, fit_params)
-    known = _recorders_known_to(model.train_function)
-    spare = [recorder for recorder in known if recorder.plan == plan and not _is_attached(recorder)]
-    make = watch.maker(model, plan, Recorder)
+    attachment = watch.Attachment(model, fit_params)
+    spare = [
+        recorder
+        for recorder in _recorders_known_to(model.train_function)
+        if recorder.plan == plan and not _is_attached(recorder)
+    ]
+    make = watch.recorder_factory(model, plan, Recorder)
     used = {recorder.optimizer(): recorder for recorder in spare}
-    own.begin(lambda optimizer: used.get(optimizer) or make(optimizer), _Watched)
-    is_known = own.recorders and all(recorder in spare for recorder in own.recorders)
+    attachment.begin(lambda optimizer: used.get(optimizer) or make(optimizer), _RecordedApply)
+    is_known = attachment.recorders and all(recorder in spare for recorder in attachment.recorders)
     if not is_known and not _is_new(model.train_function):
         model.make_train_function(force=True)
         model.train_function = _TrainFunction(model)
-    return own
+    return attachment
 
 
-def detach(own: watch.Watch) -> None:
-    """Record no longer."""
-    own.end()
+def detach(attachment: watch.Attachment) -> None:
+    """Detach all recorders that `attach` has attached."""
+    attachment.end()
 
 
-def is_current(own: watch.Watch, model: keras.Model) -> bool:
-    """Return whether the next training step of the model is still recorded."""
-    return own.root is model.optimizer
+def is_current(attachment: watch.Attachment, model: keras.Model) -> bool:
+    """Return whether the model's next training step is recorded: it was not compiled anew."""
+    return attachment.root is model.optimizer
 
 
 class _TrainFunction:
-    """Takes the place of a model's training function, for good.
+    """Permanent replacement of a model's training function that knows which recorders it calls.
 
     Attributes:
-        recorders: those that each call so far was made with: every graph that was traced
-            calls them. `None` before the first call.
+        recorders: the recorders that were attached in each call so far, so that every graph
+            that was traced calls them. `None` before the first call.
     """
 
     def __init__(self, model: keras.Model) -> None:
@@ -84,57 +97,69 @@ class _TrainFunction:
 
 
 def _is_new(train_function: Any) -> bool:
-    """Return whether a training function calls whatever is attached before its first call."""
+    """Return whether a training function was never called, and so calls whatever is attached."""
     return isinstance(train_function, _TrainFunction) and train_function.recorders is None
 
 
 def _recorders_known_to(train_function: Any) -> list[Recorder]:
+    """Return the recorders that all graphs of a training function call."""
     return getattr(train_function, "recorders", None) or []
 
 
 def _is_attached(recorder: Recorder) -> bool:
-    return recorder in attached(recorder.optimizer())
+    """Return whether a recorder is attached to its optimizer."""
+    return recorder in attached_recorders(recorder.optimizer())
 
 
-class _Watched(watch.Watched):
-    """Sums up the gradients of all replicas once more, in each training step.
+class _RecordedApply(recorded_apply.RecordedApply):
+    """Replacement of an optimizer's `apply` that records, on TensorFlow.
 
-    Where Keras does it, nobody else can see the result.
+    It sums up the gradients of all replicas once more in each training step: where Keras does
+    it, nobody else can see the result.
     """
 
     def _update(
-        self, given: watch.Given, gradients: list[Any], variables: list[Any] | None
+        self, inputs: recorded_apply.UpdateInputs, gradients: list[Any], variables: list[Any] | None
     ) -> None:
         optimizer = self._optimizer
-        known, on, indices = given
+        weights, indices = inputs.variables, inputs.indices
         replicas = OwnReplica(tf.distribute.get_replica_context())
 
         def local(value: Any) -> Any:
             return replicas.parts(value)[0]
 
-        final = [self._final(g, v, local) for g, v in zip(known, on, strict=True)]
-        summed = [
-            dense(gradient, variable.shape)
-            for gradient, variable in zip(replicas.sums(final), on, strict=True)
+        final = [
+            self._gradient_of_update(gradient, weight, local)
+            for gradient, weight in zip(inputs.gradients, weights, strict=True)
         ]
-        normalized = _normalized(summed, local(on[0]).device)
-        measured, directions = watch.measured(
+        summed = [
+            dense(gradient, weight.shape)
+            for gradient, weight in zip(replicas.sums(final), weights, strict=True)
+        ]
+        normalized = _normalization_of(summed, local(weights[0]).device)
+        measured, directions = recorded_apply.measure(
             normalized, summed, indices, len(optimizer._trainable_variables)
         )
         step = tf.cast(optimizer.iterations, tf.int64) + 1
-        recorders = ready(optimizer)
+        recorders = ready_recorders(optimizer)
         are_due = [self._is_due(recorder, measured) for recorder in recorders]
         for recorder, is_due in zip(recorders, are_due, strict=True):
-            _if(is_due, functools.partial(recorder.before, local, step))
+            _run_if(is_due, functools.partial(recorder.before, local, step))
         self._apply_unless_stopped(recorders, local, measured, gradients, variables)
         for recorder, is_due in zip(recorders, are_due, strict=True):
-            _if(
+            _run_if(
                 is_due,
                 functools.partial(recorder.after, local, step, measured, lambda _: directions()),
             )
 
-    def _final(self, gradient: Any, variable: Any, local: Callable[[Any], Any]) -> Any:
-        """This replica's part of the gradient that the next update is made with."""
+    def _gradient_of_update(self, gradient: Any, variable: Any, local: Callable[[Any], Any]) -> Any:
+        """Return this replica's part of the gradient that the next update is made with.
+
+        Args:
+            gradient: the gradient of a variable in this call.
+            variable: the variable.
+            local: returns this replica's copy of a variable.
+        """
         optimizer = self._optimizer
         gradient = of_known_shape(gradient, variable.shape)
         dtype = arithmetic_dtype(gradient.dtype)
@@ -153,7 +178,10 @@ class _Watched(watch.Watched):
         return gradient
 
     def _is_due(self, recorder: Recorder, measured: Measured) -> tf.Tensor | None:
-        """Whether there is something to record, `None` for always."""
+        """Return a boolean scalar, whether this call ends an update; `None` if every call does.
+
+        For a recorder that stops training, a gradient that is not finite counts as the end, too.
+        """
         micro_batches = self._optimizer.gradient_accumulation_steps
         if micro_batches is None:
             return None
@@ -170,40 +198,42 @@ class _Watched(watch.Watched):
         gradients: list[Any],
         variables: list[Any] | None,
     ) -> None:
+        """Apply the gradients, unless a recorder has stopped training or stops it now."""
         conditions = conditions_of_step(recorders, local)
         if not conditions:
             self._apply(gradients, variables)
             return
-        may = tf.reduce_all([*conditions, measured.is_finite])
+        may_step = tf.reduce_all([*conditions, measured.is_finite])
         if tf.__internal__.distribute.strategy_supports_no_merge_call():
-            _if(may, lambda: self._apply(gradients, variables))
+            _run_if(may_step, lambda: self._apply(gradients, variables))
             return
 
-        def on_all_replicas(strategy: Any, may: Any, gradients: Any) -> None:
-            _if(
-                strategy.experimental_local_results(may)[0],
+        def on_all_replicas(strategy: Any, may_step: Any, gradients: Any) -> None:
+            _run_if(
+                strategy.experimental_local_results(may_step)[0],
                 lambda: strategy.extended.call_for_each_replica(
-                    lambda own: self._apply(own, variables), args=(gradients,)
+                    lambda gradients: self._apply(gradients, variables), args=(gradients,)
                 ),
             )
 
-        # Replicas may communicate in a condition only where all of them are left.
+        # A `tf.cond` may let replicas communicate only in the cross-replica context.
         tf.distribute.get_replica_context().merge_call(
-            tf.autograph.experimental.do_not_convert(on_all_replicas), args=(may, gradients)
+            tf.autograph.experimental.do_not_convert(on_all_replicas), args=(may_step, gradients)
         )
 
 
-def _normalized(gradients: Sequence[tf.Tensor], device: str) -> Normalization:
+def _normalization_of(gradients: Sequence[tf.Tensor], device: str) -> Normalization:
+    """Compute how to normalize dense gradients of one device by `PLAIN_RULE`."""
     usual, rare = norm.sums_on(
         is_accelerator(device), GraphOrParentsInXlaContext(get_default_graph())
     )
     at_least_float32 = [tf.cast(gradient, widest(gradients)) for gradient in gradients]
     sizes = [gradient.shape.num_elements() for gradient in gradients]
-    return norm.normalized_by(usual, rare, watch.PLAIN_RULE, at_least_float32, sizes)
+    return norm.normalized_by(usual, rare, recorded_apply.PLAIN_RULE, at_least_float32, sizes)
 
 
-def _if(condition: tf.Tensor | None, action: Callable[[], Any]) -> None:
-    """`None` stands for always."""
+def _run_if(condition: tf.Tensor | None, action: Callable[[], Any]) -> None:
+    """Call an action if a condition holds, in the graph; always if the condition is `None`."""
 
     def act() -> None:
         action()

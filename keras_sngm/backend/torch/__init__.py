@@ -1,4 +1,4 @@
-"""Runs and records the steps of SNGM on PyTorch."""
+"""Steps of SNGM on PyTorch, and their recording."""
 
 from keras_sngm.backend.torch.optimizer import BackendOptimizer
 from keras_sngm.backend.torch.watch import attach, detach, is_current

@@ -1,4 +1,4 @@
-"""What PyTorch's kernels for lists of tensors leave to do by hand."""
+"""Helpers for PyTorch's kernels that take lists of tensors."""
 
 import functools
 from collections.abc import Sequence
@@ -12,16 +12,19 @@ from keras_sngm.update_rule import arithmetic_dtype
 
 
 def dense(gradient: torch.Tensor) -> torch.Tensor:
-    """Duplicate rows of a sparse gradient must be added before a norm is taken, not in 16 bits."""
+    """Return a gradient as a dense tensor; duplicate rows are added up, not in 16 bits."""
     if gradient.layout == torch.strided:
         return gradient
-    return gradient.to(arithmetic(gradient.dtype)).to_dense()
+    return gradient.to(arithmetic_dtype_of(gradient.dtype)).to_dense()
 
 
-def apart_from(
+def copied_if_aliased(
     gradients: list[torch.Tensor], weights: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """The gradients, copied where they are views of weights, which a step changes in place."""
+    """Return gradients that share no memory with weights, which a step changes in place.
+
+    A gradient that is a view of a weight is copied; all others are returned as they are.
+    """
     begins = {weight.data_ptr() for weight in weights}
     bases = [gradient._base for gradient in gradients]
     wholes = gradients
@@ -34,22 +37,25 @@ def apart_from(
 
 
 def values(variables: Sequence[keras.Variable | None]) -> list[Any]:
-    """What the variables hold. Keras takes longer to say that than to update a small one."""
+    """Return the tensors that Keras variables hold, and `None` for `None`.
+
+    Quicker than `variable.value`, which takes longer than updating a small variable.
+    """
     if in_stateless_scope():
         return [None if v is None else v.value for v in variables]
     return [None if v is None else v.value if v._value is None else v._value for v in variables]
 
 
 @functools.cache
-def arithmetic(dtype: torch.dtype) -> torch.dtype:
-    """That in which tensors of the given one are computed with."""
+def arithmetic_dtype_of(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype to compute with for tensors of `dtype`: float32 also for 16-bit ones."""
     return getattr(torch, arithmetic_dtype(str(dtype).removeprefix("torch.")))
 
 
 def converted(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
-    """The tensors in one dtype and row by row in memory; those that are so are not copied.
+    """Return tensors in one dtype and contiguous; those that are so already are not copied.
 
-    PyTorch's fused kernels take it for granted that tensors lie in memory alike.
+    PyTorch's fused kernels assume that tensors have the same layout in memory.
     """
     new = [
         t
@@ -64,7 +70,7 @@ def converted(tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> list[torch
 
 
 def in_dtypes(tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> list[torch.Tensor]:
-    """Each tensor in its dtype."""
+    """Return each tensor contiguous and in the dtype that is given for it."""
     new = list(tensors)
     for dtype in set(dtypes):
         places = [k for k, wanted in enumerate(dtypes) if wanted == dtype]
@@ -74,12 +80,12 @@ def in_dtypes(tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) ->
 
 
 def at_least_float32(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Each in the precision that it is computed with."""
-    return in_dtypes(tensors, [arithmetic(tensor.dtype) for tensor in tensors])
+    """Return each tensor in the dtype that it is computed with: float32 if it has 16 bits."""
+    return in_dtypes(tensors, [arithmetic_dtype_of(tensor.dtype) for tensor in tensors])
 
 
 def scaled(tensors: Sequence[torch.Tensor], factors: torch.Tensor) -> list[torch.Tensor]:
-    """New tensors, the given ones times one factor or times one factor each."""
+    """Return new tensors: the given ones times one factor, or times one factor each."""
     if factors.ndim:
         return list(torch._foreach_mul(tensors, list(factors.unbind())))
     return list(torch._foreach_mul(tensors, factors))

@@ -1,4 +1,4 @@
-"""Sums of squares that cost one pass over the gradient and survive any magnitude."""
+"""Sums of squares that take one pass over the gradient, for gradients of any magnitude."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -10,17 +10,18 @@ from keras_sngm.backend.torch.lists import converted, scaled
 from keras_sngm.normalization import Normalization
 from keras_sngm.update_rule import Rule
 
-# In elements. PyTorch's norm adds up squares in a few sums, which for long tensors gathers
-# rounding errors, so these are left to the dot product of BLAS, piece by piece: of equal
-# elements 1e-5 of the norm, where it was 2e-4.
+# Numbers of elements. PyTorch's norm adds up squares in a few sums, which for long tensors
+# gathers rounding errors, so these are left to the dot product of BLAS, piece by piece. The
+# error for equal elements is 1e-5 of the norm, in place of 2e-4.
 _SHORT = 2**14
 _PIECE = 2**16
 
 
 def normalized_by(rule: Rule, gradients: Sequence[torch.Tensor]) -> Normalization:
-    """Measure gradients of one device."""
+    """Compute how to normalize gradients of one device, which may have several dtypes."""
     if not host_decides(gradients[0]):
-        # Without a condition, for which the host would have to wait.
+        # In float64 no squares overflow, so no condition is needed, for which the host would
+        # have to wait.
         of_doubles = normalization.normalization_from_squares(rule, _squares_of_doubles(gradients))
         in_range = _is_in_range(of_doubles.unclipped, gradients)
         is_finite = of_doubles.is_finite & in_range
@@ -36,8 +37,8 @@ def normalized_by(rule: Rule, gradients: Sequence[torch.Tensor]) -> Normalizatio
             return squares
         some = scaled([widest[k] for k in places], torch.stack([factors[k] for k in places]))
         new = list(squares.unbind())
-        for k, own in zip(places, _sums_of_squares(some).unbind(), strict=True):
-            new[k] = own
+        for k, square in zip(places, _sums_of_squares(some).unbind(), strict=True):
+            new[k] = square
         return torch.stack(new)
 
     return normalization.safe_normalization(rule, squares, sizes, rescaled_squares, _cond)
@@ -46,11 +47,12 @@ def normalized_by(rule: Rule, gradients: Sequence[torch.Tensor]) -> Normalizatio
 def _cond(
     condition: torch.Tensor, usual: Callable[[], Normalization], rare: Callable[[], Normalization]
 ) -> Normalization:
+    """Call one of two functions, as the host decides."""
     return usual() if condition else rare()
 
 
 def host_decides(tensor: torch.Tensor) -> bool:
-    """Whether the host asks for the norm and all that a step depends on.
+    """Return whether the host reads the norm, and decides by it, on the device of a tensor.
 
     On CPUs that costs nothing. CUDA, which is ROCm's name, too, has no need of it. Others
     may have: kernels for Apple's GPUs ignored `found_inf` and `grad_scale`
@@ -60,26 +62,29 @@ def host_decides(tensor: torch.Tensor) -> bool:
 
 
 def _is_in_range(norm: torch.Tensor, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Whether the gradients can be divided by their norm where the host does not decide."""
+    """Return whether gradients can be divided by their norm without the host's help.
+
+    That takes a norm that is finite in the dtype of the gradients.
+    """
     if all(gradient.dtype == torch.float64 for gradient in gradients):
         return torch.isfinite(norm)
     return torch.isfinite(norm.float())
 
 
 def sum_of_squares(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Of all elements of some gradients, float32."""
+    """Return the sum of the squares of all elements of some gradients, float32."""
     if not host_decides(gradients[0]):
         return _squares_of_doubles(gradients).sum().float()
     return _sums_of_squares(converted(gradients, torch.float32)).sum()
 
 
 def _squares_of_doubles(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One sum per tensor, float64."""
+    """Return a float64 vector with the sum of squares of each tensor."""
     return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float64)).square()
 
 
 def _sums_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One sum per tensor."""
+    """Return a vector with the sum of squares of each tensor, in their dtype."""
     lengths = tuple(tensor.numel() for tensor in tensors)
     short, long, order = _by_length(lengths, tensors[0].device)
     parts = []
@@ -91,6 +96,7 @@ def _sums_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _sum_of_long(vector: torch.Tensor) -> torch.Tensor:
+    """Return the sum of the squares of a vector, added up piece by piece."""
     if vector.numel() <= _PIECE:
         return torch.dot(vector, vector)
     return torch.stack([torch.dot(piece, piece) for piece in vector.split(_PIECE)]).sum()
@@ -100,7 +106,12 @@ def _sum_of_long(vector: torch.Tensor) -> torch.Tensor:
 def _by_length(
     lengths: tuple[int, ...], device: torch.device
 ) -> tuple[list[int], list[int], torch.Tensor]:
-    """Return the places of short and of long tensors, and where to find each in both together."""
+    """Split tensors of these lengths into short and long ones.
+
+    Returns:
+        The places of the short ones; those of the long ones; and the index that brings the
+        results of both, one after the other, back into the order of the tensors.
+    """
     short = [k for k, length in enumerate(lengths) if length <= _SHORT]
     long = [k for k, length in enumerate(lengths) if length > _SHORT]
     together = [*short, *long]

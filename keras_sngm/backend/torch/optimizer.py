@@ -1,4 +1,4 @@
-"""How SNGM runs on PyTorch: eagerly, by kernels for lists of tensors.
+"""SNGM on PyTorch: eager, by kernels for lists of tensors.
 
 `torch.compile` leaves the step as it is: there is nothing that it could fuse any more.
 """
@@ -10,10 +10,17 @@ import torch
 from keras import ops
 
 from keras_sngm import normalization, update_rule
+from keras_sngm.backend.common.measured import measured_by_sngm
 from keras_sngm.backend.common.optimizer import WholeModelOptimizer
-from keras_sngm.backend.common.recorder import conditions_of_step, measured_by, ready
+from keras_sngm.backend.common.recorder import conditions_of_step, ready_recorders
 from keras_sngm.backend.torch import step as torch_step
-from keras_sngm.backend.torch.lists import apart_from, at_least_float32, dense, in_dtypes, values
+from keras_sngm.backend.torch.lists import (
+    at_least_float32,
+    copied_if_aliased,
+    dense,
+    in_dtypes,
+    values,
+)
 from keras_sngm.backend.torch.norm import normalized_by, sum_of_squares
 from keras_sngm.backend.torch.recorder import Change
 from keras_sngm.backend.torch.step import Slot, StepScalars
@@ -21,7 +28,7 @@ from keras_sngm.normalization import Normalization
 
 
 class BackendOptimizer(WholeModelOptimizer):
-    """Takes the step where it is called. The host does not wait for the device."""
+    """Optimizer that takes its step on PyTorch. On CUDA the host does not wait for the device."""
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -29,23 +36,25 @@ class BackendOptimizer(WholeModelOptimizer):
         super().apply(grads, trainable_variables)
 
     def _step(self, gradients: Sequence[Any], active: Sequence[int]) -> None:
+        """Update the variables or accumulate the gradients, and count the call."""
         if active and (meter := self._noise_meter()) is not None:
             meter.check()
-        own = unscaled([dense(gradient) for gradient in gradients], self.loss_scale_factor)
-        own = apart_from(own, values(self._trainable_variables))
+        prepared = unscaled([dense(gradient) for gradient in gradients], self.loss_scale_factor)
+        prepared = copied_if_aliased(prepared, values(self._trainable_variables))
         calls = self._calls.of(self._iterations)
         if not active:
             pass
         elif self.gradient_accumulation_steps is None:
-            self._update(active, own, [])
+            self._update(active, prepared, [])
         else:
-            self._accumulate(active, own)
+            self._accumulate(active, prepared)
             if (calls + 1) % self.gradient_accumulation_steps == 0:
                 self._update_with_accumulated(active)
         self._iterations.value.add_(1)
         self._calls.set(self._iterations, calls + 1)
 
     def _accumulate(self, active: Sequence[int], gradients: list[torch.Tensor]) -> None:
+        """Add the gradients of one micro-batch to the accumulated means."""
         accumulators = values([self._accumulated_gradients[i] for i in active])
         dtypes = [accumulator.dtype for accumulator in accumulators]
         torch._foreach_add_(
@@ -57,6 +66,7 @@ class BackendOptimizer(WholeModelOptimizer):
             self._accumulated_squares.value.add_(sum_of_squares(gradients))
 
     def _update_with_accumulated(self, active: Sequence[int]) -> None:
+        """Update the variables with the accumulated means, and reset these to zero."""
         totals = [] if self.noise_scale_batch_size is None else [self._accumulated_squares.value]
         accumulators = values(self._accumulated_gradients)
         self._update(active, [accumulators[i] for i in active], totals)
@@ -65,39 +75,41 @@ class BackendOptimizer(WholeModelOptimizer):
     def _update(
         self, active: Sequence[int], gradients: list[torch.Tensor], totals: list[torch.Tensor]
     ) -> None:
-        """One update.
+        """Update the variables, and record the update.
 
         Args:
-            active: positions of the variables that have a gradient.
-            gradients: theirs, averaged over micro-batches.
-            totals: the sum of the squares of all small batches, if it is measured.
+            active: indices of the variables that have a gradient.
+            gradients: their gradients, averaged over micro-batches.
+            totals: a list with the sum of the squares of all small batches, empty if the noise
+                scale is not measured.
         """
         rule, slots = self._rule(), self._slots()
-        own = [slots[i] for i in active]
+        active_slots = [slots[i] for i in active]
         others = set(range(len(slots))) - set(active)
         idle = [slots[i] for i in sorted(others) if slots[i].average is not None]
-        final = torch_step.final_gradients(rule, own, gradients)
+        final = torch_step.final_gradients(rule, active_slots, gradients)
         normalized = normalized_by(rule, final)
-        recorders = ready(self)
+        recorders = ready_recorders(self)
         updates = self._calls.of(self._iterations) // (self.gradient_accumulation_steps or 1)
-        scalars = self._moment(updates, conditions_of_step(recorders))
+        scalars = self._scalars(updates, conditions_of_step(recorders))
         if scalars.may_step is not None:
             normalized = normalized._replace(is_taken=normalized.is_finite & scalars.may_step)
         for total in totals:
             self._measure_noise(total, normalized, lambda: sum_of_squares(gradients))
         change = None
         if any(recorder.is_due(updates + 1) for recorder in recorders):
-            # Before the step, which may overwrite the gradients.
+            # The step may overwrite the gradients, so directions are computed before it.
             directions = normalization.directions_by_global_norm(rule, normalized, final)
             change = Change.begin(
                 [slot.weight for slot in slots], dict(zip(active, directions, strict=True))
             )
-        torch_step.take(rule, own, idle, final, normalized, scalars)
-        self._read(active, normalized)
+        torch_step.take_step(rule, active_slots, idle, final, normalized, scalars)
+        self._assign_readings(active, normalized)
         for recorder in recorders:
-            recorder.record(updates + 1, measured_by(self, normalized, active), change)
+            recorder.record(updates + 1, measured_by_sngm(self, normalized, active), change)
 
     def _slots(self) -> list[Slot]:
+        """Return a slot for each variable: the weight with the optimizer's state for it."""
         weights = self._trainable_variables
         momentums = values(self.momentums) or [None] * len(weights)
         averages: list[Any] = [None] * len(weights)
@@ -116,7 +128,13 @@ class BackendOptimizer(WholeModelOptimizer):
             )
         ]
 
-    def _moment(self, updates: int, conditions: list[torch.Tensor]) -> StepScalars:
+    def _scalars(self, updates: int, conditions: list[torch.Tensor]) -> StepScalars:
+        """Return the scalars of this step.
+
+        Args:
+            updates: number of updates before this one.
+            conditions: boolean scalars, all of which must be true for the step to be taken.
+        """
         overwrites = False
         if self.use_ema and self.ema_overwrite_frequency:
             overwrites = (updates + 1) % self.ema_overwrite_frequency == 0
@@ -129,8 +147,8 @@ class BackendOptimizer(WholeModelOptimizer):
             may_step=torch.stack(conditions).all() if conditions else None,
         )
 
-    def _read(self, active: Sequence[int], normalized: Normalization) -> None:
-        """Write what the user may read."""
+    def _assign_readings(self, active: Sequence[int], normalized: Normalization) -> None:
+        """Assign the variables that a user may read: norms, skipped steps, averaged updates."""
         self.gradient_norm.value.copy_(normalized.norm)
         norms = self.gradient_norms.value
         norms.copy_(update_rule.scatter(normalized.norms, active, len(norms)))
@@ -140,8 +158,8 @@ class BackendOptimizer(WholeModelOptimizer):
 
 
 def unscaled(gradients: list[torch.Tensor], loss_scale_factor: float | None) -> list[torch.Tensor]:
-    """The gradients of the loss itself."""
+    """Divide gradients by the loss scale, not in 16 bits."""
     if loss_scale_factor is None:
         return gradients
-    # Not in 16 bits: there a small gradient would become zero.
+    # In 16 bits a small gradient would become zero.
     return list(torch._foreach_div(at_least_float32(gradients), loss_scale_factor))

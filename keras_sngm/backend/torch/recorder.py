@@ -1,4 +1,4 @@
-"""Keeps what is measured on each update of one optimizer, on PyTorch."""
+"""Recorder of the updates of one optimizer on PyTorch."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -6,18 +6,19 @@ from typing import Any, NamedTuple
 import keras
 import torch
 
-from keras_sngm.backend.common.recorder import Measured, RecorderBase
+from keras_sngm.backend.common.measured import Measured
+from keras_sngm.backend.common.recorder import RecorderBase
 from keras_sngm.backend.common.ring import Ring, row_of
 from keras_sngm.backend.torch.lists import at_least_float32, values
 from keras_sngm.measurements import HISTOGRAM, details, histogram
 
 
 class Change(NamedTuple):
-    """What an update changes.
+    """What is kept from before an update to see what it changes.
 
     Attributes:
         before: copies of the weights before it.
-        directions: g / norm(g) by position, for variables that have a gradient.
+        directions: g / norm(g) by index, for the variables that have a gradient.
     """
 
     before: list[torch.Tensor]
@@ -27,48 +28,48 @@ class Change(NamedTuple):
     def begin(
         cls, weights: Sequence[torch.Tensor], directions: Mapping[int, torch.Tensor]
     ) -> "Change":
-        """To be called before it."""
+        """Copy the weights. To be called before the update."""
         return cls([weight.clone() for weight in at_least_float32(weights)], directions)
 
 
 class Recorder(RecorderBase):
-    """Knows on the host which update is made, so that there are no conditions."""
+    """Recorder on PyTorch, where the host knows the number of each update."""
 
     def _make_variables(self, optimizer: Any) -> None:
         super()._make_variables(optimizer)
         self._written = dict.fromkeys(self._rings, 0)
 
     def latest_norm(self) -> Any:
-        """As NumPy has it, for Keras' progress bar takes no tensors of PyTorch."""
+        """Return the norm as a NumPy scalar: Keras' progress bar cannot format PyTorch tensors."""
         return keras.ops.convert_to_numpy(self._latest)
 
-    def hold(self, updates: int) -> None:
-        self._to_hold = updates
+    def limit_halt(self, updates: int) -> None:
+        self._halt_limit = updates
         if self.is_open:
-            # Not `assign`, which has the host wait for the device.
-            self._held.value.fill_(updates)
+            # `assign` would make the host wait for the device.
+            self._halt_updates_left.value.fill_(updates)
 
     def may_step(self) -> torch.Tensor:
-        """Whether a step may be taken. Asked only if the plan is to stop."""
-        return torch.logical_not(self._halted.value & (self._held.value > 0))
+        """Return whether a step may be taken: not during a halt. Asked only if the plan `stops`."""
+        return torch.logical_not(self._is_halted.value & (self._halt_updates_left.value > 0))
 
     def is_due(self, step: int) -> bool:
-        """Whether more than norms is recorded of the update of this number."""
+        """Return whether details or histograms are recorded of the update with this number."""
         plan = self.plan
         return _divides(plan.details_every, step) or _divides(plan.histogram_every, step)
 
     @torch.no_grad()
     def record(self, step: int, measured: Measured, change: Change | None) -> None:
-        """To be called after an update.
+        """Record an update that was made.
 
         Args:
-            step: its number.
-            measured: what it has measured.
-            change: what it has changed, if that `is_due`.
+            step: the number of the update.
+            measured: what was measured on its gradient.
+            change: what was kept from before it; needed only if it `is_due`.
         """
         self._write(self._updates, step, self._row(measured))
         self._latest.value.copy_(measured.norm)
-        self._note_what_is_not_finite(step, measured)
+        self._record_nonfinite(step, measured)
         if change is None:
             return
         if _divides(self.plan.details_every, step):
@@ -77,27 +78,33 @@ class Recorder(RecorderBase):
             self._write(self._histograms, step, self._histograms_of(measured.norm, change))
 
     def _write(self, ring: Ring, step: int, values: torch.Tensor) -> None:
-        # Not `torch.tensor`, which has the host wait for the device.
+        """Append a row to a ring buffer."""
+        # `torch.tensor` would make the host wait for the device.
         row = row_of(torch.full((), step, device=values.device), values)
         ring.rows.value[self._written[ring] % ring.length].copy_(row)
         ring.count.value.add_(1)
         self._written[ring] += 1
 
-    def _note_what_is_not_finite(self, step: int, measured: Measured) -> None:
+    def _record_nonfinite(self, step: int, measured: Measured) -> None:
+        """Note the first update whose gradient is not finite; if the plan `stops`, begin a halt.
+
+        Until then the variables to be restored are backed up.
+        """
         nonfinite = torch.logical_not(measured.is_finite)
-        nonfinite_step, bad_ones = self._bad_step.value, self._bad.value
+        nonfinite_step, nonfinite_ones = self._nonfinite_step.value, self._nonfinite.value
         first = nonfinite & (nonfinite_step == 0)
-        bad_ones.copy_(torch.where(first, measured.nonfinite, bad_ones))
+        nonfinite_ones.copy_(torch.where(first, measured.nonfinite, nonfinite_ones))
         nonfinite_step.copy_(torch.where(first, step, nonfinite_step))
         if not self.plan.stops:
             return
-        halted = self._halted.value
+        halted = self._is_halted.value
         halted.logical_or_(nonfinite)
-        self._held.value.sub_(1)
-        for variable, backup in zip(self._guarded, self._backups, strict=True):
+        self._halt_updates_left.value.sub_(1)
+        for variable, backup in zip(self._restorable, self._backups, strict=True):
             backup.value.copy_(torch.where(halted, backup.value, variable.value))
 
     def _details_of(self, change: Change) -> torch.Tensor:
+        """Return the `DETAILS` of all variables, one after the other in one vector."""
         momentums = self._momentums_now()
         after = at_least_float32([variable.value for variable in self.variables])
         rows = [
@@ -107,6 +114,7 @@ class Recorder(RecorderBase):
         return torch.cat(rows)
 
     def _histograms_of(self, norm: torch.Tensor, change: Change) -> torch.Tensor:
+        """Return histograms of each variable's gradient and momentum, in one vector."""
         rows, none = [], torch.zeros(HISTOGRAM, device=norm.device)
         for i, momentum in enumerate(self._momentums_now()):
             direction = change.directions.get(i)
@@ -119,16 +127,21 @@ class Recorder(RecorderBase):
         return torch.cat(rows)
 
     def _momentums_now(self) -> list[torch.Tensor | None]:
+        """Return each variable's momentum, at least float32, `None` for one that has none."""
         if not self.has_momentum:
             return [None] * len(self.variables)
         return [None if m is None else at_least_float32([m])[0] for m in values(self._momentums)]
 
 
 def segment_sum(data: torch.Tensor, places: torch.Tensor, num_segments: int) -> torch.Tensor:
-    """Keras' own waits for the device, and counts in float32, so to 16 million."""
+    """Sum up integers by segment, without waiting for the device.
+
+    Keras' own `segment_sum` waits, and counts in float32, so to 16 million.
+    """
     sums = torch.zeros(num_segments, dtype=data.dtype, device=data.device)
     return sums.scatter_add_(0, places.long(), data)
 
 
 def _divides(every: int | None, step: int) -> bool:
+    """Return whether `step` is a multiple of `every`; never if that is `None`."""
     return every is not None and step % every == 0

@@ -1,4 +1,4 @@
-"""The update by PyTorch's fused kernel for momentum SGD, one call for all variables.
+"""Updates by PyTorch's fused kernel for momentum SGD, one call for all variables.
 
 The kernel reads gradient, momentum and weight once and writes the last two. It wants the
 normalized gradient. Dividing by the norm is left to it, too: on CPUs, where the host
@@ -18,12 +18,12 @@ from keras_sngm.backend.torch.norm import host_decides
 from keras_sngm.normalization import Normalization
 from keras_sngm.update_rule import Coefficients, Rule, nonzero
 
-# Up to here 1 - (1 - 1 / norm) is 1 / norm to far below float32's rounding, and down to here
-# 1 / norm is a float32.
+# The range of divisors in which 1 - (1 - 1 / divisor), computed in float64, is 1 / divisor up
+# to less than float32's rounding, and 1 / divisor is a float32.
 _LARGEST_DIVISOR = 2.0**20
 _LEAST_DIVISOR = 2.0**-100
 
-# The kernel takes no momenta if the coefficient is 0. By this one they vanish as well.
+# The kernel takes no momenta if the coefficient is 0. This one makes them vanish, too.
 _NO_MOMENTUM = 2.0**-1000
 
 
@@ -35,20 +35,22 @@ def update(
     momentums: Sequence[torch.Tensor],
     gradients: Sequence[torch.Tensor],
 ) -> None:
-    """Take the step in place. Where the host knows that it is skipped, it must not be called.
+    """Update weights and momenta in place.
+
+    Where the host knows that a step is skipped, this must not be called.
 
     Args:
         rule: the hyper-parameters.
-        by: what to multiply by.
-        normalized: how to normalize.
-        weights: of one dtype, float32 or float64.
-        momentums: one for each, or none at all.
-        gradients: one for each.
+        coefficients: the factors of this step, in the dtype of the weights.
+        normalized: how to normalize the gradients.
+        weights: tensors of one dtype, float32 or float64.
+        momentums: one for each weight, or none at all.
+        gradients: one for each weight.
     """
     if not host_decides(weights[0]):
-        gradients, how = _told_by_tensors(coefficients, normalized, gradients)
+        gradients, how = _kernel_inputs_on_cuda(coefficients, normalized, gradients)
     elif is_on_cpu(weights[0]):
-        gradients, how = _told_by_numbers(
+        gradients, how = _kernel_inputs_on_cpu(
             rule, coefficients, normalized, gradients, bool(momentums)
         )
     else:
@@ -66,24 +68,30 @@ def update(
         is_first_step=False,
         **{"dampening": 0.0, **how},
     )
-    # The kernel does not: a backward pass through weights that have changed must be noticed.
+    # Autograd must notice a backward pass through weights that have changed, but the kernel
+    # does not tell it.
     for weight in weights:
         torch.autograd.graph.increment_version(weight)
 
 
 def is_on_cpu(tensor: torch.Tensor) -> bool:
-    """Whether the kernel is the one for CPUs, which takes 1 - `dampening` in float64."""
+    """Return whether a tensor is on a CPU, whose kernel takes 1 - `dampening` in float64."""
     return tensor.device.type == "cpu"
 
 
-def _told_by_numbers(
+def _kernel_inputs_on_cpu(
     rule: Rule,
     coefficients: Coefficients,
     normalized: Normalization,
     gradients: Sequence[torch.Tensor],
     has_momentum: bool,
 ) -> tuple[Sequence[torch.Tensor], dict[str, Any]]:
-    """Gradients for the kernel, and what to tell it."""
+    """Prepare a call of the kernel on a CPU, which takes numbers of the host.
+
+    Returns:
+        The gradients to pass to the kernel, and keyword arguments by which it divides them
+        by their norm; or gradients that are divided already.
+    """
     rate = coefficients.learning_rate.item()
     divided = normalized.divisor.ndim > 0 or gradients[0].dtype == torch.float64 or rule.nesterov
     if divided or normalized.prescale.item() != 1.0:
@@ -96,10 +104,15 @@ def _told_by_numbers(
     return gradients, {"lr": rate / divisor}
 
 
-def _told_by_tensors(
+def _kernel_inputs_on_cuda(
     coefficients: Coefficients, normalized: Normalization, gradients: Sequence[torch.Tensor]
 ) -> tuple[Sequence[torch.Tensor], dict[str, Any]]:
-    """Gradients for the kernel, and what to tell it: float32, for it reads nothing else."""
+    """Prepare a call of the kernel on CUDA, which takes float32 tensors of the device.
+
+    Returns:
+        The gradients to pass to the kernel, and keyword arguments by which it divides them
+        by their norm and skips the step if need be; or gradients that are divided already.
+    """
     how = {
         "lr": coefficients.learning_rate.float(),
         "found_inf": torch.logical_not(coefficients.is_taken).float(),
@@ -107,7 +120,7 @@ def _told_by_tensors(
     divided = normalized.divisor.ndim > 0 or gradients[0].dtype == torch.float64
     if divided or _share_memory(gradients):
         return _divided(gradients, normalized), how
-    # Where float32 cannot hold how small the norm is, it holds no such gradient either.
+    # Where the norm is too small for a float32, so are all elements of the gradient.
     how["grad_scale"] = nonzero((normalized.divisor / normalized.prescale).float())
     return gradients, how
 
@@ -115,9 +128,9 @@ def _told_by_tensors(
 def _aligned(
     tensors: Sequence[torch.Tensor], weights: Sequence[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """The same memory with the strides of the weights.
+    """Return tensors that share the memory of the given ones and have the weights' strides.
 
-    Row by row as they all are, strides of dimensions of size 1 may differ, which PyTorch 2.4
+    All are contiguous, but strides of dimensions of size 1 may differ, which PyTorch 2.4
     refuses (https://github.com/pytorch/pytorch/pull/134546).
     """
     return [
@@ -129,13 +142,13 @@ def _aligned(
 
 
 def _share_memory(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether memory of one tensor belongs to another, too, as where weights are added."""
+    """Return whether any two tensors overlap in memory, as gradients of added weights do."""
     places = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in tensors if t.numel())
     return any(end > begin for (_, end), (begin, _) in itertools.pairwise(places))
 
 
 def _unit(divisor: torch.Tensor) -> torch.Tensor:
-    """Return powers of two that bring divisors, float64, into the range of a float32."""
+    """Return powers of two that bring float64 divisors into the range of a float32."""
     one = torch.ones_like(divisor)
     unit = torch.where(divisor < 2.0**-64, one * 2.0**32, one)
     return torch.where(divisor > 2.0**64, one * 2.0**-32, unit)
@@ -144,15 +157,16 @@ def _unit(divisor: torch.Tensor) -> torch.Tensor:
 def _divided(
     gradients: Sequence[torch.Tensor], normalized: Normalization
 ) -> Sequence[torch.Tensor]:
-    own = gradients[0].dtype
+    """Divide gradients by their norm. Returns new tensors."""
+    given_dtype = gradients[0].dtype
     prescale, divisor = normalized.prescale, normalized.divisor
     if host_decides(gradients[0]):
-        # A divisor may be out of the range of a float32.
+        # A divisor may be out of the range of a float32, so its dtype is computed in.
         dtype = divisor.dtype
     else:
-        dtype, unit = own, _unit(divisor)
+        dtype, unit = given_dtype, _unit(divisor)
         prescale, divisor = prescale * unit, divisor * unit
     directions = scaled(converted(gradients, dtype), prescale.to(dtype))
     divisor = nonzero(divisor.to(dtype))
     torch._foreach_div_(directions, list(divisor.unbind()) if divisor.ndim else divisor)
-    return converted(directions, own)
+    return converted(directions, given_dtype)
