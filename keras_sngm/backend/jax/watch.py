@@ -98,7 +98,7 @@ class _TrainFunction:
             last = first + len(recorder.state_variables)
             recorder.set_values([result[i] for i in range(first, last)])
             first = last
-        of_optimizer = [result[i] for i in range(len(state[2]))]
+        of_optimizer = [result[i] for i in range(len(in_both) - len(added))]
         return logs, (*state[:2], of_optimizer, *state[3:])
 
     def _recording_function(
