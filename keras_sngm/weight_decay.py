@@ -21,6 +21,7 @@ class Exclusions:
         self._names = list(names)
 
     def __bool__(self) -> bool:
+        """Return whether anything is excluded."""
         return bool(self._entries or self._names)
 
     def decays(self, variables: Sequence[Any]) -> tuple[bool, ...]:

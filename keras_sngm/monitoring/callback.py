@@ -208,6 +208,7 @@ class GradientNormLogger(keras.callbacks.Callback):
         return state | nothing | {"_has_warned": False}
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Attach recorders to the model's optimizers, and open the files."""
         is_there_twice = self._has_begun()
         self._close_after_interruption()
         if is_there_twice:
@@ -217,11 +218,13 @@ class GradientNormLogger(keras.callbacks.Callback):
         self._start(self.model, must_open=True)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Begin to record, just before the model is trained."""
         self._restart_if_recompiled()
         # Recording begins here, as other callbacks may restore the model in `on_train_begin`.
         self._recording.begin_epoch()
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Read what was recorded, if that is due, and warn of faults."""
         # Keras calls this method in the training thread before each step, unlike
         # `on_train_batch_end`, so that rows are read before they are overwritten.
         if self._restart_if_recompiled():
@@ -230,15 +233,18 @@ class GradientNormLogger(keras.callbacks.Callback):
         self._warn()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Put the norm of the newest update into the `logs` of the batch."""
         if logs is not None:
             logs["grad_norm"] = _latest_norm(self._attachment.recorders)
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """After a gradient that stops training, restore the model before it is validated."""
         if self._recording is not None and self.on_nonfinite == "stop":
             self._recording.wait()
             self._recording.restore()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Put the statistics of the epoch into its `logs`, and warn of faults."""
         values = self._recording.end_epoch()
         self._recording.restore()
         self._warn()
@@ -246,6 +252,7 @@ class GradientNormLogger(keras.callbacks.Callback):
             logs.update(values)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Write what there is, detach the recorders and close the files."""
         self._close()
 
     def _has_begun(self) -> bool:
@@ -321,6 +328,7 @@ class GradientNormLogger(keras.callbacks.Callback):
             self._open_sink(lambda: TensorBoardSink(log_dir, DESCRIPTIONS), f"`log_dir` {log_dir}")
 
     def _open_sink(self, make: Callable[[], Sink], name: str) -> None:
+        """Add the sink that `make` makes; `name` names it in warnings."""
         self._sinks.append(ResilientSink(make, name, self._must_open))
 
     def _begin_output(self, recorders: Sequence[Any]) -> tuple[LoggedValues, Sequence[Sink]]:

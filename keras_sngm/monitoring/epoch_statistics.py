@@ -54,6 +54,7 @@ class _Series:
 
     @property
     def mean(self) -> float:
+        """Mean of all numbers so far."""
         return self._total / self._count if self._count else math.nan
 
     def add(self, numbers: np.ndarray) -> None:

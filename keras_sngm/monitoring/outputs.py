@@ -50,6 +50,7 @@ class Outputs:
         return any(of() is model for of, _ in self._models)
 
     def __reduce__(self) -> tuple[Callable[[str], "Outputs"], tuple[str]]:
+        """Pickle and copy the key alone, so that copies in one process share one object."""
         return _of_key, (self._key,)
 
 

@@ -41,12 +41,15 @@ class ResilientSink:
         self._attempt("begin", columns)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Write the values of a step, by name, unless the sink has failed."""
         self._attempt("write", step, scalars)
 
     def write_histograms(self, step: int, histograms: Mapping[str, np.ndarray]) -> None:
+        """Write histograms of a step, by name, unless the sink has failed."""
         self._attempt("write_histograms", step, histograms)
 
     def flush(self) -> None:
+        """Make what was written visible to others, unless the sink has failed."""
         self._attempt("flush")
 
     def close(self) -> None:

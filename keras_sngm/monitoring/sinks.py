@@ -72,6 +72,7 @@ class TensorBoardSink:
         """Do nothing: TensorBoard takes values of any name."""
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Write the values of a step, by name."""
         # Events are reused: making one of hundreds of values takes longer than a small step.
         names = tuple(scalars)
         if names not in self._events:
@@ -96,6 +97,7 @@ class TensorBoardSink:
         return event
 
     def write_histograms(self, step: int, histograms: Mapping[str, np.ndarray]) -> None:
+        """Write histograms of a step, by name: least value, greatest value, counts."""
         parts = self._tensorboard
         event = parts.Event(step=step, wall_time=time.time())
         for name, (least, greatest, *counts) in histograms.items():
@@ -113,6 +115,7 @@ class TensorBoardSink:
         return self._descriptions.get(name.partition("/")[0], "")
 
     def flush(self) -> None:
+        """Make the events written so far visible to others."""
         self._writer.flush()
 
     def close(self) -> None:
@@ -160,6 +163,7 @@ class FileSink:
             self._file.write("\n")  # the end of a line that was broken off
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Write the values of a step, by name, as one line."""
         row = {"step": step, **scalars}
         if self._csv is not None:
             self._csv.writerow(row)
@@ -170,6 +174,7 @@ class FileSink:
         """Do nothing: lines hold numbers only."""
 
     def flush(self) -> None:
+        """Make the lines written so far visible to others."""
         self._file.flush()
 
     def close(self) -> None:

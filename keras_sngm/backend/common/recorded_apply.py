@@ -37,6 +37,7 @@ class RecordedApply:
         self._wrapped = optimizer.apply
 
     def __call__(self, grads: Any, trainable_variables: Any = None) -> None:
+        """Apply gradients as the optimizer's own `apply` does, and record the update."""
         gradients = list(grads)
         variables = trainable_variables if trainable_variables is None else [*trainable_variables]
         inputs = self._update_inputs(gradients, variables)

@@ -187,6 +187,7 @@ class _Build:
         self._waiting.append((fit_params, attach))
 
     def __call__(self, variables: Sequence[Any]) -> None:
+        """Build the `MultiOptimizer`, then attach the recorders that wait for it."""
         self._build(variables)
         for _, attach in self._waiting:
             attach()

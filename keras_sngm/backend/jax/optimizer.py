@@ -35,6 +35,7 @@ class BackendOptimizer(WholeModelOptimizer):
 
     @contextlib.contextmanager
     def _iterations_being(self, value: Any) -> Iterator[None]:
+        """Have the counter of calls read as `value` inside of the context, for a schedule."""
         # A nested `StatelessScope` would hide the values of all other variables.
         before = self._iterations.value
         self._iterations.assign(value)

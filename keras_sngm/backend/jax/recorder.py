@@ -51,6 +51,7 @@ class Recorder(RecorderBase):
         self._newest_norm: Any = math.nan
 
     def open(self) -> None:
+        """Create the variables and begin to record, unless that is done or not possible yet."""
         # No variables can be created while a function is traced.
         if not isinstance(self.optimizer()._iterations.value, jax.core.Tracer):
             super().open()
@@ -60,6 +61,7 @@ class Recorder(RecorderBase):
         return self._is_tracked
 
     def _variable(self, shape: Sequence[int], dtype: str) -> keras.Variable:
+        """Create a variable of zeros, and keep it among the recorder's state variables."""
         variable = super()._variable(shape, dtype)
         self.state_variables.append(variable)
         return variable
@@ -76,6 +78,7 @@ class Recorder(RecorderBase):
         return jax.process_count() > 1
 
     def limit_halt(self, updates: int) -> None:
+        """Let a halt last for at most `updates` more updates, from the next training step on."""
         self._halt_limit = updates
 
     # Methods to be called around a call of the training function.
@@ -97,6 +100,7 @@ class Recorder(RecorderBase):
         self._newest_norm = jnp.copy(self._latest._value)
 
     def latest_norm(self) -> Any:
+        """Return a copy of the gradient norm of the last update."""
         return self._newest_norm
 
     @contextlib.contextmanager

@@ -30,6 +30,7 @@ def pure(action: Callable[..., None], variables: Sequence[keras.Variable]) -> Ca
 
 
 def assign(variables: Sequence[keras.Variable], values: Sequence[jax.Array]) -> None:
+    """Assign to each variable its value."""
     for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
 

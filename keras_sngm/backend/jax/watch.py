@@ -83,6 +83,16 @@ class _TrainFunction:
         self._order: list[int] = []
 
     def __call__(self, state: Any, iterator: Any) -> tuple[Any, Any]:
+        """Train on the next data, as Keras' training function does, and record.
+
+        Args:
+            state: the values of the model's trainable and other variables, of the optimizer's
+                variables and of the metrics' variables.
+            iterator: iterator over the training data.
+
+        Returns:
+            The logs and the new state.
+        """
         model = self._model()
         recorders = _recorders_of(model)
         if not recorders:
@@ -219,6 +229,13 @@ class _RecordedApply(recorded_apply.RecordedApply):
     def _update(
         self, inputs: recorded_apply.UpdateInputs, gradients: list[Any], variables: list[Any] | None
     ) -> None:
+        """Record the gradients of this call, if it ends an update, and apply them.
+
+        Args:
+            inputs: the gradients that are not `None`, and their variables.
+            gradients: the gradients of this call.
+            variables: the variables of this call, or `None` for all of the optimizer's.
+        """
         optimizer = self._optimizer
         weights = optimizer._trainable_variables
         indices = inputs.indices

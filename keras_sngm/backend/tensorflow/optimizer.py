@@ -67,9 +67,11 @@ class BackendOptimizer(WholeModelOptimizer):
 
     @tf.autograph.experimental.do_not_convert
     def apply(self, grads: Iterable[Any], trainable_variables: Iterable[Any] | None = None) -> None:
+        """Update the variables, or accumulate their gradients. AutoGraph leaves the code as it is."""
         super().apply(grads, trainable_variables)
 
     def _add_accumulator(self, variable: Any) -> keras.Variable:
+        """Add the variable in which each replica's gradients of one variable accumulate."""
         native = native_variable(variable)
         with self._distribution_strategy.extended.colocate_vars_with(native):
             return self._add_total(
@@ -120,11 +122,19 @@ class BackendOptimizer(WholeModelOptimizer):
         return tf.executing_eagerly() and self._replicas() == 1
 
     def _calls_so_far(self) -> int:
+        """Return how often the optimizer was called. Not to be asked while a function is traced."""
         return int(self._iterations)
 
     def _idle_with_gradient(
         self, calls: int, micro_batches: int, active: frozenset[int]
     ) -> list[int]:
+        """Return the indices of variables whose only gradients were in earlier micro-batches.
+
+        Args:
+            calls: number of calls of the optimizer before this one.
+            micro_batches: number of calls that make up an update.
+            active: indices of the variables that have a gradient in this call.
+        """
         # An assignment by others to a TensorFlow variable leaves no trace on the host, so what
         # is known of this cycle may be incomplete.
         known = self._cycle.indices(calls, micro_batches) or frozenset()

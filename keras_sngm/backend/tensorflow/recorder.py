@@ -36,9 +36,11 @@ class Recorder(RecorderBase):
                 super().open()
 
     def _can_begin(self) -> bool:
+        """Return whether the variables to be restored have values."""
         return all(native_variable(v).is_initialized() for v in self._restorable)
 
     def _make_variables(self, optimizer: Any) -> None:
+        """Create the ring buffers and all other variables, also those that keep weights."""
         self._strategy = optimizer._distribution_strategy
         super()._make_variables(optimizer)
         needs_weights = self.plan.details_every or self.plan.histogram_every
@@ -49,6 +51,7 @@ class Recorder(RecorderBase):
         self._functions: dict[Hashable, Callable[..., tf.Tensor]] = {}
 
     def _variable(self, shape: Sequence[int], dtype: str) -> keras.Variable:
+        """Create a variable of zeros, which each replica has for itself."""
         with self._strategy.scope():
             return keras.Variable(
                 keras.initializers.Zeros(),

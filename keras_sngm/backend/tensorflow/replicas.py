@@ -50,12 +50,19 @@ class AllReplicas:
         self._strategy = strategy
 
     def parts(self, value: Any) -> tuple[Any, ...]:
+        """Return each replica's copy of a variable, or its part of a gradient."""
         return self._strategy.experimental_local_results(native_variable(value))
 
     def joined(self, parts: Sequence[Any]) -> Any:
+        """Return the per-replica value that consists of these parts, one for each replica."""
         return regroup(tuple(parts))
 
     def completed(self, gradient: Any, variable: Any) -> Any:
+        """Return a gradient of one kind on all replicas, each part in its replica's memory.
+
+        Where all parts are of one type the gradient is returned as it is; else they are made
+        dense, with zeros for a replica that has no gradient.
+        """
         parts, weights = self.parts(gradient), self.parts(variable)
         if len({type(part) for part in parts}) == 1 and len(parts) == len(weights):
             return gradient
@@ -72,6 +79,7 @@ class AllReplicas:
         return self.joined(complete)
 
     def sums(self, gradients: Sequence[Any]) -> list[Any]:
+        """Return each gradient summed up over all replicas of all machines."""
         reduce = self._strategy.extended.batch_reduce_to
         if _uses_a_ring_in_memory(self._strategy):
             reduce = tf.distribute.ReductionToOneDevice().batch_reduce
@@ -87,17 +95,21 @@ class OwnReplica:
         self._context = context
 
     def parts(self, value: Any) -> tuple[Any, ...]:
+        """Return a tuple of this replica's copy of a variable, or its part of a gradient."""
         parts = self._context.strategy.experimental_local_results(native_variable(value))
         return (parts[get_current_replica_id_as_int() if len(parts) > 1 else 0],)
 
     def joined(self, parts: Sequence[Any]) -> Any:
+        """Return the one part that a single replica has."""
         (part,) = parts
         return part
 
     def completed(self, gradient: Any, variable: Any) -> Any:
+        """Return the gradient as it is: a single replica lacks none."""
         return gradient
 
     def sums(self, gradients: Sequence[Any]) -> list[Any]:
+        """Return each gradient summed up over all replicas, by an all-reduce if need be."""
         if self._context.num_replicas_in_sync == 1:
             return list(gradients)
         return self._context.all_reduce(tf.distribute.ReduceOp.SUM, list(gradients))
@@ -159,6 +171,7 @@ def _uses_a_ring_in_memory(strategy: tf.distribute.Strategy) -> bool:
 
 
 def _is_cpu(device: str) -> bool:
+    """Return whether the device of this name is a CPU."""
     return tf.DeviceSpec.from_string(device).device_type == "CPU"
 
 

@@ -89,6 +89,7 @@ class _TrainFunction:
         self.recorders: list[Recorder] | None = None
 
     def __call__(self, iterator: Any) -> Any:
+        """Train on the next data, and note which recorders were attached meanwhile."""
         try:
             return self._function(iterator)
         finally:
@@ -121,6 +122,13 @@ class _RecordedApply(recorded_apply.RecordedApply):
     def _update(
         self, inputs: recorded_apply.UpdateInputs, gradients: list[Any], variables: list[Any] | None
     ) -> None:
+        """Record the gradients of this call, if it ends an update, and apply them.
+
+        Args:
+            inputs: the gradients that are not `None`, and their variables.
+            gradients: the gradients of this call.
+            variables: the variables of this call, or `None` for all of the optimizer's.
+        """
         optimizer = self._optimizer
         weights, indices = inputs.variables, inputs.indices
         replicas = OwnReplica(tf.distribute.get_replica_context())

@@ -33,6 +33,7 @@ class BackendOptimizer(WholeModelOptimizer):
     @torch.compiler.disable
     @torch.no_grad()
     def apply(self, grads: Iterable[Any], trainable_variables: Iterable[Any] | None = None) -> None:
+        """Update the variables, or accumulate their gradients, without autograd and compilation."""
         super().apply(grads, trainable_variables)
 
     def _step(self, gradients: Sequence[Any], active: Sequence[int]) -> None:

@@ -36,6 +36,7 @@ class Recorder(RecorderBase):
     """Recorder on PyTorch, where the host knows the number of each update."""
 
     def _make_variables(self, optimizer: Any) -> None:
+        """Create the ring buffers and all other variables. The host counts the rows written."""
         super()._make_variables(optimizer)
         self._written = dict.fromkeys(self._rings, 0)
 
@@ -44,6 +45,7 @@ class Recorder(RecorderBase):
         return keras.ops.convert_to_numpy(self._latest)
 
     def limit_halt(self, updates: int) -> None:
+        """Let a halt last for at most `updates` more updates."""
         self._halt_limit = updates
         if self.is_open:
             # `assign` would make the host wait for the device.
