@@ -6,7 +6,7 @@ from typing import NamedTuple
 import keras
 
 import modes
-from timing import best
+from timing import fastest_call
 
 FLOATS = 1 << 26
 """Elements of each float32 array: 256 MB, far more than any cache holds."""
@@ -16,10 +16,10 @@ class Bandwidth(NamedTuple):
     """The best rate measured, and the name of the candidate that reached it."""
 
     bytes_per_second: float
-    winner: str
+    measured_by: str
 
 
-def measured(calls: int = 10) -> Bandwidth:
+def measure_bandwidth(calls: int = 10) -> Bandwidth:
     """Measure the memory bandwidth with each candidate of the backend; return the highest.
 
     Args:
@@ -46,7 +46,7 @@ def _xla(calls: int) -> float:
     def step() -> None:
         w.assign_sub(0.01 * u)
 
-    return _rate(3, best(step, calls))
+    return _rate(3, fastest_call(step, calls))
 
 
 def _momentum_kernel(calls: int) -> float:
@@ -61,7 +61,7 @@ def _momentum_kernel(calls: int) -> float:
             var=w.handle, accum=u.handle, lr=0.01, grad=g.read_value(), momentum=0.9
         )
 
-    return _rate(5, best(step, calls))
+    return _rate(5, fastest_call(step, calls))
 
 
 def _jax(calls: int) -> float:
@@ -75,18 +75,18 @@ def _jax(calls: int) -> float:
         nonlocal w
         w = add(w, u).block_until_ready()
 
-    return _rate(3, best(step, calls))
+    return _rate(3, fastest_call(step, calls))
 
 
 def _torch(calls: int) -> float:
     """Return the bytes per second of `w -= 0.01 * u` in PyTorch, in place."""
     import torch
 
-    from steps_torch import finished
+    from steps_torch import synchronized
 
     device = torch.device("cuda" if modes.accelerator() else "cpu")
     w, u = (torch.ones(FLOATS, device=device) for _ in range(2))
-    return _rate(3, best(finished(lambda: w.add_(u, alpha=-0.01), device), calls))
+    return _rate(3, fastest_call(synchronized(lambda: w.add_(u, alpha=-0.01), device), calls))
 
 
 _CANDIDATES: dict[str, dict[str, Callable[[int], float]]] = {

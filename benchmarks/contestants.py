@@ -28,7 +28,7 @@ KERAS: dict[str, Callable[..., keras.optimizers.Optimizer]] = {
 MICRO_BATCHES = 4
 
 
-def accumulating(name: str) -> keras.optimizers.Optimizer:
+def accumulating_optimizer(name: str) -> keras.optimizers.Optimizer:
     """Return a Keras optimizer whose accumulation cycle has `MICRO_BATCHES` micro-batches."""
     return KERAS[name](gradient_accumulation_steps=MICRO_BATCHES)
 
@@ -50,18 +50,18 @@ class Library(NamedTuple):
     backend: str
 
 
-_OTHERS = {"PyTorch": Library("torch", "torch"), "Optax": Library("optax", "jax")}
+_LIBRARIES = {"PyTorch": Library("torch", "torch"), "Optax": Library("optax", "jax")}
 
 
 def backend_of(name: str) -> str:
     """Return the Keras backend whose process takes the steps of a contestant."""
-    return _OTHERS[name].backend if name in _OTHERS else keras.backend.backend()
+    return _LIBRARIES[name].backend if name in _LIBRARIES else keras.backend.backend()
 
 
-def missing() -> dict[str, str]:
+def contestants_not_installed() -> dict[str, str]:
     """Return the contestants that cannot run, each with its package, which is not installed."""
     return {
         name: library.package
-        for name, library in _OTHERS.items()
+        for name, library in _LIBRARIES.items()
         if importlib.util.find_spec(library.package) is None
     }

@@ -15,7 +15,7 @@ import bandwidth
 from memory import peak_of
 from modes import accelerator, function_step, samplers
 from shapes import Shape, parameters
-from timing import interleaved, paired_ratio, quartiles_ms
+from timing import paired_ratio, quartiles_ms, sample_interleaved
 
 FLOATS_MOVED = 6
 """Floats that a step moves per parameter: it reads the gradient twice, and reads and writes both
@@ -26,7 +26,7 @@ BACKENDS = ("tensorflow", "jax", "torch")
 _ON_CPU = {"CUDA_VISIBLE_DEVICES": "-1", "JAX_PLATFORMS": "cpu", "KERAS_TORCH_DEVICE": "cpu"}
 
 
-def alone(job: Callable[..., Any], *arguments: Any, backend: str | None = None) -> Any:
+def run_in_new_process(job: Callable[..., Any], *arguments: Any, backend: str | None = None) -> Any:
     """Run a job in a new process and return its result.
 
     The process has its own memory and devices. It imports one backend only: PyTorch can
@@ -53,7 +53,7 @@ def device() -> str | None:
 
     A new process looks for the accelerator, so that this process does not occupy its memory.
     """
-    return alone(accelerator)
+    return run_in_new_process(accelerator)
 
 
 def step_times(
@@ -67,7 +67,7 @@ def step_times(
         seconds: the time to measure for, all contestants together.
         names: the contestants; `None` for all whose steps this backend can take.
     """
-    samples = interleaved(samplers(mode, shapes, names), seconds)
+    samples = sample_interleaved(samplers(mode, shapes, names), seconds)
     result = {
         "parameters": parameters(shapes),
         "variables": len(shapes),
@@ -92,7 +92,9 @@ def memory_limit(shapes: Sequence[Shape]) -> dict[str, Any]:
     """
     installed = [backend for backend in BACKENDS if importlib.util.find_spec(backend)]
     measured = [keras.backend.backend()] if device() else installed
-    rate, winner = max(alone(bandwidth.measured, backend=backend) for backend in measured)
+    rate, winner = max(
+        run_in_new_process(bandwidth.measure_bandwidth, backend=backend) for backend in measured
+    )
     return {
         "bandwidth_gb_per_s": rate / 1e9,
         "bandwidth_measured_by": winner,

@@ -25,10 +25,10 @@ import tensorflow as tf
 
 import commandline
 from contestants import KERAS
-from jobs import alone
+from jobs import run_in_new_process
 from keras_sngm import GradientNormLogger
 from report import number, print_rows, spread
-from timing import Sampler, interleaved, machine, quartiles, quartiles_ms
+from timing import Sampler, machine, quartiles, quartiles_ms, sample_interleaved
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 from common import models
@@ -123,14 +123,14 @@ def make_logger(name: str, folder: str) -> GradientNormLogger:
     return GradientNormLogger(**arguments)
 
 
-def times(size: str, seconds: float) -> dict[str, list[float]]:
+def sample_variants(size: str, seconds: float) -> dict[str, list[float]]:
     """Time all variants, interleaved, and return their samples by variant.
 
     The n-th sample of every variant was measured in the same round.
     """
     with tempfile.TemporaryDirectory() as folder:
         samplers = {name_of(*v): sampler(*v, size, folder) for v in VARIANTS}
-        return interleaved(samplers, seconds, warm_up=1)
+        return sample_interleaved(samplers, seconds, warm_up=1)
 
 
 def costs(samples: Mapping[str, Sequence[float]]) -> dict[str, Any]:
@@ -141,13 +141,13 @@ def costs(samples: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """
     result: dict[str, Any] = {}
     for optimizer, logger in VARIANTS:
-        own = np.array(samples[name_of(optimizer, logger)])
+        step_times = np.array(samples[name_of(optimizer, logger)])
         without = np.array(samples[name_of(optimizer, None)])
         result[name_of(optimizer, logger)] = {
-            "step_ms": quartiles_ms(own),
-            "added_ms": quartiles_ms(own - without),
-            "added_percent": quartiles(100 * (own / without - 1)),
-            "samples": len(own),
+            "step_ms": quartiles_ms(step_times),
+            "added_ms": quartiles_ms(step_times - without),
+            "added_percent": quartiles(100 * (step_times / without - 1)),
+            "samples": len(step_times),
         }
     return result
 
@@ -178,7 +178,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     results: dict[str, Any] = {"machine": machine()}
     for size, share in (("tiny", 0.1), ("batch", 0.9)):
         print(f"Measuring: {size} ...", flush=True)
-        results[size] = costs(alone(times, size, share * arguments.seconds))
+        results[size] = costs(run_in_new_process(sample_variants, size, share * arguments.seconds))
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / "logging_cost.json"
     path.write_text(json.dumps(results, indent=1) + "\n")

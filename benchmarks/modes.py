@@ -5,15 +5,15 @@ from collections.abc import Sequence
 
 import keras
 
-from contestants import Step, backend_of, missing
+from contestants import Step, backend_of, contestants_not_installed
 from shapes import Shape
 from timing import Sampler
 
-_here = importlib.import_module(f"modes_{keras.backend.backend()}")
+_backend_modes = importlib.import_module(f"modes_{keras.backend.backend()}")
 
-CONTESTANTS: dict[str, tuple[str, ...]] = _here.CONTESTANTS
+CONTESTANTS: dict[str, tuple[str, ...]] = _backend_modes.CONTESTANTS
 """Names of the contestants of each mode, steps of other libraries included."""
-COSTS_OF: tuple[str, ...] = _here.COSTS_OF
+OPTIMIZERS_WITH_COSTS: tuple[str, ...] = _backend_modes.OPTIMIZERS_WITH_COSTS
 """Names of the optimizers whose first step is measured."""
 
 
@@ -31,13 +31,17 @@ def samplers(
     if names is None:
         here = keras.backend.backend()
         names = [name for name, backend in contestants(mode).items() if backend == here]
-    gradients = _here.gradients(mode, shapes)
-    return {name: _here.sampler(mode, name, gradients) for name in names}
+    gradients = _backend_modes.gradients(mode, shapes)
+    return {name: _backend_modes.sampler(mode, name, gradients) for name in names}
 
 
 def contestants(mode: str) -> dict[str, str]:
     """Return the installed contestants of a mode, each with the backend that takes its steps."""
-    return {name: backend_of(name) for name in CONTESTANTS[mode] if name not in missing()}
+    return {
+        name: backend_of(name)
+        for name in CONTESTANTS[mode]
+        if name not in contestants_not_installed()
+    }
 
 
 def function_step(name: str, shapes: Sequence[Shape]) -> Step:
@@ -47,9 +51,9 @@ def function_step(name: str, shapes: Sequence[Shape]) -> Step:
         name: a Keras optimizer, one of the contestants or of `COSTS_OF`.
         shapes: the shapes of the weights.
     """
-    return _here.function_step(name, _here.gradients("function", shapes))
+    return _backend_modes.function_step(name, _backend_modes.gradients("function", shapes))
 
 
 def accelerator() -> str | None:
     """Return the name of the accelerator that steps run on, or `None` for CPUs."""
-    return _here.accelerator()
+    return _backend_modes.accelerator()

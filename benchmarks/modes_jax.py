@@ -9,17 +9,17 @@ import jax
 import keras
 import numpy as np
 
-from contestants import KERAS, MICRO_BATCHES, Step, accumulating, weights
+from contestants import KERAS, MICRO_BATCHES, Step, accumulating_optimizer, weights
 from shapes import Shape
-from steps_jax import compiled, optax_chain
-from timing import Sampler, stopwatch
+from steps_jax import compiled_step, optax_chain
+from timing import Sampler, timed_sampler
 
 CONTESTANTS: dict[str, tuple[str, ...]] = {
     "function": (*KERAS, "Optax"),
     "eager": ("SNGM", "SGD", "Adam"),
     "accumulate": ("SNGM", "SGD"),
 }
-COSTS_OF = ("SNGM", "SGD")
+OPTIMIZERS_WITH_COSTS = ("SNGM", "SGD")
 
 
 def accelerator() -> str | None:
@@ -37,7 +37,7 @@ def gradients(mode: str, shapes: Sequence[Shape]) -> list[jax.Array]:
 def sampler(mode: str, name: str, gradients: Sequence[jax.Array]) -> Sampler:
     """Return a sampler of the time that a contestant takes for a step in a mode."""
     if name == "Optax":
-        return stopwatch(optax_chain([np.asarray(g) for g in gradients]))
+        return timed_sampler(optax_chain([np.asarray(g) for g in gradients]))
     return _KERAS[mode](name, gradients)
 
 
@@ -50,7 +50,7 @@ def _stateless(optimizer: keras.optimizers.Optimizer, gradients: Sequence[jax.Ar
     """Return a step that compiles the optimizer's `stateless_apply`."""
     variables = weights([g.shape for g in gradients])
     optimizer.build(variables)
-    return compiled(
+    return compiled_step(
         lambda weights, state, gradients: optimizer.stateless_apply(state, gradients, weights),
         [v.value for v in variables],
         [v.value for v in optimizer.variables],
@@ -60,7 +60,7 @@ def _stateless(optimizer: keras.optimizers.Optimizer, gradients: Sequence[jax.Ar
 
 def _function(name: str, gradients: Sequence[jax.Array]) -> Sampler:
     """Return a sampler of steps within `jax.jit`."""
-    return stopwatch(function_step(name, gradients))
+    return timed_sampler(function_step(name, gradients))
 
 
 def _eager(name: str, gradients: Sequence[jax.Array]) -> Sampler:
@@ -73,13 +73,13 @@ def _eager(name: str, gradients: Sequence[jax.Array]) -> Sampler:
         optimizer.apply(gradients, variables)
         jax.block_until_ready([v.value for v in [*variables, *optimizer.variables]])
 
-    return stopwatch(step)
+    return timed_sampler(step)
 
 
 def _accumulate(name: str, gradients: Sequence[jax.Array]) -> Sampler:
     """Return a sampler of whole accumulation cycles, in seconds per micro-batch."""
-    step = _stateless(accumulating(name), gradients)
-    return stopwatch(lambda: [step() for _ in range(MICRO_BATCHES)], steps=MICRO_BATCHES)
+    step = _stateless(accumulating_optimizer(name), gradients)
+    return timed_sampler(lambda: [step() for _ in range(MICRO_BATCHES)], steps=MICRO_BATCHES)
 
 
 _KERAS: dict[str, Callable[[str, Sequence[jax.Array]], Sampler]] = {

@@ -10,12 +10,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from contestants import KERAS, MICRO_BATCHES, Step, accumulating, weights
+from contestants import KERAS, MICRO_BATCHES, Step, accumulating_optimizer, weights
 from fitting import fit_sampler
 from gradients_tensorflow import Gradients
 from keras_sngm import SNGM
 from shapes import Shape
-from timing import Sampler, stopwatch
+from timing import Sampler, timed_sampler
 
 STEPS_OF_A_FIT = 5
 
@@ -23,7 +23,7 @@ SNGM_COMPILATIONS: dict[str, Callable[..., keras.optimizers.Optimizer]] = {
     f"SNGM, jit_compile={jit_compile}": partial(SNGM, 0.01, jit_compile=jit_compile)
     for jit_compile in (True, False)
 }
-COSTS_OF = ("SNGM", *SNGM_COMPILATIONS, "SGD")
+OPTIMIZERS_WITH_COSTS = ("SNGM", *SNGM_COMPILATIONS, "SGD")
 
 
 def momentum_kernel(gradients: Gradients) -> Step:
@@ -67,7 +67,7 @@ def gradients(mode: str, shapes: Sequence[Shape]) -> Gradients:
 def sampler(mode: str, name: str, gradients: Gradients) -> Sampler:
     """Return a sampler of the time that a contestant takes for a step in a mode."""
     if name == "momentum kernel":
-        return stopwatch(momentum_kernel(gradients))
+        return timed_sampler(momentum_kernel(gradients))
     return _KERAS[mode](name, gradients)
 
 
@@ -84,10 +84,10 @@ def _in_graph(optimizer: keras.optimizers.Optimizer, gradients: Gradients) -> St
     def step() -> None:
         optimizer.apply(gradients.tensors(), variables)
 
-    return _traced(step)
+    return _as_tf_function(step)
 
 
-def _traced(step: Step) -> Step:
+def _as_tf_function(step: Step) -> Step:
     """Return a step as a `tf.function`."""
     # TensorFlow warns of many traces of one Python function; each partial is a new object.
     return tf.function(partial(step), autograph=False)
@@ -99,23 +99,23 @@ def _eager(name: str, gradients: Gradients) -> Sampler:
     tensors = gradients.tensors()
     optimizer = KERAS[name]()
     optimizer.build(variables)
-    return stopwatch(lambda: optimizer.apply(tensors, variables))
+    return timed_sampler(lambda: optimizer.apply(tensors, variables))
 
 
 def _function(name: str, gradients: Gradients) -> Sampler:
     """Return a sampler of steps in a `tf.function`."""
-    return stopwatch(function_step(name, gradients))
+    return timed_sampler(function_step(name, gradients))
 
 
 def _accumulate(name: str, gradients: Gradients) -> Sampler:
     """Return a sampler of whole accumulation cycles, in seconds per micro-batch."""
-    step = _in_graph(accumulating(name), gradients)
+    step = _in_graph(accumulating_optimizer(name), gradients)
 
     def update() -> None:
         for _ in range(MICRO_BATCHES):
             step()
 
-    return stopwatch(update, steps=MICRO_BATCHES)
+    return timed_sampler(update, steps=MICRO_BATCHES)
 
 
 def _mirrored(name: str, gradients: Gradients) -> Sampler:
@@ -130,7 +130,7 @@ def _mirrored(name: str, gradients: Gradients) -> Sampler:
         # Replicas that compute gradients do not share tensors, so each gets copies.
         optimizer.apply([tf.identity(g) for g in gradients.tensors()], variables)
 
-    return stopwatch(_traced(lambda: strategy.run(replica_step)))
+    return timed_sampler(_as_tf_function(lambda: strategy.run(replica_step)))
 
 
 def _split_cpu() -> None:

@@ -8,16 +8,16 @@ from collections.abc import Sequence
 import keras
 import torch
 
-from contestants import KERAS, MICRO_BATCHES, Step, accumulating, weights
+from contestants import KERAS, MICRO_BATCHES, Step, accumulating_optimizer, weights
 from shapes import Shape
-from steps_torch import clipped_sgd, finished
-from timing import Sampler, stopwatch
+from steps_torch import clipped_sgd, synchronized
+from timing import Sampler, timed_sampler
 
 CONTESTANTS: dict[str, tuple[str, ...]] = {
     "function": (*KERAS, "PyTorch"),
     "accumulate": ("SNGM", "SGD"),
 }
-COSTS_OF = ("SNGM", "SGD")
+OPTIMIZERS_WITH_COSTS = ("SNGM", "SGD")
 
 
 def device() -> torch.device:
@@ -42,19 +42,19 @@ def gradients(mode: str, shapes: Sequence[Shape]) -> list[torch.Tensor]:
 def sampler(mode: str, name: str, gradients: Sequence[torch.Tensor]) -> Sampler:
     """Return a sampler of the time that a contestant takes for a step in a mode."""
     if name == "PyTorch":
-        return stopwatch(clipped_sgd([g.cpu().numpy() for g in gradients], device()))
+        return timed_sampler(clipped_sgd([g.cpu().numpy() for g in gradients], device()))
     if mode == "function":
-        return stopwatch(function_step(name, gradients))
-    step = _apply(accumulating(name), gradients)
-    return stopwatch(lambda: [step() for _ in range(MICRO_BATCHES)], steps=MICRO_BATCHES)
+        return timed_sampler(function_step(name, gradients))
+    step = _apply_step(accumulating_optimizer(name), gradients)
+    return timed_sampler(lambda: [step() for _ in range(MICRO_BATCHES)], steps=MICRO_BATCHES)
 
 
 def function_step(name: str, gradients: Sequence[torch.Tensor]) -> Step:
     """Return a step of a Keras optimizer among the contestants."""
-    return _apply(KERAS[name](), gradients)
+    return _apply_step(KERAS[name](), gradients)
 
 
-def _apply(optimizer: keras.optimizers.Optimizer, gradients: Sequence[torch.Tensor]) -> Step:
+def _apply_step(optimizer: keras.optimizers.Optimizer, gradients: Sequence[torch.Tensor]) -> Step:
     """Return a step by the optimizer's `apply`, which waits for the device."""
     variables = weights([g.shape for g in gradients])
     optimizer.build(variables)
@@ -63,4 +63,4 @@ def _apply(optimizer: keras.optimizers.Optimizer, gradients: Sequence[torch.Tens
         with torch.no_grad():  # Keras' training step does so, too.
             optimizer.apply(gradients, variables)
 
-    return finished(step, device())
+    return synchronized(step, device())

@@ -76,7 +76,7 @@ def summary(results: dict[str, Any]) -> list[list[str]]:
         measured = modes["function"]
         own = measured["times_ms"]["SNGM"][1]
         ratios = [_ratio(modes.get(mode), over, sngm) for mode, over, sngm in _SUMMARY.values()]
-        size = f"{measured['variables']:,}, {_short(measured['parameters'])}"
+        size = f"{measured['variables']:,}, {_format_count(measured['parameters'])}"
         known = measured["limit_ms"] > _LEAST_LIMIT_MS
         limit = f"{own / measured['limit_ms']:.2f}" if known else "–"
         columns.append([NAMES[model], size, number(own), *ratios, limit])
@@ -245,11 +245,13 @@ def _relative(measured: dict[str, Any], milliseconds: float) -> float:
 
 
 def _model_label(model: str, measured: dict[str, Any]) -> str:
-    size = f"{measured['variables']:,} variables\n{_short(measured['parameters'])} parameters"
+    size = (
+        f"{measured['variables']:,} variables\n{_format_count(measured['parameters'])} parameters"
+    )
     return f"{NAMES[model]}\n{size}"
 
 
-def _short(parameters: int) -> str:
+def _format_count(parameters: int) -> str:
     """Format a number of parameters in thousands or millions."""
     if parameters >= 1e6:
         return f"{parameters / 1e6:.1f} M"
@@ -271,7 +273,7 @@ def _draw_growth_with_parameters(ax: Axes, points: Sequence[dict[str, Any]]) -> 
 
 def _draw_growth_with_variables(ax: Axes, points: Sequence[dict[str, Any]]) -> None:
     _draw_growth(ax, "variables", points)
-    ax.set_title(f"{_short(points[0]['parameters'])} parameters")
+    ax.set_title(f"{_format_count(points[0]['parameters'])} parameters")
     ax.legend(fontsize="small")
 
 

@@ -11,7 +11,7 @@ def parameters(shapes: Sequence[Shape]) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
-def even(parameters: int, variables: int) -> list[Shape]:
+def equal_vectors(parameters: int, variables: int) -> list[Shape]:
     """Return the shapes of `variables` vectors of one length, `parameters` in all."""
     return [(parameters // variables,)] * variables
 

@@ -27,13 +27,13 @@ from tqdm import tqdm
 import commandline
 import memory
 import report
-from contestants import missing
-from jobs import alone, device, memory_limit, step_costs, step_times
-from modes import CONTESTANTS, COSTS_OF, accelerator, contestants
-from shapes import MODELS, TABLE, Shape, even, parameters
+from contestants import contestants_not_installed
+from jobs import device, memory_limit, run_in_new_process, step_costs, step_times
+from modes import CONTESTANTS, OPTIMIZERS_WITH_COSTS, accelerator, contestants
+from shapes import MODELS, TABLE, Shape, equal_vectors, parameters
 from timing import machine
 
-GROWING = ("SNGM", "SGD")
+OPTIMIZERS_BY_SIZE = ("SNGM", "SGD")
 
 
 class Job(NamedTuple):
@@ -65,17 +65,17 @@ def model_times(shapes: Sequence[Shape], mode: str, seconds: float) -> dict[str,
     The contestants of this backend are interleaved in one process. Each contestant of another
     backend has its own process.
     """
-    result = times(mode, shapes, seconds)
-    for name, backend in others(mode).items():
+    result = measure_times(mode, shapes, seconds)
+    for name, backend in contestants_of_other_backends(mode).items():
         # The step of another library is the same in all modes, and every backend has `function`.
         job = (step_times, "function", shapes, seconds / 4, [name])
-        own = alone(*job, backend=backend)
+        own = run_in_new_process(*job, backend=backend)
         for key in ("times_ms", "samples"):
             result[key].update(own[key])
     return result
 
 
-def others(mode: str) -> dict[str, str]:
+def contestants_of_other_backends(mode: str) -> dict[str, str]:
     """Return the contestants of a mode whose steps other backends take, with these backends.
 
     If steps run on an accelerator, contestants whose library does not use one are left out.
@@ -84,11 +84,11 @@ def others(mode: str) -> dict[str, str]:
         name: backend
         for name, backend in contestants(mode).items()
         if backend != keras.backend.backend()
-        and (device() is None or alone(accelerator, backend=backend))
+        and (device() is None or run_in_new_process(accelerator, backend=backend))
     }
 
 
-def times(
+def measure_times(
     mode: str, shapes: Sequence[Shape], seconds: float, names: Sequence[str] | None = None
 ) -> dict[str, Any]:
     """Time contestants of this backend in a new process.
@@ -96,7 +96,7 @@ def times(
     In mode `function`, also measure the time in which memory could move the data of a step.
     """
     limit = memory_limit(shapes) if mode == "function" else {}
-    return {**limit, **alone(step_times, mode, shapes, seconds, names)}
+    return {**limit, **run_in_new_process(step_times, mode, shapes, seconds, names)}
 
 
 def cost_jobs(results: dict[str, Any], arguments: argparse.Namespace) -> list[Job]:
@@ -104,21 +104,21 @@ def cost_jobs(results: dict[str, Any], arguments: argparse.Namespace) -> list[Jo
     return [
         Job(
             f"{model}, first step of {name}",
-            lambda model=model, name=name: alone(step_costs, MODELS[model], name),
+            lambda model=model, name=name: run_in_new_process(step_costs, MODELS[model], name),
             lambda result, model=model, name=name: (
                 results["costs"].setdefault(model, {}).update({name: result})
             ),
         )
         for model in arguments.models
-        for name in COSTS_OF
+        for name in OPTIMIZERS_WITH_COSTS
     ]
 
 
 def growth_jobs(results: dict[str, Any], arguments: argparse.Namespace) -> list[Job]:
     """Return the jobs that time steps by number of parameters and by number of variables."""
     series = {
-        "parameters": [even(total, 10) for total in arguments.parameters],
-        "variables": [even(10**6, variables) for variables in arguments.variables],
+        "parameters": [equal_vectors(total, 10) for total in arguments.parameters],
+        "variables": [equal_vectors(10**6, variables) for variables in arguments.variables],
     }
     return [
         Job(
@@ -144,10 +144,10 @@ def growth_point(shapes: Sequence[Shape], seconds: float) -> dict[str, Any] | No
     Returns `None` if there is not even memory for one of them.
     """
     if _fits(shapes, arrays=7):
-        return times("function", shapes, seconds, GROWING)
+        return measure_times("function", shapes, seconds, OPTIMIZERS_BY_SIZE)
     if not _fits(shapes, arrays=5):
         return None
-    apart = [times("function", shapes, seconds, [name]) for name in GROWING]
+    apart = [measure_times("function", shapes, seconds, [name]) for name in OPTIMIZERS_BY_SIZE]
     return {**apart[0], "times_ms": {k: v for one in apart for k, v in one["times_ms"].items()}}
 
 
@@ -157,7 +157,7 @@ def table_jobs(results: dict[str, Any], arguments: argparse.Namespace) -> list[J
     def measure(name: str) -> dict[str, Any] | None:
         if not _fits(TABLE, arrays=5):
             return None
-        return times("function", TABLE, arguments.seconds, [name])
+        return measure_times("function", TABLE, arguments.seconds, [name])
 
     return [
         Job(
@@ -165,7 +165,7 @@ def table_jobs(results: dict[str, Any], arguments: argparse.Namespace) -> list[J
             lambda name=name: measure(name),
             lambda result, name=name: results["table"].update({name: result}),
         )
-        for name in GROWING
+        for name in OPTIMIZERS_BY_SIZE
     ]
 
 
@@ -188,7 +188,7 @@ def run(arguments: argparse.Namespace) -> pathlib.Path:
         "growth": {"parameters": [], "variables": []},
         "table": {},
     }
-    path = arguments.output / f"{_stem()}{'_accelerator' if device() else ''}.json"
+    path = arguments.output / f"{_results_prefix()}{'_accelerator' if device() else ''}.json"
     if path.exists():
         results = json.loads(path.read_text())
     results["machine"] = {**machine(), "accelerator": device()}
@@ -197,7 +197,7 @@ def run(arguments: argparse.Namespace) -> pathlib.Path:
         jobs += cost_jobs(results, arguments)
     if arguments.table:
         jobs += table_jobs(results, arguments)
-    for name, library in missing().items():
+    for name, library in contestants_not_installed().items():
         print(f"{name} is left out: {library} is not installed")
     with tqdm(jobs, unit="job") as bar:
         for job in bar:
@@ -216,7 +216,7 @@ def run(arguments: argparse.Namespace) -> pathlib.Path:
     return path
 
 
-def _stem() -> str:
+def _results_prefix() -> str:
     """Return the beginning of the names of the files with this backend's results."""
     return f"step_time_{keras.backend.backend()}"
 
@@ -267,7 +267,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     if arguments.report:
-        paths = sorted(arguments.output.glob(f"{_stem()}*.json"))
+        paths = sorted(arguments.output.glob(f"{_results_prefix()}*.json"))
     else:
         paths = [run(arguments)]
     for path in paths:

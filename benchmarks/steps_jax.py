@@ -9,7 +9,7 @@ import numpy as np
 from contestants import Step
 
 
-def compiled(
+def compiled_step(
     update: Callable[..., tuple[Any, Any]], weights: Any, state: Any, gradients: Any
 ) -> Step:
     """Return a step compiled by `jax.jit` that donates weights and state, as training does.
@@ -46,6 +46,6 @@ def optax_chain(gradients: Sequence[np.ndarray]) -> Step:
         return optax.apply_updates(weights, updates), state
 
     weights = [jax.numpy.ones(g.shape) for g in gradients]
-    return compiled(
+    return compiled_step(
         update, weights, transformation.init(weights), [jax.numpy.array(g) for g in gradients]
     )

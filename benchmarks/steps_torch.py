@@ -8,7 +8,7 @@ import torch
 from contestants import Step
 
 
-def finished(step: Callable[[], object], device: torch.device) -> Step:
+def synchronized(step: Callable[[], object], device: torch.device) -> Step:
     """Return a step that waits until the device has finished."""
     if device.type != "cuda":
         return step
@@ -31,4 +31,4 @@ def clipped_sgd(gradients: Sequence[np.ndarray], device: torch.device) -> Step:
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
 
-    return finished(step, device)
+    return synchronized(step, device)

@@ -18,7 +18,7 @@ Sampler = Callable[[], list[float]]
 PACKAGES = ("keras-sngm", "tensorflow", "keras", "numpy", "jax", "optax", "torch")
 
 
-def stopwatch(call: Callable[[], object], steps: int = 1) -> Sampler:
+def timed_sampler(call: Callable[[], object], steps: int = 1) -> Sampler:
     """Return a sampler that times one call of `call`, in seconds per step.
 
     An untimed call before it fills the caches again, which other contestants have used since.
@@ -37,7 +37,7 @@ def stopwatch(call: Callable[[], object], steps: int = 1) -> Sampler:
     return sample
 
 
-def interleaved(
+def sample_interleaved(
     samplers: Mapping[str, Sampler],
     seconds: float,
     warm_up: int = 2,
@@ -88,10 +88,10 @@ def _no_collection() -> Iterator[Callable[[], int]]:
         gc.unfreeze()
 
 
-def best(call: Callable[[], object], calls: int) -> float:
+def fastest_call(call: Callable[[], object], calls: int) -> float:
     """Return the seconds of the fastest of `calls` timed calls."""
     call()
-    sampler = stopwatch(call)
+    sampler = timed_sampler(call)
     return min(sampler()[0] for _ in range(calls))
 
 

@@ -23,9 +23,9 @@ from tqdm import tqdm
 import commandline
 from contestants import KERAS
 from fitting import fit_sampler
-from jobs import alone
+from jobs import run_in_new_process
 from report import print_rows, spread, training
-from timing import interleaved, machine, paired_ratio, quartiles_ms
+from timing import machine, paired_ratio, quartiles_ms, sample_interleaved
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 from common import models
@@ -121,7 +121,7 @@ def train_times(name: str, mode: str, seconds: float, quick: bool) -> dict[str, 
             jit_compile=MODES[mode],
         )
         samplers[optimizer] = fit_sampler(model, (task.inputs, task.labels), task.steps_of_a_fit)
-    samples = interleaved(samplers, seconds, warm_up=1)
+    samples = sample_interleaved(samplers, seconds, warm_up=1)
     return {
         "parameters": model.count_params(),
         "batch_size": len(task.inputs),
@@ -141,7 +141,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         for task, mode in bar:
             bar.set_description(f"{task}, {mode}")
             try:
-                measured = alone(train_times, task, mode, arguments.seconds, arguments.quick)
+                measured = run_in_new_process(
+                    train_times, task, mode, arguments.seconds, arguments.quick
+                )
             except Exception as error:  # The other jobs can still be done.
                 tqdm.write(f"{task}, {mode} failed:\n{''.join(traceback.format_exception(error))}")
                 continue

@@ -18,6 +18,7 @@ from problems import (
     variables_of,
 )
 from reference import ReferenceSNGM
+from selection import quick_only
 
 UPDATES, BATCH = 6, 24
 AVERAGED = {"use_ema": True, "ema_momentum": 0.8}
@@ -107,7 +108,7 @@ def cosine(steps):
     return keras.optimizers.schedules.CosineDecay(0.1, steps)
 
 
-@pytest.mark.parametrize("micro_batches", [2, 8])
+@pytest.mark.parametrize("micro_batches", quick_only([2, 8], quick=[2]))
 @pytest.mark.parametrize(
     "layers, options",
     [

@@ -7,6 +7,7 @@ import pytest
 from autodiff import CustomModel, custom_step
 from keras_sngm import SNGM, GradientNormLogger
 from problems import BACKEND, assert_close, values_of
+from selection import whole
 
 X = np.random.default_rng(0).standard_normal((48, 6)).astype("float32")
 Y = np.tanh(X.sum(axis=1, keepdims=True))
@@ -339,6 +340,7 @@ def test_momentum_cannot_be_switched_on_after_building():
         optimizer.apply([keras.ops.ones(1)])
 
 
+@whole
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.0}, {"gradient_accumulation_steps": 2}])
 def test_float8_layers_train(options):
     """Their scales are overwritten, and have no momentum."""

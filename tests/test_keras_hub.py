@@ -6,6 +6,7 @@ import pytest
 
 from keras_sngm import SNGM, GradientNormLogger
 from problems import BACKEND
+from selection import whole
 
 keras_hub = pytest.importorskip("keras_hub")
 
@@ -69,6 +70,7 @@ OPTIMIZERS = {
 }
 
 
+@whole
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("make", [bert, gpt2], ids=lambda make: make.__name__)

@@ -7,6 +7,7 @@ import pytest
 from keras_sngm import SNGM, GradientNormLogger
 from problems import BACKEND, MODES, assert_close, modes, stepping, variables_of
 from reference import ReferenceSNGM, norm
+from selection import whole
 
 NAMES = modes("eager", "eager-xla", "function", "xla-function")
 mode = pytest.mark.parametrize("jit_compile, outer", [MODES[name] for name in NAMES], ids=NAMES)
@@ -39,6 +40,7 @@ def steps_beside_the_reference(rows, outer, jit_compile, dtypes="float32", rate=
     return optimizer
 
 
+@whole
 @mode
 @pytest.mark.parametrize("options", [{"clipnorm": 1.0}, {"clipnorm": 1.0, **DECAY}, {}, DECAY])
 @pytest.mark.parametrize(

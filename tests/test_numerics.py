@@ -19,6 +19,7 @@ from problems import (
     variables_of,
 )
 from reference import ReferenceSNGM
+from selection import whole
 
 NAMES = modes("eager", "eager-xla", "xla-function")
 mode = pytest.mark.parametrize("jit_compile, outer", [MODES[name] for name in NAMES], ids=NAMES)
@@ -65,6 +66,7 @@ def test_gradients_of_any_magnitude_are_normalized(jit_compile, outer, scale):
     assert_follows_the_reference(random_arrays(), gradients, outer, jit_compile)
 
 
+@whole
 @mode
 @pytest.mark.parametrize("magnitudes", [(1e30, 1.0, 1e-30), (1e19, 1e19, 1e19), (3e37, 0.0, 1e-35)])
 def test_blockwise_each_variable_may_have_its_own_magnitude(jit_compile, outer, magnitudes):

@@ -12,6 +12,7 @@ import pytest
 from foreign_models import X, Y, functional
 from keras_sngm import SNGM, GradientNormLogger
 from problems import BACKEND
+from selection import whole
 
 NOISE = {"noise_scale_batch_size": 8, "gradient_accumulation_steps": 2}
 OPTIMIZERS = {
@@ -63,6 +64,7 @@ def everything(folder):
     )
 
 
+@whole
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_nothing_is_taken_for_a_fault(tmp_path, make):
     model = functional(make())

@@ -1,9 +1,7 @@
 """SNGM takes the steps of the paper."""
 
-import jax
 import keras
 import numpy as np
-import optax
 import pytest
 
 from keras_sngm import SNGM
@@ -22,6 +20,7 @@ from problems import (
     variables_of,
 )
 from reference import ReferenceSNGM
+from selection import whole
 
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-2, "bfloat16": 1.5e-1}
 MOST_MODES = modes("eager-xla", "function", "xla-function")
@@ -104,9 +103,13 @@ def test_clipping_agrees_with_the_reference_at_any_scale(mode, clipnorm, scale):
     np.testing.assert_allclose(optimizer.gradient_norm, reference.gradient_norm, rtol=1e-5)
 
 
+@whole
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("momentum", [0.0, 0.9, 0.99])
 def test_agrees_with_optax(momentum, nesterov):
+    import jax
+    import optax
+
     rate = 0.25
     rule = optax.chain(
         optax.normalize_by_update_norm(eps=0.0),

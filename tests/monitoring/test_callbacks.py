@@ -23,6 +23,7 @@ from keras_sngm import SNGM, GradientNormLogger
 from keras_sngm.backend.common.recorder import attached_recorders
 from keras_sngm.monitoring.sinks import tensorboard_parts
 from problems import BACKEND, values_of
+from selection import whole
 
 X = np.random.default_rng(0).standard_normal((40, 6)).astype("float32")
 Y = np.tanh(X.sum(axis=1, keepdims=True))
@@ -36,6 +37,15 @@ OPTIMIZERS = {
     "SGD, loss scaled": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.05)),
 }
 every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+every_optimizer_if_whole = pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(make, marks=() if name == "SNGM" else whole)
+        for name, make in OPTIMIZERS.items()
+    ],
+    ids=OPTIMIZERS,
+)
+
 # Arguments of `compile` that not every backend of Keras has.
 SEVERAL_STEPS = [] if BACKEND == "torch" else [{"steps_per_execution": 2}]
 XLA = [] if BACKEND == "torch" else [{"jit_compile": True}]
@@ -304,6 +314,7 @@ def model_of_several_updates(optimizer):
     return model
 
 
+@whole
 @every_optimizer
 def test_a_training_step_may_make_several_updates(tmp_path, make, monkeypatch):
     monkeypatch.setattr("keras_sngm.monitoring.callback._MOST_UPDATES", 24)
@@ -416,6 +427,7 @@ def kill_in_epoch(number):
     return keras.callbacks.LambdaCallback(on_epoch_begin=act)
 
 
+@whole
 @every_optimizer
 def test_resumed_training_goes_on_counting(tmp_path, make):
     """From a backup, in the file and in TensorBoard that there are."""
@@ -578,7 +590,7 @@ def test_what_was_traced_without_a_logger_is_traced_again(make, tmp_path):
     assert len((tmp_path / "log.csv").read_text().splitlines()) == 1 + len(X) // 5
 
 
-@every_optimizer
+@every_optimizer_if_whole
 @pytest.mark.parametrize("kwargs", [{}, {"run_eagerly": True}, *XLA])
 def test_training_is_not_changed(tmp_path, make, kwargs):
     plain, logged = build_model(make(), **kwargs), build_model(make(), **kwargs)
@@ -719,7 +731,7 @@ def test_faults_can_be_ignored():
         fit(build_model(), GradientNormLogger(on_nonfinite="ignore"), x=with_nan(3))
 
 
-@every_optimizer
+@every_optimizer_if_whole
 @pytest.mark.parametrize("kwargs", [{}, {"run_eagerly": True}, *SEVERAL_STEPS])
 def test_stopping_leaves_the_last_good_model(tmp_path, make, kwargs):
     """The one before the bad step, which is the last to be logged, whenever the news arrive."""

@@ -10,6 +10,7 @@ from foreign_models import MODELS, OPTIMIZERS, X, Y
 from keras_sngm import SNGM, GradientNormLogger
 from keras_sngm.backend.common.recorder import attached_recorders
 from problems import BACKEND, values_of
+from selection import quick_only
 
 OF_EVERY_MODEL = ("SNGM, averaged and accumulated", "SGD")
 JOBS = [(model, optimizer) for model in MODELS for optimizer in OF_EVERY_MODEL]
@@ -68,7 +69,7 @@ def trained(foreign, make, folder, *loggers):
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
-@pytest.mark.parametrize("name, optimizer", JOBS)
+@pytest.mark.parametrize("name, optimizer", quick_only(JOBS, JOBS[:2]))
 def test_nothing_changes(tmp_path, name, optimizer):
     """Weights, state of the optimizer, state tree and files are the same."""
     foreign, make = MODELS[name], OPTIMIZERS[optimizer]

@@ -13,6 +13,7 @@ from full_disk_training import MOST_BYTES, UPDATES, trained
 from keras_sngm import SNGM, GradientNormLogger
 from keras_sngm.monitoring.sinks import FileSink, TensorBoardSink
 from processes import SUPPORT, run_python
+from selection import whole
 
 X = np.ones((10, 3), "float32")
 FILES = {"log.csv": FileSink, "log.jsonl": FileSink, "logs": TensorBoardSink}
@@ -91,6 +92,7 @@ def test_a_file_that_was_full_can_be_gone_on_with(limited):
         assert steps == list(map(str, range(1, 21)))
 
 
+@whole
 @pytest.mark.parametrize("method", ["write", "flush", "close"])
 @pytest.mark.parametrize("name", FILES)
 def test_other_files_are_written_to_their_end(tmp_path, monkeypatch, name, method):

@@ -20,6 +20,7 @@ from logged_cases import (
 )
 from processes import SUPPORT, run_python
 from reference import ReferenceSNGM, norm
+from selection import cases_asked_for, quick_only
 
 JOBS = [
     (name, strategy)
@@ -27,23 +28,39 @@ JOBS = [
     for strategy in case.strategies
     if strategy in STRATEGIES
 ]
-job = pytest.mark.parametrize("name, strategy", JOBS)
+QUICK_JOBS = [
+    ("SNGM", "0"),
+    ("SNGM, gradient changed", "2"),
+    ("SNGM, noise scale, accumulated", "0"),
+    ("SGD", "2"),
+    ("SGD, accumulated, embedding", "0"),
+    ("Adam", "0"),
+]
+job = pytest.mark.parametrize("name, strategy", quick_only(JOBS, QUICK_JOBS))
 
 
 @pytest.fixture(scope="module")
-def logged(tmp_path_factory):
+def logged(request, tmp_path_factory):
+    """A function of a job that returns what its logger has logged.
+
+    Only jobs that a test was selected for are done, all of a strategy in one process.
+    """
     folder = tmp_path_factory.mktemp("logged")
-    results = {}
-    for strategy in STRATEGIES:
-        run_python(SUPPORT / "logged_training.py", strategy, folder / "results")
-        results[strategy] = pickle.loads((folder / "results").read_bytes())
-    return results
+    jobs = cases_asked_for(request, "name", "strategy")
+
+    @functools.cache
+    def results_of(strategy):
+        names = [name for name, under in jobs if under == strategy]
+        run_python(SUPPORT / "logged_training.py", strategy, folder / "results", *names)
+        return pickle.loads((folder / "results").read_bytes())
+
+    return lambda name, strategy: results_of(strategy)[name]
 
 
 @pytest.fixture(scope="module")
 def updates(logged):
     """Of a job, each update as `updates_of` gives it."""
-    return functools.cache(lambda name, n: list(updates_of(CASES[name], logged[n][name])))
+    return functools.cache(lambda name, n: list(updates_of(CASES[name], logged(name, n))))
 
 
 def updates_of(case, result):
@@ -111,7 +128,7 @@ def expected_scalars(case, result, gradient, momentum, old, new):
 
 @job
 def test_every_scalar_equals_a_recomputation(logged, updates, name, strategy):
-    case, result = CASES[name], logged[strategy][name]
+    case, result = CASES[name], logged(name, strategy)
     lines = {line.pop("step"): line for line in map(dict, result.lines)}
     last = EPOCHS * STEPS_PER_EPOCH // case.times
     assert list(lines) == list(range(LOG_EVERY, last + 1, LOG_EVERY))
@@ -130,7 +147,7 @@ def test_every_scalar_equals_a_recomputation(logged, updates, name, strategy):
 
 @job
 def test_epochs_hold_the_statistics_of_all_updates(logged, updates, name, strategy):
-    case, result = CASES[name], logged[strategy][name]
+    case, result = CASES[name], logged(name, strategy)
     values = [expected_scalars(case, result, *update) for update in updates(name, strategy)]
     per_epoch = len(values) // EPOCHS
     for epoch in range(EPOCHS):
@@ -152,7 +169,7 @@ def test_epochs_hold_the_statistics_of_all_updates(logged, updates, name, strate
 
 @job
 def test_histograms_count_the_elements(logged, updates, name, strategy):
-    case, result = CASES[name], logged[strategy][name]
+    case, result = CASES[name], logged(name, strategy)
     last = EPOCHS * STEPS_PER_EPOCH // case.times
     assert set(result.histograms) == set(range(HISTOGRAM_EVERY, last + 1, HISTOGRAM_EVERY))
     for step, (gradient, momentum, _, _) in enumerate(updates(name, strategy), start=1):
@@ -172,9 +189,11 @@ def test_histograms_count_the_elements(logged, updates, name, strategy):
             assert_counts(result.histograms[step][key], tensor, rounding)
 
 
-@pytest.mark.parametrize("name, strategy", [job for job in JOBS if CASES[job[0]].noise])
+@pytest.mark.parametrize(
+    "name, strategy", quick_only([job for job in JOBS if CASES[job[0]].noise], QUICK_JOBS)
+)
 def test_the_noise_scale_equals_a_recomputation(logged, name, strategy):
-    case, result = CASES[name], logged[strategy][name]
+    case, result = CASES[name], logged(name, strategy)
     gradients = recomputed_gradients(case)
     size = BATCH // max(int(strategy[0]), 1)
     noise, signal = 0.0, 0.0

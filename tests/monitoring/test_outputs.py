@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from foreign_models import X, Y, functional, sequential
 from keras_sngm import SNGM, GradientNormLogger
 from processes import run_python
+from selection import whole
 
 UPDATES = len(X) // 8
 
@@ -53,6 +54,7 @@ def pickled(logger):
     return pickle.loads(pickle.dumps(logger))
 
 
+@whole
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled])
 @pytest.mark.parametrize("make", [SNGM, keras.optimizers.Adam])
 def test_copies_write_to_files_of_their_own(tmp_path, copied, make):
@@ -69,6 +71,7 @@ def test_copies_write_to_files_of_their_own(tmp_path, copied, make):
         assert steps_in(tmp_path / f"{name}.jsonl") == list(range(1, UPDATES + 1))
 
 
+@whole
 def test_a_copy_in_another_process_overwrites_nothing(tmp_path):
     """As where a search trains its candidates in a pool of processes."""
     logger = GradientNormLogger(filename=tmp_path / "log.jsonl")

@@ -1,27 +1,35 @@
 """The number of replicas does not change what is learned, whatever the options."""
 
+import functools
 import pickle
 
 import numpy as np
 import pytest
 
 from processes import SUPPORT, run_python
-from replica_options import EPOCHS, FAULTS, OPTIONS, STEPS_PER_EPOCH
+from replica_options import EPOCHS, FAULTS, OPTIONS, QUICK_OPTIONS, STEPS_PER_EPOCH
+from selection import cases_asked_for, quick_only, whole
 
-replicas = pytest.mark.parametrize("replicas", [1, 2, 4])
+replicas = pytest.mark.parametrize("replicas", quick_only([1, 2, 4], quick=[2]))
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """What training gave without a strategy (0) and on so many replicas."""
-    folder = tmp_path_factory.mktemp("replicas")
+def trained(request, tmp_path_factory):
+    """A function that returns what training gave on some replicas, "0" for no strategy.
 
+    Only options that a test was selected for are trained.
+    """
+    folder = tmp_path_factory.mktemp("replicas")
+    names = [name for (name,) in cases_asked_for(request, "name")]
+
+    @functools.cache
     def results_of(how):
-        count, *optimizer = how.split("-", 1)
-        run_python(SUPPORT / "replica_training.py", count, folder / how, *optimizer)
+        count, _, optimizer = how.partition("-")
+        arguments = count, folder / how, optimizer or "sngm", *names
+        run_python(SUPPORT / "replica_training.py", *arguments)
         return pickle.loads((folder / how).read_bytes())
 
-    return {how: results_of(how) for how in ("0", "1", "2", "4", "2-sngm-in-replicas")}
+    return results_of
 
 
 def assert_same(got, expected, option):
@@ -34,35 +42,39 @@ def assert_same(got, expected, option):
 
 
 @replicas
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", quick_only(OPTIONS, QUICK_OPTIONS))
 def test_replicas_train_like_one_device(trained, name, replicas):
-    got, expected = trained[str(replicas)][name], trained["0"][name]
+    got, expected = trained(str(replicas))[name], trained("0")[name]
     assert got.replicas == replicas
     assert_same(got, expected, OPTIONS[name])
     np.testing.assert_allclose(got.norms, expected.norms, rtol=OPTIONS[name].tolerance)
     assert got.skipped_steps == 0
 
 
+@whole
 @pytest.mark.parametrize("name", [n for n in OPTIONS if OPTIONS[n].runs_in_replicas])
 def test_replicas_that_cannot_be_left_train_like_one_device(trained, name):
     """Where `merge_call` is forbidden, as in XLA-compiled functions on GPUs."""
-    got, expected = trained["2-sngm-in-replicas"][name], trained["0"][name]
+    got, expected = trained("2-sngm-in-replicas")[name], trained("0")[name]
     assert_same(got, expected, OPTIONS[name])
     np.testing.assert_allclose(got.norms, expected.norms, rtol=OPTIONS[name].tolerance)
 
 
 @pytest.mark.parametrize(
     "name, how",
-    [
-        (name, how)
-        for name in FAULTS
-        for how in ("1", "2", "4", "2-sngm-in-replicas")
-        if FAULTS[name].runs_in_replicas or "in-replicas" not in how
-    ],
+    quick_only(
+        [
+            (name, how)
+            for name in FAULTS
+            for how in ("1", "2", "4", "2-sngm-in-replicas")
+            if FAULTS[name].runs_in_replicas or "in-replicas" not in how
+        ],
+        quick=[(next(iter(FAULTS)), "2")],
+    ),
 )
 def test_a_fault_on_one_replica_skips_the_step(trained, name, how):
     """On all of them, and nothing changes, to the bit."""
-    got, expected = trained[how][name], trained["0"][name]
+    got, expected = trained(how)[name], trained("0")[name]
     assert_same(got, expected, FAULTS[name])
     assert not got.changed_by_bad_batches
     assert not expected.changed_by_bad_batches
@@ -71,49 +83,56 @@ def test_a_fault_on_one_replica_skips_the_step(trained, name, how):
         np.testing.assert_allclose(got.norms, expected.norms, rtol=1e-5)
 
 
+@whole
 @pytest.mark.parametrize("name", OPTIONS)
 def test_replicas_communicate_once_per_update(trained, name):
     updates = (
         EPOCHS * STEPS_PER_EPOCH // OPTIONS[name].arguments.get("gradient_accumulation_steps", 1)
     )
-    assert trained["4"][name].reductions == updates
+    assert trained("4")[name].reductions == updates
 
 
+@whole
 def test_cpus_of_one_machine_send_nothing_to_each_other(trained):
     """They add up in memory, but for replicas that cannot be left."""
-    assert not trained["2"]["collectives"]
-    assert trained["2-sngm-in-replicas"]["collectives"]
+    assert not trained("2")["collectives"]
+    assert trained("2-sngm-in-replicas")["collectives"]
 
 
+@whole
 @pytest.mark.parametrize("name", [n for n in OPTIONS if n.startswith("embeddings")])
 def test_rows_of_embeddings_travel_as_slices(trained, name):
     """Unless gradients are accumulated, which fills the whole table."""
     accumulates = "gradient_accumulation_steps" in OPTIONS[name].arguments
-    assert bool(trained["4"][name].sparse_reductions) is not accumulates
+    assert bool(trained("4")[name].sparse_reductions) is not accumulates
 
 
 @replicas
 def test_every_replica_runs_an_xla_program(trained, replicas):
     devices = [f"/job:localhost/replica:0/task:0/device:CPU:{i}" for i in range(replicas)]
-    assert trained[str(replicas)]["xla_calls"] == devices
+    assert trained(str(replicas))["xla_calls"] == devices
 
 
+@whole
 def test_a_logger_changes_nothing_in_models_of_others():
     run_python(SUPPORT / "foreign_replicas.py")
 
 
+@whole
 def test_a_model_compiled_on_several_devices_says_what_to_set_instead(trained):
-    assert not trained["1"]["jit_error"]
+    assert not trained("1")["jit_error"]
     for replicas in ("2", "4"):
-        assert 'Set `model.compile(jit_compile="auto")`' in trained[replicas]["jit_error"]
-        assert "Received: jit_compile=True under MirroredStrategy" in trained[replicas]["jit_error"]
+        assert 'Set `model.compile(jit_compile="auto")`' in trained(replicas)["jit_error"]
+        assert "Received: jit_compile=True under MirroredStrategy" in trained(replicas)["jit_error"]
 
 
+@whole
 def test_replicas_that_could_disagree_are_refused(trained):
     """Rather than left waiting for each other."""
-    message = trained["2-sngm-in-replicas"]["loss_scale_error"]
+    message = trained("2-sngm-in-replicas")["loss_scale_error"]
     assert "`LossScaleOptimizer` is such a condition. Set `SNGM(loss_scale_factor=" in message
 
 
+@whole
 def test_replicas_may_have_gradients_of_different_kinds_and_for_different_variables():
     run_python(SUPPORT / "replica_gradients.py")

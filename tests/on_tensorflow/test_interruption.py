@@ -7,6 +7,7 @@ import sys
 import numpy as np
 
 from processes import SUPPORT, importing_project
+from selection import whole
 
 SCRIPT = SUPPORT / "killed_training.py"
 
@@ -24,6 +25,7 @@ def train(*arguments):
     return process.returncode
 
 
+@whole
 def test_killed_training_resumes_to_the_same_weights(tmp_path):
     """Killed in the first epoch, inside a window that began in the epoch before, and at the end."""
     backup, undisturbed, resumed = (tmp_path / name for name in ("backup", "0.npz", "1.npz"))

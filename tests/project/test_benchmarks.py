@@ -30,8 +30,12 @@ def test_every_way_of_logging_is_timed():
         """
 import sys
 sys.path.insert(0, sys.argv[1])
+import keras
 import logging_cost
-samples = logging_cost.times("tiny", 0.0)
+logging_cost.models.resnet = lambda shape, classes: keras.Sequential(
+    [keras.Input(shape), keras.layers.Flatten(), keras.layers.Dense(classes)]
+)
+samples = logging_cost.sample_variants("tiny", 0.0)
 assert len(samples) == len(logging_cost.VARIANTS)
 assert all(seconds > 0 for values in samples.values() for seconds in values)
 results = dict.fromkeys(("tiny", "batch"), logging_cost.costs(samples))
@@ -66,7 +70,7 @@ for mode in sorted(CONTESTANTS, key=lambda mode: mode != "mirrored"):
     for name, sampler in samplers(mode, [(3,), (3,), (200, 2)]).items():
         assert all(seconds > 0 for seconds in sampler()), (mode, name)
 bandwidth.FLOATS = 16
-assert bandwidth.measured(calls=1).bytes_per_second > 0
+assert bandwidth.measure_bandwidth(calls=1).bytes_per_second > 0
 others = {"tensorflow", "jax", "torch"} - {keras.backend.backend()}
 assert not {name.partition(".")[0] for name in set(sys.modules) - before} & others
 """,
@@ -81,9 +85,9 @@ def test_contestants_of_other_libraries_have_processes_of_their_own():
         """
 import sys
 sys.path.insert(0, sys.argv[1])
-from step_time import CONTESTANTS, model_times, others
-assert others("eager") == {"PyTorch": "torch"}
-assert others("function") == {"PyTorch": "torch", "Optax": "jax"}
+from step_time import CONTESTANTS, contestants_of_other_backends, model_times
+assert contestants_of_other_backends("eager") == {"PyTorch": "torch"}
+assert contestants_of_other_backends("function") == {"PyTorch": "torch", "Optax": "jax"}
 measured = model_times([(3,), (200, 2)], "function", 0.0)
 names = set(CONTESTANTS["function"])
 assert set(measured["times_ms"]) == set(measured["samples"]) == names

@@ -2,12 +2,13 @@
 
 `test_backends.py` runs this in processes of their own, as a process has only one backend:
 
-    KERAS_BACKEND=torch python -c "import backend_training as t; t.begin('files')"
-    KERAS_BACKEND=jax python -c "import backend_training as t; t.resume('files', 'results')"
+    KERAS_BACKEND=torch python -c "from backend_training import *; begin('files')"
+    KERAS_BACKEND=jax python -c "from backend_training import *; resume('files', 'after', OPTIONS)"
 """
 
 import pathlib
 import pickle
+from collections.abc import Sequence
 
 import keras
 import numpy as np
@@ -34,10 +35,12 @@ def begin(folder: str) -> None:
     (files / "results").write_bytes(pickle.dumps(results))
 
 
-def resume(folder: str, output: str) -> None:
-    """Load the models that `begin` has saved, train on, and write all final values to a file."""
+def resume(folder: str, output: str, names: Sequence[str]) -> None:
+    """Load models that `begin` has saved, train on, and write all final values to a file."""
     results = {}
     for i, (name, option) in enumerate({**OPTIONS, **FAULTS}.items()):
+        if name not in names:
+            continue
         model = keras.saving.load_model(pathlib.Path(folder) / f"{i}.keras")
         fit(model, option, range(SAVED_AFTER, EPOCHS))
         results[name] = values_of(model)
@@ -50,6 +53,7 @@ def started(option: Option) -> keras.Model:
     Weights come from NumPy, because the random numbers of backends differ.
     """
     model = option.model(SNGM)
+    model.optimizer.build(model.trainable_variables)  # so that TensorFlow traces once
     generator = np.random.default_rng(0)
     model.set_weights([0.5 * generator.standard_normal(w.shape) for w in model.get_weights()])
     return model

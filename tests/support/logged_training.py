@@ -3,7 +3,9 @@
 `test_logged_values.py` runs this in its own process, as devices must be configured before
 TensorFlow starts.
 
-    python logged_training.py STRATEGY OUTPUT
+    python logged_training.py STRATEGY OUTPUT NAME ...
+
+The names are those of the cases to train.
 
 STRATEGY is "0" for training without a strategy, else the number of replicas of TensorFlow's
 `MirroredStrategy`. With "2-in-replicas" there are two replicas, and steps must not enter the
@@ -112,6 +114,7 @@ def train(where: Place, case: Case) -> Logged:
     with where.scope():
         model = case.model()
         model.compile(optimizer=case.make(), loss="mse", **case.compile)
+        model.optimizer.build(model.trainable_variables)  # so that TensorFlow traces once
     witness = Witness(where.first_of)
     with tempfile.TemporaryDirectory() as folder:
         filename = pathlib.Path(folder) / "log.jsonl"
@@ -145,10 +148,10 @@ def train(where: Place, case: Case) -> Logged:
     return Logged(witness.weights, witness.momenta, lines, scalars, histograms, history, paths)
 
 
-def main(name: str, output: str) -> None:
-    """Do all jobs of a strategy, and write what was logged to a pickle file."""
-    where = place(name)
-    results = {job: train(where, case) for job, case in CASES.items() if name in case.strategies}
+def main(strategy: str, output: str, *names: str) -> None:
+    """Do jobs under a strategy, and write what was logged to a pickle file."""
+    where = place(strategy)
+    results = {name: train(where, CASES[name]) for name in names}
     with open(output, "wb") as file:
         pickle.dump(results, file)
 

@@ -190,6 +190,14 @@ def swap_weights() -> keras.callbacks.Callback:
     return keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
 
 
+QUICK_OPTIONS = (
+    "plain step",
+    "`LossScaleOptimizer`",
+    "embeddings with `gradient_accumulation_steps`",
+    "all at once, coupled decay",
+)
+"""Names of options that the quick run trains with: together they have what most others have."""
+
 AVERAGED = {"use_ema": True, "ema_momentum": 0.8}
 
 OPTIONS = {

@@ -3,10 +3,11 @@
 `test_distribution.py` runs this in its own process: two `MirroredStrategy` objects in one
 process can disturb each other, and devices must be configured before TensorFlow starts.
 
-    python replica_training.py N OUTPUT [sngm | sgd | sngm-in-replicas]
+    python replica_training.py N OUTPUT [sngm | sgd | sngm-in-replicas] [NAME ...]
 
 N = 0 means no strategy. `sngm-in-replicas` is SNGM without the cross-replica context. TensorFlow
 forbids `merge_call` on GPUs only, so that the program patches TensorFlow to forbid it on CPUs.
+The names are those of the options to train with, all of them by default.
 """
 
 import pickle
@@ -225,10 +226,10 @@ def forbid_merge_call() -> None:
     _MirroredReplicaContext._merge_call = refuse
 
 
-def main(replicas: int, output: str, how: str = "sngm") -> None:
-    """Train with all options, and write the results to a pickle file."""
+def main(replicas: int, output: str, how: str = "sngm", *names: str) -> None:
+    """Train with options, and write the results to a pickle file."""
     strategy = make_strategy(replicas)
-    options = {**OPTIONS, **FAULTS}
+    options = {n: option for n, option in {**OPTIONS, **FAULTS}.items() if n in names or not names}
     if how == "sngm-in-replicas":
         forbid_merge_call()
         options = {name: option for name, option in options.items() if option.runs_in_replicas}

@@ -67,7 +67,7 @@ class BackendOptimizer(WholeModelOptimizer):
 
     @tf.autograph.experimental.do_not_convert
     def apply(self, grads: Iterable[Any], trainable_variables: Iterable[Any] | None = None) -> None:
-        """Update the variables, or accumulate their gradients. AutoGraph leaves the code as it is."""
+        """Update the variables, or accumulate their gradients. AutoGraph does not convert this."""
         super().apply(grads, trainable_variables)
 
     def _add_accumulator(self, variable: Any) -> keras.Variable:
