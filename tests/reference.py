@@ -8,7 +8,7 @@ import numpy as np
 
 
 class ReferenceSNGM:
-    """Takes steps on a list of arrays, in place."""
+    """SNGM in NumPy, which takes steps on a list of arrays, in place."""
 
     def __init__(
         self,
@@ -61,5 +61,5 @@ class ReferenceSNGM:
 
 
 def norm(arrays):
-    """One Euclidean norm over all arrays."""
+    """Return the Euclidean norm over all elements of some arrays."""
     return np.sqrt(sum(np.sum(array * array) for array in arrays))

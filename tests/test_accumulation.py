@@ -137,7 +137,7 @@ def test_micro_batches_train_like_the_whole_batch(layers, options, micro_batches
 
 @pytest.mark.parametrize("micro_batches", [2, 3])
 def test_a_schedule_counts_micro_batches(micro_batches):
-    """One k times as long gives the same rates."""
+    """A schedule that is k times as long gives the same rates."""
     accumulated = trained(dense, micro_batches, cosine(micro_batches * UPDATES))
     whole = trained(dense, 1, cosine(UPDATES))
     assert_close(accumulated.weights, values_of(whole.weights), 1e-5)

@@ -14,7 +14,7 @@ Y = np.tanh(X.sum(axis=1, keepdims=True))
 
 
 def build_model(model_class=keras.Model, **first_layer):
-    """With the same weights on every backend: their random numbers differ."""
+    """Build a model with the same weights on every backend, whose random numbers differ."""
     inputs = keras.Input((6,))
     x = keras.layers.Dense(5, activation="tanh", **first_layer)(inputs)
     model = model_class(inputs, keras.layers.Dense(1)(x))
@@ -91,7 +91,7 @@ def test_custom_loop(expected, in_graph, build_first):
 
 
 class Halving(keras.callbacks.Callback):
-    """Plain assignment to the learning rate, as users do it."""
+    """Callback that assigns to the learning rate, as users do it."""
 
     def on_epoch_begin(self, epoch, logs=None):
         self.model.optimizer.learning_rate = 0.1 / 2**epoch
@@ -115,7 +115,7 @@ class Halving(keras.callbacks.Callback):
     ids=["schedule", "LearningRateScheduler", "assignment", "ReduceLROnPlateau"],
 )
 def test_learning_rates_that_change(learning_rate, callbacks):
-    """All of these mean 0.1, 0.05, 0.025 in three epochs."""
+    """All of these give the rates 0.1, 0.05 and 0.025 in three epochs."""
     if isinstance(callbacks[0] if callbacks else None, keras.callbacks.ReduceLROnPlateau):
         # The first epoch is its best; each later one is no improvement.
         rates = [0.1, 0.1, 0.05]
@@ -202,7 +202,7 @@ def test_constraints_hold():
 
 
 class DenseEmbedding(keras.layers.Embedding):
-    """Its table gets a dense gradient."""
+    """Embedding whose table gets a dense gradient."""
 
     def call(self, inputs):
         tokens = keras.ops.cast(inputs, "int32")
@@ -243,7 +243,7 @@ def test_excluded_variables_do_not_decay():
 
 
 def build_and_decay(optimizer):
-    """Which variables of a model with the layers `hidden` and `head` decay."""
+    """Return which variables of a model with the layers `hidden` and `head` decay."""
     model = keras.Sequential(
         [
             keras.Input((2,)),
@@ -289,7 +289,7 @@ def test_exclusions_that_fit_nothing_are_told():
 
 
 class Linear(keras.optimizers.schedules.LearningRateSchedule):
-    """As users write it: Keras gives it a variable, which can be multiplied by a float."""
+    """Schedule as users write it: Keras passes a variable, which can be multiplied by a float."""
 
     def __call__(self, step):
         return 0.1 + step * 0.01
@@ -300,7 +300,7 @@ class Linear(keras.optimizers.schedules.LearningRateSchedule):
 
 @pytest.mark.parametrize("options", [{}, {"run_eagerly": True}])
 def test_a_schedule_gets_what_keras_gives_it_under_accumulation(options):
-    """A schedule of micro-batches reads the first of those that make up an update."""
+    """A schedule of micro-batches reads the first of each accumulation cycle."""
     rates = keras.optimizers.schedules.PiecewiseConstantDecay([1, 3, 5], [0.1, 0.12, 0.14, 0.16])
     models = [
         trained(SNGM(rate, gradient_accumulation_steps=2), epochs=1, **options)
@@ -311,7 +311,7 @@ def test_a_schedule_gets_what_keras_gives_it_under_accumulation(options):
 
 
 def test_averages_do_not_depend_on_counters_that_users_assign():
-    """After skipped steps, as a checkpoint of another program may do it."""
+    """A checkpoint of another program may assign to them after skipped steps."""
     model = build_model()
     model.compile(optimizer=SNGM(use_ema=True, ema_momentum=0.5), loss="mse")
     model.fit(np.full_like(X, np.nan), Y, 8, verbose=0)
@@ -343,7 +343,7 @@ def test_momentum_cannot_be_switched_on_after_building():
 @whole
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.0}, {"gradient_accumulation_steps": 2}])
 def test_float8_layers_train(options):
-    """Their scales are overwritten, and have no momentum."""
+    """The scales of such layers are overwritten, and have no momentum."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(16), keras.layers.Dense(1)])
     model.layers[0].quantize("float8")

@@ -4,7 +4,7 @@ from processes import run_python
 
 
 def test_only_the_backend_in_use_is_imported():
-    """Beyond what Keras imports by itself."""
+    """What Keras imports by itself does not count."""
     run_python(
         "-c",
         """

@@ -23,7 +23,7 @@ SIZE = {
 
 
 def tokens():
-    """Eight sequences of other lengths, filled up with zeros."""
+    """Return eight sequences of different lengths, padded with zeros."""
     generator = np.random.default_rng(0)
     rows = generator.integers(1, VOCABULARY, (16, LENGTH)).astype("int32")
     lengths = generator.integers(2, LENGTH + 1, (16, 1))
@@ -32,7 +32,7 @@ def tokens():
 
 
 def bert():
-    """Its pooler takes no part in the loss, as in masked language models."""
+    """Return a model whose pooler takes no part in the loss, as in masked language models."""
     backbone = keras_hub.models.BertBackbone(**SIZE)
     output = keras.layers.Dense(1)(keras.ops.mean(backbone.output["sequence_output"], axis=1))
     model = keras.Model(backbone.input, [output, backbone.output["pooled_output"]])
@@ -48,7 +48,7 @@ def gpt2():
 
 
 def batches(inputs):
-    """Two epochs of batches, on TensorFlow with lengths that it does not know."""
+    """Return two epochs of batches, on TensorFlow with lengths that it does not know."""
     y = inputs["token_ids"][:, :1].astype("float32") / VOCABULARY
     if BACKEND != "tensorflow":
         return {"x": inputs, "y": y, "batch_size": 4}

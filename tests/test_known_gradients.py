@@ -30,7 +30,7 @@ every_way = pytest.mark.parametrize("jit_compile, outer", [MODES[n] for n in NAM
 
 
 def known_step(optimizer, variables, magnitudes, jit_compile):
-    """A step with gradients that are constants of the compiled function."""
+    """Return a step with gradients that are constants of the compiled function."""
     optimizer.build(variables)
 
     def apply():
@@ -78,7 +78,7 @@ def test_constants_are_normalized_as_other_gradients_are(shapes, name, jit_compi
 
 
 class Unused(keras.layers.Layer):
-    """Has a weight that takes no part in the loss."""
+    """Layer with a weight that takes no part in the loss."""
 
     def build(self, input_shape):
         self.unused = self.add_weight(shape=(3,), initializer="ones", name="unused")
@@ -88,14 +88,14 @@ class Unused(keras.layers.Layer):
 
 
 class Constant(keras.layers.Layer):
-    """Has a gradient of zero, whatever comes in."""
+    """Layer whose gradient is zero, whatever its input."""
 
     def call(self, inputs):
         return 0.0 * keras.ops.stop_gradient(inputs) + 0.0 * inputs
 
 
 def trained(option, *layers):
-    """A model of an option with more layers at its end, and how it was trained."""
+    """Train a model of an option with more layers at its end; return it and its history."""
     # On JAX a variable that is not used has a gradient of zeros, to which coupled decay is added.
     changed = option._replace(
         layers=lambda: [*option.layers(), *(layer() for layer in layers)],

@@ -15,7 +15,7 @@ DECAY = {"weight_decay": 0.1, "decoupled_weight_decay": False}
 
 
 def steps_beside_the_reference(rows, outer, jit_compile, dtypes="float32", rate=0.1, **options):
-    """Take a step with each row of gradients. Returns the optimizer."""
+    """Take a step with each row of gradients beside the reference. Return the optimizer."""
     start = [np.full(np.shape(gradient), 2.0) for gradient in rows[0]]
     variables = variables_of(start, dtypes)
     optimizer = SNGM(rate, jit_compile=jit_compile, **options)
@@ -62,7 +62,7 @@ def test_limits_of_any_magnitude_clip(jit_compile, outer, clipnorm):
 @mode
 @pytest.mark.parametrize("options", [{}, {"blockwise": True}, {"clipnorm": 1e20}, DECAY])
 def test_norms_above_the_largest_float32_are_divided_by(jit_compile, outer, options):
-    """All elements are finite, so the step is taken. What a float32 cannot hold reads infinity."""
+    """All elements are finite, so the step is taken, and the norm reads infinity."""
     rows = [[np.full((3, 2), 3e38), np.full(4, m)] for m in (3e38, 1.0)]
     optimizer = steps_beside_the_reference(rows, outer, jit_compile, **options)
     if "clipnorm" not in options:
@@ -113,7 +113,7 @@ def test_all_variables_of_a_dtype_may_be_without_a_gradient(jit_compile, outer, 
 @pytest.mark.parametrize("which", [(0, 1), (1, 0)])
 @pytest.mark.parametrize("options", [{}, {"nesterov": True, "weight_decay": 0.1}])
 def test_a_weight_may_be_a_gradient(which, options):
-    """Half the squared norm of the weights has them as its gradient."""
+    """The gradient of half the squared norm of the weights is the weights."""
     start = [np.array([3.0, 4.0]), np.array([1.0, -2.0])]
     variables = variables_of(start)
     optimizer = SNGM(0.1, **options)
@@ -151,7 +151,7 @@ def test_a_gradient_in_one_micro_batch_counts_if_it_is_zero_or_not(first):
 
 
 def test_loading_in_a_window_goes_on_with_what_has_accumulated_there():
-    """Also if both windows are equally far."""
+    """Both accumulation cycles may be equally far."""
     optimizers = []
     for gradients in ([None, 1.0], [1.0, None]):
         variables = variables_of([np.ones(2), np.ones(2)])
@@ -192,7 +192,7 @@ def sparse_16_bit(values, rows, shape):
 
 
 def test_rows_are_not_added_up_in_16_bits():
-    """Nor need slices know their shape."""
+    """Slices need not know their shape."""
     table = variables_of([np.ones((3, 2))], "float16")[0]
     optimizer = SNGM(0.5)
     optimizer.build([table])

@@ -28,14 +28,14 @@ def optimizer(momentum=0.0, rate=0.0, **options):
 
 
 def gradients_of_small_batches(updates=UPDATES, seed=0):
-    """Array of updates, micro-batches and elements."""
+    """Return an array of updates, micro-batches and elements."""
     generator = np.random.default_rng(seed)
     x = generator.standard_normal((updates, MICRO_BATCHES, SAMPLES, len(DEVIATIONS)))
     return GRADIENT - np.mean(x * DEVIATIONS, axis=2)
 
 
 def moments_of(sngm, gradients):
-    """What is estimated after each update."""
+    """Return the estimates after each update."""
     # Two variables: the noise scale is that of both together.
     variables = [keras.Variable(np.zeros(2)), keras.Variable(np.zeros(3))]
     step = stepping(sngm, variables, IN_GRAPH)
@@ -48,7 +48,7 @@ def moments_of(sngm, gradients):
 
 
 def brute_force(gradients):
-    """Estimates of tr(Sigma) and norm(G)^2 from the small batches of all updates together.
+    """Estimate tr(Sigma) and norm(G)^2 from the small batches of all updates together.
 
     Sample covariance and mean, without the formula under test.
     """
@@ -67,7 +67,7 @@ def test_estimates_are_unbiased_over_repetitions():
 
 @pytest.mark.parametrize("scale", [1.0, 1e-16, 1e15])
 def test_an_estimate_is_that_of_its_update(scale):
-    """Numerator: the sample variance of its small batches, which is unbiased."""
+    """The numerator is the sample variance of the small batches, which is unbiased."""
     gradients = gradients_of_small_batches(20)
     moments = moments_of(optimizer(), scale * gradients).astype("float64")
     expected = [brute_force(update[np.newaxis]) for update in gradients]

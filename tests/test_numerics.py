@@ -88,7 +88,7 @@ def test_one_huge_entry_among_ordinary_ones(jit_compile, outer):
 @mode
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 6e4])
 def test_float16_gradients_neither_overflow_nor_underflow(jit_compile, outer, scale):
-    """The squares of these are far outside of float16."""
+    """The squares of these gradients are far outside of float16."""
     variable = keras.Variable(np.zeros(256), dtype="float16")
     train(SNGM(1.0, jit_compile=jit_compile), [variable], [[np.full(256, scale)]], outer)
     np.testing.assert_allclose(variable, np.full(256, -1 / 16), rtol=1e-3)

@@ -49,7 +49,7 @@ OPTIONS_WITH_STATE = {
 
 @pytest.mark.parametrize("paths", ["of Keras", "the same"])
 def test_every_variable_has_a_path_of_its_own(tmp_path, paths):
-    """Also where those of the model share one, as those of nested models may."""
+    """Variables of nested models may share a path, but their state must not."""
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2), keras.layers.Dense(2)])
     if paths == "the same":
         for variable in model.trainable_variables:
@@ -85,12 +85,12 @@ def test_optimizers_are_named_as_those_of_keras_are():
 
 
 class Store(dict):
-    """Takes what an optimizer saves, by the number of the variable."""
+    """Store that takes what an optimizer saves, by the number of the variable."""
 
 
 @pytest.mark.parametrize("skipped, expected", [(0, 4), (1, 3)])
 def test_a_state_that_does_not_count_averages_is_loaded(skipped, expected):
-    """As it was saved before they were counted: by all variables but the last."""
+    """Earlier versions saved all variables but the last, `averaged_updates`."""
     variables = variables_of(random_arrays())
     optimizer = SNGM(use_ema=True)
     train(optimizer, variables, random_gradients(steps=4))

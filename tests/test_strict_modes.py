@@ -75,7 +75,7 @@ def test_nothing_is_taken_for_a_fault(tmp_path, make):
 
 
 def test_a_noise_scale_without_signal_is_no_fault(tmp_path):
-    """Small batches that cancel each other: the estimate of norm(G)^2 is negative."""
+    """Small batches that cancel each other make the estimate of norm(G)^2 negative."""
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, use_bias=False)])
     model.compile(SNGM(0.0, **NOISE), lambda y, prediction: y * prediction)
     x, y = np.ones((16, 2), "float32"), np.repeat([[1.0], [-1.0]], 8, axis=0)

@@ -72,7 +72,7 @@ def fit(model, *callbacks, x=X, epochs=2, **kwargs):
 
 
 def norms_from_scratch(epochs=2):
-    """Gradient norms of the same training, each of a gradient that is computed once more."""
+    """Return the gradient norms of the same training, each of a gradient that is computed anew."""
     model = build_model()
     norms = []
     for _ in range(epochs):
@@ -85,7 +85,7 @@ def norms_from_scratch(epochs=2):
 
 
 def lines_of(path):
-    """What a JSON lines file holds, by step."""
+    """Return the content of a JSON lines file, by step."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     steps = [line.pop("step") for line in lines]
     assert len(set(steps)) == len(steps)
@@ -128,7 +128,7 @@ def test_tensorboard_gets_one_scalar_per_step(tmp_path):
 
 
 def test_tensorboard_needs_no_tensorflow(tmp_path, monkeypatch):
-    """It brings a stand-in for the file system of TensorFlow, which can do less."""
+    """TensorBoard brings a stand-in for TensorFlow's file system, which can do less."""
     parts = tensorboard_parts()
     parts.gfile = gfile
     monkeypatch.setattr("keras_sngm.monitoring.sinks.tensorboard_parts", lambda: parts)
@@ -288,7 +288,7 @@ if SEVERAL_STEPS:
 
 
 def test_more_updates_than_are_kept_at_once(tmp_path, monkeypatch):
-    """With histograms of many variables only few fit."""
+    """Only few updates can be kept where there are histograms of many variables."""
     monkeypatch.setattr("keras_sngm.monitoring.callback._MOST_UPDATES", 2)
     logger = GradientNormLogger(
         tmp_path, tmp_path / "log.jsonl", update_ratio=True, histogram_every=3
@@ -327,7 +327,7 @@ def test_a_training_step_may_make_several_updates(tmp_path, make, monkeypatch):
 @pytest.mark.parametrize("make", [SNGM, OPTIMIZERS["SGD"]], ids=["SNGM", "SGD"])
 @pytest.mark.parametrize("batches", [3, 6])
 def test_stopping_amid_a_training_step(make, batches):
-    """That of batch 3; the epoch may go on."""
+    """Only the training step of batch 3 stops; the epoch may go on."""
     x, y = np.tile(X, (2, 1)), np.tile(Y, (2, 4))
     good = model_of_several_updates(make())
     good.fit(x[: 2 * BATCH], y[: 2 * BATCH], BATCH, shuffle=False, verbose=0)
@@ -352,7 +352,7 @@ def test_updates_that_cannot_be_kept_are_told_and_do_no_harm(monkeypatch):
 
 
 class NoUpdate(keras.Model):
-    """As where a training step has an optimizer of its own."""
+    """Model whose training step uses an optimizer of its own."""
 
     def train_step(self, state, data=None):
         return {"loss": 0.0} if data is None else ({"loss": 0.0}, state)
@@ -430,7 +430,7 @@ def kill_in_epoch(number):
 @whole
 @every_optimizer
 def test_resumed_training_goes_on_counting(tmp_path, make):
-    """From a backup, in the file and in TensorBoard that there are."""
+    """Training that resumes from a backup continues the existing files."""
 
     def callbacks():
         logger = GradientNormLogger(
@@ -504,7 +504,7 @@ def test_an_interrupted_epoch_is_written_and_leaves_nothing_behind(tmp_path):
 
 
 def test_a_logger_outlives_an_interruption_and_other_training(monkeypatch):
-    """More updates come without it than it keeps."""
+    """More updates are made without the logger than it can keep."""
     monkeypatch.setattr("keras_sngm.monitoring.callback._MOST_UPDATES", 4)
     logger, model = GradientNormLogger(), build_model()
 
@@ -542,7 +542,7 @@ def test_an_interrupted_logger_does_not_go_on_beside_the_next(make):
 
 
 def counted_traces(model):
-    """A list that grows with each trace of the training step."""
+    """Return a list that grows with each trace of the training step."""
     traces = []
     step = model.train_step
 
@@ -580,7 +580,7 @@ if BACKEND != "torch":  # where nothing is traced
 
 @every_optimizer
 def test_what_was_traced_without_a_logger_is_traced_again(make, tmp_path):
-    """For batches of another shape, between two fits with a logger."""
+    """Batches of another shape are trained on between two fits with a logger."""
     model = build_model(make())
     fit(model, GradientNormLogger())
     model.fit(X, Y, 5, verbose=0)
@@ -612,7 +612,7 @@ def test_training_is_not_changed(tmp_path, make, kwargs):
 
 
 def tensor_class_and_ways_to_wait():
-    """The ways are owners and names of functions that wait for the value of a tensor."""
+    """Return the class of tensors, and the functions that wait for a tensor's value."""
     tensor = type(ops.convert_to_tensor(0.0))
     if BACKEND == "tensorflow":
         tensor = tensor.__mro__[1]
@@ -629,7 +629,7 @@ def tensor_class_and_ways_to_wait():
 
 
 def waits_in_an_epoch(*callbacks):
-    """How often the training thread asks for the value of a tensor, and so waits for it."""
+    """Count how often the training thread asks for the value of a tensor, and so waits for it."""
     count = 0
     tensor, ways = tensor_class_and_ways_to_wait()
     training = threading.get_ident()
@@ -658,7 +658,7 @@ def waits_in_an_epoch(*callbacks):
 
 @pytest.mark.parametrize("on_nonfinite", ["warn", "stop", "ignore"])
 def test_training_never_waits_inside_an_epoch(tmp_path, monkeypatch, on_nonfinite):
-    """Not even while the thread looks at every step."""
+    """Training does not wait even if the thread reads after every step."""
     monkeypatch.setattr("keras_sngm.monitoring.recording._SECONDS_BETWEEN_READS", 0.0)
     logger = GradientNormLogger(
         tmp_path,
@@ -702,7 +702,7 @@ def test_the_first_fault_is_told_once():
 
 
 def test_the_variables_at_fault_are_named():
-    """The last layer has a gradient of its own."""
+    """The gradient of the last layer is finite, so the layer is not named."""
 
     class Broken(keras.layers.Layer):
         def call(self, x):
@@ -734,7 +734,7 @@ def test_faults_can_be_ignored():
 @every_optimizer_if_whole
 @pytest.mark.parametrize("kwargs", [{}, {"run_eagerly": True}, *SEVERAL_STEPS])
 def test_stopping_leaves_the_last_good_model(tmp_path, make, kwargs):
-    """The one before the bad step, which is the last to be logged, whenever the news arrive."""
+    """The model is as before the bad step, the last to be logged, whenever that is noticed."""
     good = build_model(make(), **kwargs)
     good.fit(X[:16], Y[:16], BATCH, verbose=0, shuffle=False)
     model = build_model(make(), **kwargs)
@@ -813,7 +813,7 @@ def test_stopping_does_not_wait_for_the_end_of_the_epoch(monkeypatch):
 
 @every_optimizer
 def test_an_interrupted_stop_does_not_hold_what_is_trained_next(make):
-    """Though the graph is the same, and nobody was told that training ended."""
+    """The graph is the same, and the logger was not told that training ended."""
 
     def interrupt(batch, logs):
         if batch == 3:
@@ -834,7 +834,7 @@ def test_an_interrupted_stop_does_not_hold_what_is_trained_next(make):
 
 
 def test_batch_statistics_that_were_restored_before_are_the_last_good_ones(tmp_path):
-    """The logger comes before the callback that restores them."""
+    """The logger comes before the callback that restores the statistics."""
 
     def callbacks():
         return (

@@ -28,7 +28,7 @@ def leaves_of(tree, path=""):
 
 
 def assert_same(value, expected):
-    """To the bit, where XLA does not compile the whole step as it does on JAX.
+    """Assert that arrays are equal to the bit, or nearly on JAX, where XLA compiles the whole step.
 
     With JAX 0.10 it is to the bit there, too; JAX 0.12 rounds an element in a hundred otherwise.
     """
@@ -39,7 +39,7 @@ def assert_same(value, expected):
 
 
 class Witness(keras.callbacks.Callback):
-    """Looks at what others see of the optimizer, each epoch."""
+    """Callback that keeps, each epoch, what others see of the optimizer."""
 
     def __init__(self):
         super().__init__()
@@ -58,7 +58,7 @@ def fit(model, x, *callbacks, epochs=2):
 
 
 def trained(foreign, make, folder, *loggers):
-    """A trained model, what its callbacks saw, and its logs."""
+    """Train a model; return it, what its callbacks saw, and its logs."""
     keras.utils.clear_session()  # so that layers and optimizers get the same names
     keras.utils.set_random_seed(0)
     model = foreign.make(make())
@@ -71,7 +71,7 @@ def trained(foreign, make, folder, *loggers):
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 @pytest.mark.parametrize("name, optimizer", quick_only(JOBS, JOBS[:2]))
 def test_nothing_changes(tmp_path, name, optimizer):
-    """Weights, state of the optimizer, state tree and files are the same."""
+    """Weights, state of the optimizer, state tree and files are the same with a logger."""
     foreign, make = MODELS[name], OPTIMIZERS[optimizer]
     everything = GradientNormLogger(
         tmp_path / "logs",
@@ -114,7 +114,7 @@ def test_nothing_changes(tmp_path, name, optimizer):
 @pytest.mark.parametrize("make", [SNGM, keras.optimizers.SGD])
 @pytest.mark.parametrize("name", ["Sequential without Input", "subclassed"])
 def test_a_bad_first_step_leaves_a_model_as_it_was_built(name, make):
-    """Also batch statistics, which are made and changed in that step."""
+    """Batch statistics, which are made and changed in that step, are restored, too."""
     bad = X.copy()
     bad[0] = np.nan
     model = MODELS[name].make(make())
@@ -136,7 +136,7 @@ def compile_anew(optimizer, epoch, logs, model):
 
 @pytest.mark.parametrize("make", [lambda: SNGM(0.01), lambda: keras.optimizers.SGD(0.01)])
 def test_a_logger_follows_a_model_that_is_compiled_anew(tmp_path, make):
-    """At the end of an epoch; the new optimizer has other columns, and so another file."""
+    """The new optimizer has other columns, and so another file."""
     model = MODELS["Sequential"].make(keras.optimizers.Adam(0.01))
     optimizer = make()
     anew = keras.callbacks.LambdaCallback(
@@ -173,7 +173,7 @@ def error_of(model, *callbacks):
 
 @pytest.mark.parametrize("make", [SNGM, keras.optimizers.SGD])
 def test_errors_of_keras_come_through_unchanged(make):
-    """A layer is unfrozen, and the model not compiled anew."""
+    """Keras refuses to train a layer that was unfrozen without compiling the model anew."""
     errors = []
     for loggers in ([], [GradientNormLogger()]):
         model = MODELS["Sequential"].make(make())

@@ -27,7 +27,7 @@ def build_model():
 
 
 def fit(*callbacks, model=None):
-    """Two epochs of ten updates."""
+    """Train for two epochs of ten updates."""
     return (model or build_model()).fit(
         X, X[:, :1], 1, 2, callbacks=list(callbacks), shuffle=False, verbose=0
     )
@@ -48,7 +48,7 @@ def messages_of(caught):
 
 @pytest.fixture(scope="module")
 def limited(tmp_path_factory):
-    """A folder, the history of a training that filled its files, and what that warned of."""
+    """Return a folder, the history of a training that filled its files, and its warnings."""
     folder = tmp_path_factory.mktemp("limited")
     printed = run_python(SUPPORT / "full_disk_training.py", folder)
     return folder, *json.loads(printed.splitlines()[-1])
@@ -141,7 +141,7 @@ def test_what_is_full_in_the_beginning_fails_before_training(tmp_path, monkeypat
 
 
 class Compile(keras.callbacks.Callback):
-    """Compiles the model anew when the second epoch begins, and calls a function before."""
+    """Callback that calls a function, then compiles the model anew, as the second epoch begins."""
 
     def __init__(self, before):
         super().__init__()
@@ -166,7 +166,7 @@ def test_a_disk_that_is_full_when_a_model_is_compiled_anew(tmp_path, monkeypatch
 
 
 def test_a_file_is_closed_whatever_goes_wrong(tmp_path, monkeypatch):
-    """Also at the second try, after an error while writing: its descriptor would be lost."""
+    """A second try after an error while writing must close the file, or leak its descriptor."""
     closed = []
 
     def close(self):

@@ -41,7 +41,7 @@ job = pytest.mark.parametrize("name, strategy", quick_only(JOBS, QUICK_JOBS))
 
 @pytest.fixture(scope="module")
 def logged(request, tmp_path_factory):
-    """A function of a job that returns what its logger has logged.
+    """Return a function of a job that returns what its logger has logged.
 
     Only jobs that a test was selected for are done, all of a strategy in one process.
     """
@@ -59,12 +59,12 @@ def logged(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def updates(logged):
-    """Of a job, each update as `updates_of` gives it."""
+    """Return a function of a job that lists its updates, as `updates_of` yields them."""
     return functools.cache(lambda name, n: list(updates_of(CASES[name], logged(name, n))))
 
 
 def updates_of(case, result):
-    """For each update: gradient as measured, momentum or nothing, weights before and after."""
+    """Yield for each update: gradient as measured, momentum if any, weights before and after."""
     gradients = recomputed_gradients(case)
     before = [np.zeros_like(weight) for weight in result.weights[0]]
     for first in range(0, EPOCHS * STEPS_PER_EPOCH, case.times):
@@ -84,7 +84,7 @@ def updates_of(case, result):
 
 
 def recomputed_gradients(case):
-    """A function of weights and slices of the data: the mean over these, on one device."""
+    """Return a function of weights and slices of the data that computes their mean gradient."""
     model = case.model()
     x, y = case.data()
 

@@ -27,7 +27,7 @@ def steps_in(path):
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
 def test_every_model_has_a_file_of_its_own(tmp_path, suffix):
-    """Though Keras numbers layers on, so that columns differ."""
+    """Keras numbers layers from model to model, so columns differ."""
     logger = GradientNormLogger(tmp_path / "tb", tmp_path / f"log.{suffix}", per_variable=True)
     models = [sequential(SNGM()), functional(SNGM()), sequential(keras.optimizers.SGD())]
     for model in [*models, models[0]]:
@@ -58,7 +58,7 @@ def pickled(logger):
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled])
 @pytest.mark.parametrize("make", [SNGM, keras.optimizers.Adam])
 def test_copies_write_to_files_of_their_own(tmp_path, copied, make):
-    """Also one that was made while the other is logging."""
+    """One of the copies is made while the original is logging."""
     logger, copies = GradientNormLogger(filename=tmp_path / "log.jsonl"), []
     take = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: copies or copies.append(copied(logger))
@@ -73,7 +73,7 @@ def test_copies_write_to_files_of_their_own(tmp_path, copied, make):
 
 @whole
 def test_a_copy_in_another_process_overwrites_nothing(tmp_path):
-    """As where a search trains its candidates in a pool of processes."""
+    """A search may train its candidates in a pool of processes."""
     logger = GradientNormLogger(filename=tmp_path / "log.jsonl")
     fit(sequential(SNGM()), logger)
     (tmp_path / "logger").write_bytes(pickle.dumps(logger))
@@ -97,7 +97,7 @@ for _ in range(2):
 
 
 class Inner(keras.layers.Layer):
-    """With layers inside, which count as a part of it."""
+    """Layer with layers inside, which count as a part of it."""
 
     def __init__(self):
         super().__init__(name="inner")
@@ -112,7 +112,7 @@ class Inner(keras.layers.Layer):
 
 
 class Outer(keras.Model):
-    """With a layer in a list, a weight of its own, and a model inside."""
+    """Model with a layer in a list, a weight of its own, and a model inside."""
 
     def __init__(self):
         super().__init__(name="outer")
@@ -146,7 +146,7 @@ def outer():
     ids=["functional", "Sequential", "subclassed"],
 )
 def test_a_key_for_each_layer(tmp_path, make, groups):
-    """In every kind of model; for a model inside of it, one for each layer of that."""
+    """Every kind of model has one key for each layer, and for each layer of a model inside it."""
     model = make()
     fit(model, GradientNormLogger(filename=tmp_path / "log.jsonl", per_variable="layer"))
     line = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])

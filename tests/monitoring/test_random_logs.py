@@ -51,7 +51,7 @@ def test_whatever_is_logged_is_right(job):
 
 
 def recomputed(job, result):
-    """Each update, which updates belong to each epoch, and the noise scale after each update."""
+    """Recompute all updates, the updates of each epoch, and the noise scale after each update."""
     _, simulated, rate = OPTIMIZERS[job.optimizer]
     optimizer = simulated(result.start, rate, job.options)
     data = [job.data(fit) for fit in range(len(job.fits))]
@@ -97,7 +97,7 @@ def is_complete(job, gradients):
 
 
 def seen(expected, weights):
-    """Return weights, which must be as expected but for rounding."""
+    """Return weights, after a check that they are as expected but for rounding."""
     for value, other in zip(weights, expected, strict=True):
         np.testing.assert_allclose(value, other, rtol=TOLERANCE, atol=1e-5)
     return weights
@@ -114,7 +114,7 @@ def assert_rows_are_right(every, rows, noise_scales, logged):
 
 
 def assert_epoch_is_right(logger, rows, updates, noise_scales, logs):
-    """Only the values of this logger: those before it leave theirs in the same `logs`."""
+    """Check the values of one logger in `logs`, where other loggers leave theirs, too."""
     expected = {}
     for key in rows[0] if rows else ["grad_norm"]:
         is_detail = not key.startswith("grad_norm")

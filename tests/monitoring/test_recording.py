@@ -17,7 +17,7 @@ def looking_at_every_step(monkeypatch):
 
 
 def memory_after(updates, recording, recorder):
-    """Bytes that Python has allocated after so many updates more."""
+    """Return the bytes that Python has allocated after so many more updates."""
     make_updates(recording, recorder, updates)
     recording.wait()
     gc.collect()
@@ -57,7 +57,7 @@ def test_an_appended_file_is_not_kept_in_memory(tmp_path):
 
 
 class SlowSink:
-    """Goes on only once training has got far ahead, or cannot get any further."""
+    """Sink that waits until training has got far ahead, or cannot get any further."""
 
     def __init__(self, recorder, most):
         self.ahead = 0

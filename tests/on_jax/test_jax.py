@@ -16,7 +16,7 @@ from processes import ROOT, run_python
 
 
 def dense_and_sparse_gradient():
-    """Of an embedding with 5 rows, one of which was looked up three times."""
+    """Return the gradient of an embedding with 5 rows, one of which was looked up three times."""
     rows = np.random.default_rng(0).standard_normal((4, 3)).astype("float32")
     gradient = sparse.BCOO((rows, np.array([[2], [0], [2], [2]])), shape=(5, 3))
     return gradient.todense(), gradient
@@ -69,7 +69,7 @@ class NoMoreDataError(Exception):
 
 
 def test_the_error_of_a_later_step_is_seen_and_overcome(tmp_path):
-    """Keras has given the state away by then."""
+    """Keras has donated the state by then."""
     x, y = np.ones((8, 6), "float32"), np.ones((8, 1), "float32")
 
     def batches():
@@ -147,7 +147,7 @@ ASSIGNED = [
 
 @pytest.mark.parametrize("arguments, assigned", ASSIGNED)
 def test_assigned_hyper_parameters_take_effect(arguments, assigned):
-    """In a step that was compiled before as in one that never was."""
+    """They do so in a step that was compiled before as in a new one."""
     states = []
     for before in (2, 0):
         (variable,) = variables_of([np.ones(3)])

@@ -48,7 +48,7 @@ def test_devices_train_like_one(trained, name, how):
 @distributed
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_on_one_device_skips_the_step(trained, name, how):
-    """And nothing changes, to the bit."""
+    """Nothing changes, to the bit."""
     got, expected = trained[how][name].outcome, trained["one device"][name].outcome
     assert_trained_alike(got, expected, FAULTS[name].tolerance)
     assert not got.changed_by_bad_batches

@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(folder):
-    """The model that one process makes."""
+    """Return the model that one process trains."""
     output = folder / "alone"
     printed = start(output, "--processes", "1")
     assert "Test accuracy" in printed
@@ -37,7 +37,7 @@ def start(output, *arguments):
 
 
 def start_each(programs, output):
-    """As on several machines: by one command for each."""
+    """Start each process by its own command, as on several machines."""
     (port,) = free_ports(1)
     shared = {
         "KERAS_HOME": str(output.parent / "keras"),
@@ -91,7 +91,7 @@ def test_a_job_goes_on_after_a_process_died(folder, alone):
 
 
 def batches_of(epochs):
-    """Sample numbers of each batch, and the labels."""
+    """Return the sample numbers of each batch, and the labels."""
     samples = tf.data.Dataset.range(43)
     pairs = tf.data.Dataset.zip(samples, samples.map(lambda i: 100 + i))
     batches = [(x.numpy(), y.numpy()) for x, y in multi_worker_jax.batches(pairs, 12, epochs)]

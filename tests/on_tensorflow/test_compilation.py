@@ -141,7 +141,7 @@ def test_auto_does_not_compile_on_macos_gpus(monkeypatch):
 
 
 def test_auto_does_not_compile_over_several_devices():
-    """An embedding on the CPU beside a model on the GPU, for one."""
+    """An embedding on the CPU beside a model on the GPU is such a case."""
     run_python(
         "-c",
         """

@@ -54,7 +54,7 @@ def test_replicas_train_like_one_device(trained, name, replicas):
 @whole
 @pytest.mark.parametrize("name", [n for n in OPTIONS if OPTIONS[n].runs_in_replicas])
 def test_replicas_that_cannot_be_left_train_like_one_device(trained, name):
-    """Where `merge_call` is forbidden, as in XLA-compiled functions on GPUs."""
+    """TensorFlow forbids `merge_call` in XLA-compiled functions on GPUs."""
     got, expected = trained("2-sngm-in-replicas")[name], trained("0")[name]
     assert_same(got, expected, OPTIONS[name])
     np.testing.assert_allclose(got.norms, expected.norms, rtol=OPTIONS[name].tolerance)
@@ -73,7 +73,7 @@ def test_replicas_that_cannot_be_left_train_like_one_device(trained, name):
     ),
 )
 def test_a_fault_on_one_replica_skips_the_step(trained, name, how):
-    """On all of them, and nothing changes, to the bit."""
+    """All replicas skip it, and nothing changes, to the bit."""
     got, expected = trained(how)[name], trained("0")[name]
     assert_same(got, expected, FAULTS[name])
     assert not got.changed_by_bad_batches
@@ -94,7 +94,7 @@ def test_replicas_communicate_once_per_update(trained, name):
 
 @whole
 def test_cpus_of_one_machine_send_nothing_to_each_other(trained):
-    """They add up in memory, but for replicas that cannot be left."""
+    """Gradients are added up in memory, unless the cross-replica context is forbidden."""
     assert not trained("2")["collectives"]
     assert trained("2-sngm-in-replicas")["collectives"]
 
@@ -102,7 +102,7 @@ def test_cpus_of_one_machine_send_nothing_to_each_other(trained):
 @whole
 @pytest.mark.parametrize("name", [n for n in OPTIONS if n.startswith("embeddings")])
 def test_rows_of_embeddings_travel_as_slices(trained, name):
-    """Unless gradients are accumulated, which fills the whole table."""
+    """Accumulated gradients do not, as they fill the whole table."""
     accumulates = "gradient_accumulation_steps" in OPTIONS[name].arguments
     assert bool(trained("4")[name].sparse_reductions) is not accumulates
 
@@ -128,7 +128,7 @@ def test_a_model_compiled_on_several_devices_says_what_to_set_instead(trained):
 
 @whole
 def test_replicas_that_could_disagree_are_refused(trained):
-    """Rather than left waiting for each other."""
+    """Otherwise they would wait for each other."""
     message = trained("2-sngm-in-replicas")["loss_scale_error"]
     assert "`LossScaleOptimizer` is such a condition. Set `SNGM(loss_scale_factor=" in message
 

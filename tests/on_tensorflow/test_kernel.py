@@ -33,7 +33,7 @@ in_graph = pytest.mark.parametrize("outer", [None, False], ids=["eager", "functi
 
 @pytest.fixture(autouse=True)
 def limits(monkeypatch):
-    """Of the shapes (), (3,), (4, 5), (2, 3, 4), (2, 2, 3, 2) the last two go to XLA.
+    """Lower the limits, so that of the shapes in use the last two go to XLA.
 
     Where averages are kept, the third does so, too.
     """
@@ -118,7 +118,7 @@ def test_both_ways_agree_with_the_reference(jit_compile, outer, options):
 @in_graph
 @pytest.mark.parametrize("frequency", [None, 3])
 def test_averages_are_the_same_both_ways(jit_compile, outer, frequency):
-    """In the fifth step some variables have no gradient: their averages move on all the same."""
+    """In the fifth step some variables have no gradient, but their averages still move."""
     options = {"use_ema": True, "ema_momentum": 0.8, "ema_overwrite_frequency": frequency}
     trained = []
     for compiled in (jit_compile, True):
@@ -156,7 +156,7 @@ def test_gradients_of_any_magnitude_are_normalized(jit_compile, outer, scale, op
 
 @pytest.mark.parametrize("jit_compile", ["auto", True, False])
 def test_a_norm_beyond_float32_is_divided_by(jit_compile):
-    """No entry overflows, the norm does: 200 times 3e38."""
+    """No element overflows, but the norm does: 200 elements of 3e38."""
     variables = variables_of([np.zeros(20_000), np.zeros((2, 3, 4)), np.zeros(20_000)])
     gradients = [[np.full(v.shape, 3e38) for v in variables]]
     optimizer = SNGM(1.0, jit_compile=jit_compile)

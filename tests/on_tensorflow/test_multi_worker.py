@@ -23,7 +23,7 @@ ARGUMENTS = ["--quick", "--epochs", "3", "--checkpoint-every", str(CHECKPOINT)]
 
 
 def run_job(programs, output, keras_home):
-    """Run one worker per program until all have ended; returns how they did."""
+    """Run one worker per program until all have ended; return how they ended."""
     arguments = [*ARGUMENTS, "--output", output]
     environment = {"KERAS_HOME": str(keras_home), "TMPDIR": str(output.parent)}
     configs = tf_configs(len(programs))
@@ -36,7 +36,7 @@ def run_job(programs, output, keras_home):
 
 
 def tf_configs(workers):
-    """TF_CONFIG of each worker on this machine; of a single one, that there are no others."""
+    """Return the TF_CONFIG of each worker on this machine; that of a single one names no others."""
     if workers == 1:
         return ["{}"]
     cluster = {"worker": [f"localhost:{port}" for port in free_ports(workers)]}
@@ -76,7 +76,7 @@ def test_a_job_outlives_a_worker(tmp_path):
 
 
 def batches_of(worker, workers, replicas, done):
-    """Sample numbers of each of a worker's batches, its replicas' parts put together."""
+    """Return the sample numbers of a worker's batches, its replicas' parts put together."""
     context = tf.distribute.InputContext(workers, worker, workers * replicas)
     strategy = types.SimpleNamespace(distribute_datasets_from_function=lambda f: f(context))
     parts = multi_worker.batches(strategy, tf.data.Dataset.range(43), 12, epochs=3, done=done)

@@ -41,7 +41,7 @@ def test_lanes_add_up_to_the_whole(jit_compile):
 
 @pytest.mark.parametrize("dtype, scale", quick_only(RANGES, [RANGES[0], RANGES[-1]]))
 def test_squares_of_any_magnitude(monkeypatch, dtype, scale):
-    """By TensorFlow's kernel and in XLA."""
+    """TensorFlow's kernel and XLA both compute them."""
     arrays = [scale * array for array in random_arrays(SIZES)]
     tensors = [tf.constant(array, dtype) for array in arrays]
     sizes = [array.size for array in arrays]

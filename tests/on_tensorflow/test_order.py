@@ -66,7 +66,7 @@ def test_mixed_dtypes_are_updated_in_portions(monkeypatch, use_ema):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 0.0, -0.0])
 def test_what_a_portion_waits_for_may_be_any_number(value):
-    """Were it used, a weight that is not finite would spoil the weights after it."""
+    """A weight that is not finite must not spoil the weights after it."""
     start = [np.full_like(array, value) for array in FAR_FROM_ZERO[:5]] + FAR_FROM_ZERO[5:]
     variables = variables_of(start)
     others = variables_of(FAR_FROM_ZERO)

@@ -25,7 +25,7 @@ from processes import SUPPORT, run_python
     ids=str,
 )
 def test_the_step_of_accelerators_agrees_with_the_reference(monkeypatch, options):
-    """There XLA gets the norm as well as the update. It runs on a CPU, too."""
+    """On accelerators XLA compiles norm and update together. That runs on a CPU, too."""
     monkeypatch.setattr(tensorflow_step, "is_accelerator", lambda device: True)
     compare_with_reference("eager-xla", **options)
 
@@ -76,7 +76,7 @@ OF_UNKNOWN_LENGTH = {
 @pytest.mark.parametrize("jit_compile", ["auto", False])
 @pytest.mark.parametrize("make", OF_UNKNOWN_LENGTH.values(), ids=OF_UNKNOWN_LENGTH)
 def test_the_end_of_a_dataset_is_no_step(tmp_path, make, jit_compile):
-    """Where its length is unknown TensorFlow calls the training function once more.
+    """TensorFlow calls the training function once more if the length is unknown.
 
     Keras' own optimizers count that as a step.
     """
@@ -107,7 +107,7 @@ def test_the_end_of_a_dataset_is_no_step(tmp_path, make, jit_compile):
     ids=str,
 )
 def test_a_dataset_of_unknown_length_trains_like_one_of_known_length(options):
-    """Though it may end amid the micro-batches of an update: 5 batches in each epoch."""
+    """Each epoch has 5 batches, and so may end inside an accumulation cycle."""
     x = np.random.default_rng(0).standard_normal((40, 6)).astype("float32")
     states = []
     for data in (

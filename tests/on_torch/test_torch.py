@@ -36,7 +36,7 @@ AVERAGED = {"use_ema": True, "ema_momentum": 0.8, "ema_overwrite_frequency": 7}
 
 @pytest.fixture(params=["CUDA", "others"])
 def accelerator(request, monkeypatch):
-    """The steps of accelerators, which run on CPUs, too."""
+    """Take the steps of accelerators, which run on CPUs, too."""
     if request.param == "CUDA":
         for module in (torch_kernel, torch_norm, torch_step):
             monkeypatch.setattr(module, "host_decides", lambda tensor: False)
@@ -44,7 +44,7 @@ def accelerator(request, monkeypatch):
     kernel = torch._fused_sgd_
 
     def strict(weights, gradients, momentums, **how):
-        """What the kernels of accelerators demand. The one of CPUs demands less."""
+        """Check what the kernels of accelerators demand, before the kernel of CPUs is called."""
         assert len({tensor.dtype for tensor in [*weights, *gradients, *momentums]}) == 1
         for tensors in (gradients, momentums or weights):
             assert [t.stride() for t in tensors] == [w.stride() for w in weights]
@@ -107,7 +107,7 @@ def test_accelerators_skip_steps_to_the_bit(options):
 
 
 class Waits(TorchDispatchMode):
-    """Counts how often the host asks for a number, or makes a tensor of one of its own."""
+    """Dispatch mode that counts how often the host asks for a number or copies one to a tensor."""
 
     def __init__(self):
         super().__init__()
@@ -211,7 +211,7 @@ def test_nor_does_it_for_a_logger_between_steps(monkeypatch, make, on_nonfinite)
 
 
 def test_histograms_count_further_than_float32_does():
-    """By ones, that is, as Keras' `segment_sum` counts."""
+    """Keras' `segment_sum` counts by adding ones in float32."""
     size = 2**24 + 2**10
     assert histogram(torch.zeros(size), segment_sum)[2:].tolist() == [size] + [0] * 29
 
@@ -265,7 +265,7 @@ OPTIONS = [
 
 
 def trained_in(weight_layout, gradient_layout, options):
-    """Variables after three steps, and all that the optimizer keeps."""
+    """Return the variables after three steps, and all of the optimizer's state."""
     generator = torch.Generator().manual_seed(0)
     start, *gradients = torch.randn((5, 4, 3, 2, 6), generator=generator)
     variables = [keras.Variable(weight_layout(start)), keras.Variable(np.ones(3))]
@@ -302,7 +302,7 @@ def test_nor_does_it_on_accelerators(weights, gradients):
 
 @pytest.mark.usefixtures("accelerator")
 def test_strides_that_mean_nothing_do_not_matter_on_accelerators():
-    """Those of dimensions of size 1."""
+    """Strides of dimensions of size 1 mean nothing."""
     column = torch.arange(1.0, 7.0).reshape(6, 1)
     odd = column.reshape(1, 6).t()
     assert column.stride() != odd.stride()
@@ -324,7 +324,7 @@ def test_a_gradient_may_be_one_number_many_times():
 
 
 def alike(way):
-    """Two equal gradients."""
+    """Return two equal gradients."""
     if way == "one tensor":
         return [torch.full((3,), 2.0)] * 2
     if way == "one memory in part":  # as gradients of the parts of concatenations are
@@ -377,7 +377,7 @@ def test_sparse_gradients_train_like_dense_ones():
     ids=["SNGM", "SNGM, options", "SGD"],
 )
 def test_a_compiled_training_step_trains_the_same(make):
-    """And is logged the same."""
+    """It is logged the same, too."""
     compiled, plain = fitted(make(), jit_compile=True), fitted(make())
     assert_close(compiled.weights, values_of(plain.weights), 1e-5)
     compiled.fit(X, Y, 8, shuffle=False, verbose=0, callbacks=[GradientNormLogger()])
@@ -388,7 +388,7 @@ def test_a_compiled_training_step_trains_the_same(make):
 
 
 def test_the_host_is_asked_once():
-    """Not for the number of every step, unless somebody else has changed it."""
+    """It is not asked for the number of every step, unless others have changed it."""
     optimizer = SNGM(gradient_accumulation_steps=2)
     variables = variables_of(random_arrays())
     optimizer.build(variables)
@@ -406,7 +406,7 @@ def test_the_host_is_asked_once():
 
 
 def test_two_processes_train_like_one(tmp_path):
-    """In a loop of one's own, with DistributedDataParallel."""
+    """They use a custom loop with DistributedDataParallel."""
     run_python(SUPPORT / "torch_processes.py", tmp_path / "one", 1)
     run_python(SUPPORT / "torch_processes.py", tmp_path / "two", 2)
     one, two = (pickle.loads((tmp_path / name).read_bytes()) for name in ("one", "two"))

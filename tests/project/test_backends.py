@@ -22,7 +22,7 @@ RESUMED = [
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """By backend, and by a pair of them: the one that wrote the files, the one that went on."""
+    """Return the results of each backend, and of each pair: one wrote the files, one went on."""
     folders = {backend: tmp_path_factory.mktemp(backend) for backend in BACKENDS}
     results = {}
     for backend, folder in folders.items():

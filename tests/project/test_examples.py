@@ -55,7 +55,7 @@ def test_the_main_job_from_the_command_line(tmp_path):
 
 
 def test_quick_runs_of_methods_differ_only_in_the_optimizer(tmp_path):
-    """Same seed, same batch: the first epoch starts at the same gradient."""
+    """With the same seed and batch the first epoch starts at the same gradient."""
     arguments = ["--quick", "--epochs", "1", "--batch-size", "400", "--small-batch-size", "400"]
     large_batch.main([*arguments, "--output", str(tmp_path)])
     norms = [run["grad_norm"][0] for run in saved_runs(tmp_path / "compare.json")]
@@ -208,7 +208,7 @@ def test_other_depths_of_resnets_are_refused(depth):
 
 
 def cifar(output, *arguments):
-    """Trains on 16 made-up images, in batches of 8."""
+    """Train on 16 made-up images, in batches of 8."""
     with tfds.testing.mock_data(num_examples=1600):
         quick = ["--quick", "--depth", "8", "--batch-size", "8", "--verbose", "0"]
         cifar10_resnet.main([*quick, *arguments, "--output", str(output)])

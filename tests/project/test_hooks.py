@@ -110,7 +110,7 @@ def test_a_strategy_still_has_its_reduction():
 
 @pytest.fixture(scope="module")
 def names_of_torch():
-    """The names in `torch`, from a process of its own: beside TensorFlow PyTorch can crash."""
+    """Return the names in `torch`, from another process: beside TensorFlow PyTorch can crash."""
     return run_python("-c", "import torch; print(*dir(torch))").split()
 
 

@@ -103,7 +103,7 @@ def test_pickles_of_earlier_versions_find_their_names(module, name):
 
 
 def test_long_modules_say_why():
-    """Those above 300 lines, in the first docstring."""
+    """Modules above 300 lines give a reason in their first docstring."""
     for path in MODULES.values():
         text = path.read_text()
         assert text.count("\n") <= 300 or "in one file" in ast.get_docstring(ast.parse(text)), path

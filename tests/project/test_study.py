@@ -66,7 +66,7 @@ def run_of(method="SNGM", exponent=0, seed=0, final=True, score=0.5, **changes):
 
 
 def carried_out(study, one, score_of):
-    """All runs that a search asks for, in the order it asks for them."""
+    """Return all runs that a search asks for, in the order in which it asks for them."""
     runs = []
     while wanted := search.wanted(study, one, runs):
         now = wanted[0]
@@ -100,7 +100,7 @@ def test_a_search_ends_where_all_rates_up_to_some_are_as_good(end):
 
 
 def test_rates_are_judged_by_the_mean_of_the_seeds():
-    """One lucky seed at a rate where the other fails does not choose it."""
+    """One lucky seed at a rate where the other fails does not choose the rate."""
     scores = {(3, 100): 1.0, (3, 101): 0.1}
     runs = carried_out(
         study_of(search_of()), search_of(), lambda k, seed: scores.get((k, seed), 0.8 - abs(k) / 50)
@@ -161,7 +161,7 @@ def small_search(method, quick="mnist1d", batch_size=100, **changes):
 
 @pytest.mark.parametrize("method", ["SNGM", "LARS, warm-up", "AdamW"])
 def test_a_trainer_that_is_used_again_trains_as_a_fresh_one(method):
-    """Nothing of a run is left for the next: not the weights, the optimizer, the rate."""
+    """A run leaves nothing for the next: no weights, optimizer or learning rate."""
     wanted = Wanted(exponent=-4, seed=3, final=True)
     used = Trainer(small_search(method, epochs=2))
     used.run(Wanted(exponent=2, seed=5, final=False))
@@ -277,7 +277,7 @@ def write_all_but(count, study, path):
 
 
 def test_a_killed_study_goes_on_and_runs_nothing_twice(tmp_path):
-    """Killed after some runs, with half a line written; a second start does the rest."""
+    """The study is killed with half a line written; a second start does the rest."""
     path = tmp_path / "mnist1d.jsonl"
     study = config.load("mnist1d", quick=True)
     write_all_but(2, study, path)
@@ -324,7 +324,7 @@ def test_a_killed_study_goes_on_and_runs_nothing_twice(tmp_path):
 
 
 def outcome_of(*arguments):
-    """What a program that may fail printed and returned."""
+    """Run a program that may fail; return what it printed and its exit status."""
     return subprocess.run(
         [sys.executable, *arguments],
         env=importing_project(),
@@ -343,7 +343,7 @@ def test_results_of_another_configuration_are_refused(tmp_path):
 
 
 def test_data_is_there_before_processes_ask_for_it(tmp_path, monkeypatch):
-    """They would download it side by side, into the same files."""
+    """Processes would download the data side by side, into the same files."""
     found = []
 
     def run_all(*arguments):
@@ -377,7 +377,7 @@ def test_results_can_be_compressed(tmp_path):
 
 
 def summaries_of(**scores):
-    """Methods with known test scores of three seeds."""
+    """Return summaries of methods with known test scores of three seeds."""
     runs = []
     for method, values in scores.items():
         for k, score in {-4: 0.55, -2: 0.56, -1: 0.595, 0: 0.6, 1: 0.592, 2: 0.3}.items():
@@ -418,7 +418,7 @@ def test_searches_that_are_not_done_are_left_out():
 
 
 def test_a_report_of_a_study_that_has_only_begun(tmp_path):
-    """The first search done is not of SNGM; of another task there is no search done."""
+    """The first search done is not of SNGM, and of another task none is done."""
     others = [run_of("LAMB", 0, 100, final=False), *(run_of("LAMB", seed=i) for i in range(3))]
     for run in [*others, run_of("AdamW", 0, 100, final=False)]:
         results.append(tmp_path / "mnist1d.jsonl", run)
@@ -457,7 +457,7 @@ def test_failed_runs_keep_their_last_score():
 
 
 def test_a_report_may_be_written_anywhere(tmp_path):
-    """Its pictures stay beside the results; its links lead there."""
+    """Its pictures stay beside the results, and its links lead there."""
     folder = tmp_path / "runs"
     folder.mkdir()
     for run in [run_of(exponent=0, seed=100, final=False), *(run_of(seed=i) for i in range(3))]:
