@@ -97,6 +97,7 @@ class Halving(keras.callbacks.Callback):
         self.model.optimizer.learning_rate = 0.1 / 2**epoch
 
 
+@whole
 @pytest.mark.parametrize(
     "learning_rate, callbacks",
     [

@@ -7,10 +7,14 @@ import pytest
 from keras_sngm import SNGM, GradientNormLogger
 from problems import BACKEND, MODES, assert_close, modes, stepping, variables_of
 from reference import ReferenceSNGM, norm
-from selection import whole
+from selection import quick_only, whole
 
 NAMES = modes("eager", "eager-xla", "function", "xla-function")
-mode = pytest.mark.parametrize("jit_compile, outer", [MODES[name] for name in NAMES], ids=NAMES)
+mode = pytest.mark.parametrize(
+    "jit_compile, outer",
+    quick_only([MODES[name] for name in NAMES], [MODES[name] for name in NAMES[:1]]),
+    ids=NAMES,
+)
 DECAY = {"weight_decay": 0.1, "decoupled_weight_decay": False}
 
 

@@ -19,10 +19,14 @@ from problems import (
     variables_of,
 )
 from reference import ReferenceSNGM
-from selection import whole
+from selection import quick_only, whole
 
 NAMES = modes("eager", "eager-xla", "xla-function")
-mode = pytest.mark.parametrize("jit_compile, outer", [MODES[name] for name in NAMES], ids=NAMES)
+mode = pytest.mark.parametrize(
+    "jit_compile, outer",
+    quick_only([MODES[name] for name in NAMES], [MODES[name] for name in NAMES[:1]]),
+    ids=NAMES,
+)
 
 
 def state_of(optimizer, variables):

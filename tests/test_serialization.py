@@ -10,6 +10,7 @@ from keras_sngm import SNGM
 from problems import random_arrays, random_gradients, train, values_of, variables_of
 from processes import SUPPORT, run_python
 from resumed_training import RESUMABLE, X, Y, build_model
+from selection import whole
 
 EVERYTHING = {
     "learning_rate": 0.25,
@@ -190,6 +191,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@whole
 @pytest.mark.parametrize("form", RESUMABLE)
 def test_training_resumed_in_a_fresh_process_is_the_same_to_the_bit(folder, form):
     with np.load(folder / "uninterrupted.npz") as expected, np.load(folder / f"{form}.npz") as got:

@@ -8,6 +8,7 @@ from keras_sngm import SNGM
 from problems import (
     DTYPES,
     MODES,
+    QUICK_MODES,
     SCHEDULE,
     SHAPES,
     assert_close,
@@ -20,19 +21,19 @@ from problems import (
     variables_of,
 )
 from reference import ReferenceSNGM
-from selection import whole
+from selection import quick_only, whole
 
 TOLERANCE = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-2, "bfloat16": 1.5e-1}
 MOST_MODES = modes("eager-xla", "function", "xla-function")
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", quick_only(MODES, QUICK_MODES))
 @pytest.mark.parametrize("momentum, nesterov", [(0.9, False), (0.9, True), (0.99, False)])
 def test_agrees_with_the_reference(mode, momentum, nesterov):
     compare_with_reference(mode, momentum=momentum, nesterov=nesterov)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", quick_only(MODES, QUICK_MODES))
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_agrees_with_the_reference_without_momentum(mode, nesterov):
     jit_compile, outer = MODES[mode]
@@ -61,20 +62,20 @@ def test_momentum_may_be_set_to_zero_and_back(nesterov):
         assert_close(optimizer.momentums, reference.u, 1e-5)
 
 
-@pytest.mark.parametrize("mode", MOST_MODES)
+@pytest.mark.parametrize("mode", quick_only(MOST_MODES, QUICK_MODES))
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != "float32"])
 def test_agrees_with_the_reference_in_every_dtype(mode, dtype):
     # A schedule gives float32, so float64 is tested at a rate that both hold.
     compare_with_reference(mode, TOLERANCE[dtype], dtype, rate=0.125)
 
 
-@pytest.mark.parametrize("mode", MOST_MODES)
+@pytest.mark.parametrize("mode", quick_only(MOST_MODES, QUICK_MODES))
 def test_agrees_with_the_reference_in_mixed_dtypes(mode):
     dtypes = [DTYPES[0], "float32", "float16", "float32", "bfloat16"]
     compare_with_reference(mode, TOLERANCE["bfloat16"], dtypes)
 
 
-@pytest.mark.parametrize("mode", MOST_MODES)
+@pytest.mark.parametrize("mode", quick_only(MOST_MODES, QUICK_MODES))
 @pytest.mark.parametrize(
     "options",
     [
@@ -139,7 +140,7 @@ def test_gradient_norms_are_those_of_each_variable():
     np.testing.assert_allclose(optimizer.gradient_norm, np.linalg.norm(norms), rtol=1e-6)
 
 
-@pytest.mark.parametrize("mode", MOST_MODES)
+@pytest.mark.parametrize("mode", quick_only(MOST_MODES, QUICK_MODES))
 @pytest.mark.parametrize("k", [2, 4])
 def test_accumulated_micro_batches_train_like_the_whole_batch(mode, k):
     jit_compile, outer = MODES[mode]
@@ -163,7 +164,7 @@ def test_accumulated_micro_batches_train_like_the_whole_batch(mode, k):
     )
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", quick_only(MODES, QUICK_MODES))
 @pytest.mark.parametrize("frequency", [None, 7])
 def test_moving_averages_follow_keras(mode, frequency):
     """w_average is w after the first step, then moves by 1 - ema_momentum."""

@@ -23,7 +23,7 @@ from keras_sngm import SNGM, GradientNormLogger
 from keras_sngm.backend.common.recorder import attached_recorders
 from keras_sngm.monitoring.sinks import tensorboard_parts
 from problems import BACKEND, values_of
-from selection import whole
+from selection import quick_only, whole
 
 X = np.random.default_rng(0).standard_normal((40, 6)).astype("float32")
 Y = np.tanh(X.sum(axis=1, keepdims=True))
@@ -270,7 +270,7 @@ def test_other_callbacks_see_the_norm(tmp_path, capsys):
 
 if SEVERAL_STEPS:
 
-    @every_optimizer
+    @every_optimizer_if_whole
     def test_steps_within_an_execution_count(tmp_path, make):
         lines, histories = [], []
         for steps in (1, 3):
@@ -324,6 +324,7 @@ def test_a_training_step_may_make_several_updates(tmp_path, make, monkeypatch):
     assert list(lines_of(tmp_path / "log.jsonl")) == list(range(1, 8 * 50 + 1))
 
 
+@whole
 @pytest.mark.parametrize("make", [SNGM, OPTIMIZERS["SGD"]], ids=["SNGM", "SGD"])
 @pytest.mark.parametrize("batches", [3, 6])
 def test_stopping_amid_a_training_step(make, batches):
@@ -519,6 +520,7 @@ def test_a_logger_outlives_an_interruption_and_other_training(monkeypatch):
     assert np.isfinite(history["grad_norm"]).all()
 
 
+@whole
 @every_optimizer
 def test_an_interrupted_logger_does_not_go_on_beside_the_next(make):
     def interrupt(batch, logs):
@@ -556,7 +558,7 @@ def counted_traces(model):
 
 if BACKEND != "torch":  # where nothing is traced
 
-    @every_optimizer
+    @every_optimizer_if_whole
     def test_only_a_first_logger_costs_a_trace(make, tmp_path):
         """On JAX the first of its kind: a step is traced for a state that loggers are part of."""
         model = build_model(make())
@@ -578,6 +580,7 @@ if BACKEND != "torch":  # where nothing is traced
         assert counts == expected[BACKEND]
 
 
+@whole
 @every_optimizer
 def test_what_was_traced_without_a_logger_is_traced_again(make, tmp_path):
     """Batches of another shape are trained on between two fits with a logger."""
@@ -656,7 +659,7 @@ def waits_in_an_epoch(*callbacks):
     return count
 
 
-@pytest.mark.parametrize("on_nonfinite", ["warn", "stop", "ignore"])
+@pytest.mark.parametrize("on_nonfinite", quick_only(["warn", "stop", "ignore"], quick=["stop"]))
 def test_training_never_waits_inside_an_epoch(tmp_path, monkeypatch, on_nonfinite):
     """Training does not wait even if the thread reads after every step."""
     monkeypatch.setattr("keras_sngm.monitoring.recording._SECONDS_BETWEEN_READS", 0.0)

@@ -10,7 +10,7 @@ from foreign_models import MODELS, OPTIMIZERS, X, Y
 from keras_sngm import SNGM, GradientNormLogger
 from keras_sngm.backend.common.recorder import attached_recorders
 from problems import BACKEND, values_of
-from selection import quick_only
+from selection import quick_only, whole
 
 OF_EVERY_MODEL = ("SNGM, averaged and accumulated", "SGD")
 JOBS = [(model, optimizer) for model in MODELS for optimizer in OF_EVERY_MODEL]
@@ -134,6 +134,7 @@ def compile_anew(optimizer, epoch, logs, model):
         model.make_train_function()
 
 
+@whole
 @pytest.mark.parametrize("make", [lambda: SNGM(0.01), lambda: keras.optimizers.SGD(0.01)])
 def test_a_logger_follows_a_model_that_is_compiled_anew(tmp_path, make):
     """The new optimizer has other columns, and so another file."""

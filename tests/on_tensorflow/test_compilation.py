@@ -10,6 +10,7 @@ from tensorflow.python.eager import context
 from keras_sngm import SNGM, normalization
 from problems import SHAPES, random_arrays, random_gradients, tensors_of, variables_of
 from processes import run_python
+from selection import whole
 
 
 def function_names():
@@ -93,6 +94,7 @@ def test_later_steps_add_no_trace(monkeypatch, jit_compile, sparse):
     assert function_names() == functions
 
 
+@whole
 def test_later_steps_compile_nothing(tmp_path):
     """XLA writes one file per compiled module; 100 steps make as many as 1."""
     program = """

@@ -88,6 +88,7 @@ def test_the_kernel_is_not_called_where_it_would_be_imprecise(kernel_calls, dtyp
     assert not kernel_calls
 
 
+@whole
 @in_mode
 @in_graph
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from problems import (
     variables_of,
 )
 from reference import ReferenceSNGM
-from selection import quick_only
+from selection import quick_only, whole
 
 # Below and above the sizes that are added up in 16 lanes, with and without a rest.
 SIZES = [(), (1,), (4095,), (4096,), (4111,), (129, 33)]
@@ -59,6 +59,7 @@ def test_squares_of_any_magnitude(monkeypatch, dtype, scale):
         assert total == pytest.approx(scale * np.linalg.norm(np.array(expected) / scale), rel=1e-6)
 
 
+@whole
 @pytest.mark.parametrize("size", [50, 5000])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])

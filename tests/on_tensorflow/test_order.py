@@ -20,6 +20,7 @@ from problems import (
     variables_of,
 )
 from processes import run_python
+from selection import whole
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +65,7 @@ def test_mixed_dtypes_are_updated_in_portions(monkeypatch, use_ema):
         np.testing.assert_array_equal(value, expected)
 
 
+@whole
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 0.0, -0.0])
 def test_what_a_portion_waits_for_may_be_any_number(value):
     """A weight that is not finite must not spoil the weights after it."""

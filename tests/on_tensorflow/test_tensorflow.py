@@ -11,6 +11,7 @@ from keras_sngm import SNGM, GradientNormLogger
 from keras_sngm.backend.tensorflow import step as tensorflow_step
 from problems import compare_with_reference, trained_table
 from processes import SUPPORT, run_python
+from selection import whole
 
 
 @pytest.mark.parametrize(
@@ -73,6 +74,7 @@ OF_UNKNOWN_LENGTH = {
 }
 
 
+@whole
 @pytest.mark.parametrize("jit_compile", ["auto", False])
 @pytest.mark.parametrize("make", OF_UNKNOWN_LENGTH.values(), ids=OF_UNKNOWN_LENGTH)
 def test_the_end_of_a_dataset_is_no_step(tmp_path, make, jit_compile):
@@ -136,5 +138,6 @@ def test_a_trained_model_can_be_exported(tmp_path):
     tf.saved_model.save(model, str(tmp_path / "saved"))
 
 
+@whole
 def test_stopping_on_several_replicas():
     run_python(SUPPORT / "stopped_training.py")

@@ -26,6 +26,8 @@ MODES = {
     "jax": {"eager": ("auto", None), "jit": ("auto", True)},
     "torch": {"eager": ("auto", None)},
 }[BACKEND]
+QUICK_MODES = ("eager-xla", "function")
+"""Modes of the quick run: XLA compiles the step alone, or nothing."""
 # Tests with many steps run them in a graph where the backend has one, on TensorFlow without XLA.
 IN_GRAPH = {"tensorflow": False, "jax": True, "torch": None}[BACKEND]
 
