@@ -59,19 +59,19 @@ def trained(layers, micro_batches, rate=0.1, **options):
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"nesterov": True}], ids=str)
 def test_a_variable_may_have_a_gradient_in_some_micro_batches_alone(options):
     start, (g, h) = random_arrays([(3,), (2, 2)]), random_gradients([(3,), (2, 2)], steps=2)
-    windows = [
+    cycles = [
         ([(g[0], None), (None, g[1])], (g[0] / 2, g[1] / 2)),
         ([(None, g[1]), (None, h[1])], (None, (g[1] + h[1]) / 2)),
         ([(h[0], h[1]), (g[0], None)], ((g[0] + h[0]) / 2, h[1] / 2)),
         ([(None, h[1]), (h[0], None)], (h[0] / 2, h[1] / 2)),
     ]
     results = []
-    for times in (2, None):
+    for steps in (2, None):
         variables = variables_of(start)
-        optimizer = SNGM(0.1, gradient_accumulation_steps=times, jit_compile=False, **options)
+        optimizer = SNGM(0.1, gradient_accumulation_steps=steps, jit_compile=False, **options)
         optimizer.build(variables)
-        for micro_batches, whole in windows:
-            for gradients in micro_batches if times else [whole]:
+        for micro_batches, whole in cycles:
+            for gradients in micro_batches if steps else [whole]:
                 tensors = [None if g is None else keras.ops.convert_to_tensor(g) for g in gradients]
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "Gradients do not exist")
@@ -81,7 +81,7 @@ def test_a_variable_may_have_a_gradient_in_some_micro_batches_alone(options):
         np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_window_that_began_elsewhere_is_known():
+def test_a_cycle_that_began_elsewhere_is_known():
     """The gradient of one variable was accumulated before the state was saved."""
     results = []
     for resumed in (False, True):

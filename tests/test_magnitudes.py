@@ -154,7 +154,7 @@ def test_a_gradient_in_one_micro_batch_counts_if_it_is_zero_or_not(first):
     assert float(variables[0][0]) == pytest.approx(1.0 - moved, rel=1e-5)
 
 
-def test_loading_in_a_window_goes_on_with_what_has_accumulated_there():
+def test_loading_in_a_cycle_goes_on_with_what_has_accumulated_there():
     """Both accumulation cycles may be equally far."""
     optimizers = []
     for gradients in ([None, 1.0], [1.0, None]):

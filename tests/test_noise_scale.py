@@ -137,7 +137,7 @@ def test_training_is_not_changed():
     np.testing.assert_array_equal(*results)
 
 
-def test_averages_are_saved_inside_a_window_too(tmp_path):
+def test_averages_are_saved_inside_a_cycle_too(tmp_path):
     x = np.random.default_rng(0).standard_normal((48, 3)).astype("float32")
 
     def model():

@@ -180,7 +180,7 @@ def test_a_skipped_first_step_does_not_spoil_the_average():
 
 
 @mode
-def test_a_non_finite_micro_batch_drops_its_window(jit_compile, outer):
+def test_a_non_finite_micro_batch_drops_its_cycle(jit_compile, outer):
     variables = variables_of(random_arrays())
     optimizer = SNGM(0.1, gradient_accumulation_steps=2, jit_compile=jit_compile)
     gradients = random_gradients(steps=4)

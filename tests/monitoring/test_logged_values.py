@@ -67,10 +67,10 @@ def updates_of(case, result):
     """Yield for each update: gradient as measured, momentum if any, weights before and after."""
     gradients = recomputed_gradients(case)
     before = [np.zeros_like(weight) for weight in result.weights[0]]
-    for first in range(0, EPOCHS * STEPS_PER_EPOCH, case.times):
-        calls = [call % STEPS_PER_EPOCH for call in range(first, first + case.times)]
+    for first in range(0, EPOCHS * STEPS_PER_EPOCH, case.micro_batches):
+        calls = [call % STEPS_PER_EPOCH for call in range(first, first + case.micro_batches)]
         batches = [slice(BATCH * call, BATCH * (call + 1)) for call in calls]
-        old, new = result.weights[first], result.weights[first + case.times]
+        old, new = result.weights[first], result.weights[first + case.micro_batches]
         gradient = gradients(old, batches)
         momentum = []
         if case.options is not None:
@@ -79,7 +79,7 @@ def updates_of(case, result):
             reference.step(gradient, RATE)
             gradient = reference.g
             if reference.beta:
-                before = momentum = result.momenta[first + case.times - 1]
+                before = momentum = result.momenta[first + case.micro_batches - 1]
         yield gradient, momentum, old, new
 
 
@@ -130,7 +130,7 @@ def expected_scalars(case, result, gradient, momentum, old, new):
 def test_every_scalar_equals_a_recomputation(logged, updates, name, strategy):
     case, result = CASES[name], logged(name, strategy)
     lines = {line.pop("step"): line for line in map(dict, result.lines)}
-    last = EPOCHS * STEPS_PER_EPOCH // case.times
+    last = EPOCHS * STEPS_PER_EPOCH // case.micro_batches
     assert list(lines) == list(range(LOG_EVERY, last + 1, LOG_EVERY))
     assert set(result.scalars) == set(lines)
     for step, update in enumerate(updates(name, strategy), start=1):
@@ -170,7 +170,7 @@ def test_epochs_hold_the_statistics_of_all_updates(logged, updates, name, strate
 @job
 def test_histograms_count_the_elements(logged, updates, name, strategy):
     case, result = CASES[name], logged(name, strategy)
-    last = EPOCHS * STEPS_PER_EPOCH // case.times
+    last = EPOCHS * STEPS_PER_EPOCH // case.micro_batches
     assert set(result.histograms) == set(range(HISTOGRAM_EVERY, last + 1, HISTOGRAM_EVERY))
     for step, (gradient, momentum, _, _) in enumerate(updates(name, strategy), start=1):
         if step not in result.histograms:
@@ -198,16 +198,16 @@ def test_the_noise_scale_equals_a_recomputation(logged, name, strategy):
     size = BATCH // max(int(strategy[0]), 1)
     noise, signal = 0.0, 0.0
     lines = {line["step"]: line for line in result.lines}
-    for first in range(0, EPOCHS * STEPS_PER_EPOCH, case.times):
+    for first in range(0, EPOCHS * STEPS_PER_EPOCH, case.micro_batches):
         begin = BATCH * (first % STEPS_PER_EPOCH)
-        shards = range(begin, begin + BATCH * case.times, size)
+        shards = range(begin, begin + BATCH * case.micro_batches, size)
         each = [gradients(result.weights[first], [slice(b, b + size)]) for b in shards]
         small = np.mean([norm(g) ** 2 for g in each])
         large = norm([np.mean(of, axis=0) for of in zip(*each)]) ** 2
         batch = size * len(each)
         signal = 0.9 * signal + 0.1 * (batch * large - size * small) / (batch - size)
         noise = 0.9 * noise + 0.1 * (small - large) / (1 / size - 1 / batch)
-        step = first // case.times + 1
+        step = first // case.micro_batches + 1
         if step in lines:
             expected = noise / signal if signal > 0 else np.inf
             assert lines[step]["gradient_noise_scale"] == pytest.approx(expected, rel=1e-4)

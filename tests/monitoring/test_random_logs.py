@@ -67,7 +67,7 @@ def recomputed(job, result):
         gradients.append(linear_model.gradients_of(weights, x, y))
         before = weights
         if not has_stopped and is_complete(job, gradients):
-            gradient = [np.sum(of, axis=0) / job.times for of in zip(*gradients)]
+            gradient = [np.sum(of, axis=0) / job.micro_batches for of in zip(*gradients)]
             has_stopped = job.on_nonfinite == "stop" and not np.isfinite(norm(gradient))
             if not has_stopped:
                 gradient, weights = optimizer.step(weights, gradient)
@@ -93,7 +93,7 @@ def is_complete(job, gradients):
     """
     is_bad = not np.isfinite(norm(gradients[-1]))
     stops = is_bad and job.on_nonfinite == "stop" and job.optimizer != "SNGM"
-    return len(gradients) == job.times or stops
+    return len(gradients) == job.micro_batches or stops
 
 
 def seen(expected, weights):

@@ -1,4 +1,4 @@
-"""Large variables go through XLA in portions; here portions are small."""
+"""Large variables go through XLA in chunks; here chunks are small."""
 
 import itertools
 import re
@@ -24,20 +24,20 @@ from selection import whole
 
 
 @pytest.fixture(autouse=True)
-def portion(monkeypatch):
+def chunk(monkeypatch):
     monkeypatch.setattr(tensorflow_order, "_CHUNK_SIZE", 24)
 
 
-def test_portions_are_as_small_as_may_be():
+def test_chunks_are_as_small_as_may_be():
     slices = tensorflow_order.chunks([1, 3, 20, 24, 30, 5, 6])
     assert slices == [slice(0, 3), slice(3, 4), slice(4, 5), slice(5, 7)]
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [1], [24], [0, 24, 0], [24] * 5, [5] * 100], ids=str)
-def test_portions_are_all_there_is(sizes):
+def test_chunks_have_all_variables(sizes):
     slices = tensorflow_order.chunks(sizes)
-    assert list(itertools.chain(*(sizes[portion] for portion in slices))) == sizes
-    assert all(sum(sizes[portion]) >= 24 for portion in slices[:-1])
+    assert list(itertools.chain(*(sizes[chunk] for chunk in slices))) == sizes
+    assert all(sum(sizes[chunk]) >= 24 for chunk in slices[:-1])
 
 
 @pytest.mark.parametrize(
@@ -45,13 +45,13 @@ def test_portions_are_all_there_is(sizes):
     [{}, {"nesterov": True}, {"momentum": 0.0}, {"clipnorm": 1.5}, {"clipvalue": 0.3}],
     ids=str,
 )
-def test_a_step_in_portions_agrees_with_the_reference(options):
+def test_a_step_in_chunks_agrees_with_the_reference(options):
     gradients = random_gradients(TWICE, 12)
     assert_follows_the_reference(FAR_FROM_ZERO, gradients, None, jit_compile=True, **options)
 
 
 @pytest.mark.parametrize("use_ema", [False, True])
-def test_mixed_dtypes_are_updated_in_portions(monkeypatch, use_ema):
+def test_mixed_dtypes_are_updated_in_chunks(monkeypatch, use_ema):
     def trained():
         dtypes = ["float32", "float64", "bfloat16", "float16", "float32"] * 2
         variables = variables_of(FAR_FROM_ZERO, dtypes)
@@ -59,15 +59,15 @@ def test_mixed_dtypes_are_updated_in_portions(monkeypatch, use_ema):
         train(optimizer, variables, random_gradients(TWICE, 5))
         return values_of(variables) + values_of(optimizer.momentums)
 
-    in_portions = trained()
+    in_chunks = trained()
     monkeypatch.setattr(tensorflow_order, "_CHUNK_SIZE", 10**9)
-    for value, expected in zip(in_portions, trained(), strict=True):
+    for value, expected in zip(in_chunks, trained(), strict=True):
         np.testing.assert_array_equal(value, expected)
 
 
 @whole
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 0.0, -0.0])
-def test_what_a_portion_waits_for_may_be_any_number(value):
+def test_what_a_chunk_waits_for_may_be_any_number(value):
     """A weight that is not finite must not spoil the weights after it."""
     start = [np.full_like(array, value) for array in FAR_FROM_ZERO[:5]] + FAR_FROM_ZERO[5:]
     variables = variables_of(start)
@@ -78,7 +78,7 @@ def test_what_a_portion_waits_for_may_be_any_number(value):
         np.testing.assert_array_equal(variable, expected)
 
 
-def test_a_skipped_step_in_portions_changes_no_bit():
+def test_a_skipped_step_in_chunks_changes_no_bit():
     start = [*random_arrays(TWICE[:-1]), np.full(TWICE[-1], -0.0)]
     variables = variables_of(start)
     optimizer = SNGM(0.1, jit_compile=True)

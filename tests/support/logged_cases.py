@@ -21,7 +21,7 @@ class Case(NamedTuple):
     Attributes:
         make: a function that makes the optimizer.
         options: keyword arguments of `ReferenceSNGM`; `None` for other optimizers.
-        times: the number of micro-batches in an accumulation cycle.
+        micro_batches: the number of micro-batches in an accumulation cycle.
         sparse: whether the model has an embedding.
         sequence: whether the inputs are sequences of unknown length.
         compile: keyword arguments of `model.compile`.
@@ -32,7 +32,7 @@ class Case(NamedTuple):
 
     make: Callable[[], keras.optimizers.Optimizer]
     options: dict[str, Any] | None = None
-    times: int = 1
+    micro_batches: int = 1
     sparse: bool = False
     sequence: bool = False
     compile: dict[str, Any] = {}  # noqa: RUF012
@@ -94,12 +94,14 @@ CASES = {
     "SNGM, blockwise": Case(
         sngm(blockwise=True, **CHANGED), {"blockwise": True, **CHANGED}, strategies=ALL
     ),
-    "SNGM, accumulated": Case(sngm(gradient_accumulation_steps=2), {}, times=2, strategies=ALL),
+    "SNGM, accumulated": Case(
+        sngm(gradient_accumulation_steps=2), {}, micro_batches=2, strategies=ALL
+    ),
     "SNGM, accumulated, eager": Case(
-        sngm(gradient_accumulation_steps=2), {}, times=2, compile={"run_eagerly": True}
+        sngm(gradient_accumulation_steps=2), {}, micro_batches=2, compile={"run_eagerly": True}
     ),
     "SNGM, accumulated, gradient changed": Case(
-        sngm(gradient_accumulation_steps=2, **CHANGED), CHANGED, times=2
+        sngm(gradient_accumulation_steps=2, **CHANGED), CHANGED, micro_batches=2
     ),
     "SNGM, embedding": Case(sngm(), {}, sparse=True),
     "SNGM, sequence": Case(sngm(), {}, sequence=True, strategies=ALL),
@@ -118,13 +120,20 @@ CASES = {
         sngm(**NOISE, **CHANGED), CHANGED, strategies=("2",), noise=True
     ),
     "SNGM, noise scale, accumulated": Case(
-        sngm(gradient_accumulation_steps=2, **NOISE), {}, times=2, strategies=ALL, noise=True
+        sngm(gradient_accumulation_steps=2, **NOISE),
+        {},
+        micro_batches=2,
+        strategies=ALL,
+        noise=True,
     ),
     "SNGM, noise scale, accumulated, gradient changed": Case(
-        sngm(gradient_accumulation_steps=2, **NOISE, **CHANGED), CHANGED, times=2, noise=True
+        sngm(gradient_accumulation_steps=2, **NOISE, **CHANGED),
+        CHANGED,
+        micro_batches=2,
+        noise=True,
     ),
     "SNGM, noise scale, embedding, accumulated": Case(
-        sngm(gradient_accumulation_steps=2, **NOISE), {}, times=2, sparse=True, noise=True
+        sngm(gradient_accumulation_steps=2, **NOISE), {}, micro_batches=2, sparse=True, noise=True
     ),
     "SNGM, noise scale, LossScaleOptimizer": Case(
         lambda: keras.optimizers.LossScaleOptimizer(sngm(**NOISE)(), initial_scale=64.0),
@@ -135,14 +144,14 @@ CASES = {
     "SNGM, noise scale, eager": Case(
         sngm(gradient_accumulation_steps=3, **NOISE),
         {},
-        times=3,
+        micro_batches=3,
         compile={"run_eagerly": True},
         noise=True,
     ),
     "SNGM, noise scale, XLA": Case(
         sngm(gradient_accumulation_steps=2, **NOISE),
         {},
-        times=2,
+        micro_batches=2,
         compile={"jit_compile": True},
         strategies=WITHOUT_STRATEGY,
         noise=True,
@@ -151,21 +160,27 @@ CASES = {
     "SGD, eager": Case(sgd(), compile={"run_eagerly": True}),
     "SGD, XLA": Case(sgd(), compile={"jit_compile": True}, strategies=WITHOUT_STRATEGY),
     "SGD, accumulated": Case(
-        sgd(gradient_accumulation_steps=2), times=2, strategies=WITHOUT_STRATEGY
+        sgd(gradient_accumulation_steps=2), micro_batches=2, strategies=WITHOUT_STRATEGY
     ),
     "SGD, accumulated, eager": Case(
         sgd(gradient_accumulation_steps=2),
-        times=2,
+        micro_batches=2,
         compile={"run_eagerly": True},
         strategies=WITHOUT_STRATEGY,
     ),
     "SGD, accumulated, embedding": Case(
-        sgd(gradient_accumulation_steps=2), times=2, sparse=True, strategies=WITHOUT_STRATEGY
+        sgd(gradient_accumulation_steps=2),
+        micro_batches=2,
+        sparse=True,
+        strategies=WITHOUT_STRATEGY,
     ),
     "SGD, embedding": Case(sgd(), sparse=True),
     "SGD, sequence": Case(sgd(), sequence=True),
     "SGD, sequence, accumulated": Case(
-        sgd(gradient_accumulation_steps=2), times=2, sequence=True, strategies=WITHOUT_STRATEGY
+        sgd(gradient_accumulation_steps=2),
+        micro_batches=2,
+        sequence=True,
+        strategies=WITHOUT_STRATEGY,
     ),
     "SGD, loss scaled": Case(sgd(loss_scale_factor=64.0)),
     "SGD, LossScaleOptimizer": Case(

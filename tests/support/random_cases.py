@@ -386,13 +386,13 @@ class Expectation:
         self._weights = case.weights
         self._eager = eager
         self._skips_above = skips_above
-        self._times = case.options.get("gradient_accumulation_steps") or 1
+        self._micro_batches = case.options.get("gradient_accumulation_steps") or 1
         self._calls = 0
         self.knows_noise = True
         """Whether the squared gradients of the last update sum to 0 or are well within float32."""
-        self._begin_window()
+        self._begin_cycle()
 
-    def _begin_window(self) -> None:
+    def _begin_cycle(self) -> None:
         """Begin an accumulation cycle."""
         self._means = [np.zeros(weight.shape) for weight in self._weights]
         self._parts = 0.0
@@ -412,15 +412,15 @@ class Expectation:
             array = gradient.dense(weight)
             scaled = array / self.options.get("loss_scale_factor", 1.0)
             scaled = flushed(scaled, weight.dtype)
-            self._means[i] = self._means[i] + flushed(scaled / self._times, weight.dtype)
+            self._means[i] = self._means[i] + flushed(scaled / self._micro_batches, weight.dtype)
             self._parts += np.sum(scaled**2)
         self._had = [a or b for a, b in zip(self._had, has)]
         self._calls += 1
-        if self._calls % self._times:
+        if self._calls % self._micro_batches:
             return before
         active = [i for i, a in enumerate(self._had if self._eager else has) if a]
         after = self._update(active, before)
-        self._begin_window()
+        self._begin_cycle()
         return after
 
     def _update(self, active: list[int], before: State) -> State:
@@ -474,7 +474,7 @@ class Expectation:
         past = self.options["ema_momentum"] if before.averaged else 0.0
         averages = [past * a + (1.0 - past) * w for a, w in zip(before.averages, weights)]
         frequency = self.options["ema_overwrite_frequency"]
-        overwrites = frequency and self._calls // self._times % frequency == 0
+        overwrites = frequency and self._calls // self._micro_batches % frequency == 0
         return averages, list(averages) if overwrites else weights
 
     def _noise(self, before: State, large: float) -> tuple[np.ndarray, float]:
@@ -491,9 +491,9 @@ class Expectation:
         least = float(least_reliable_sums((size,), "float32", error=1e-3)[0])
         if self._parts < least or self._parts > LARGEST:
             return before.moments, before.noise_scale
-        times, samples = self._times, self.options["noise_scale_batch_size"]
-        between = (self._parts / times - large**2) * times / (times - 1)
-        new = np.array([samples * between, large**2 - between / times, 1.0])
+        micro_batches, samples = self._micro_batches, self.options["noise_scale_batch_size"]
+        between = (self._parts / micro_batches - large**2) * micro_batches / (micro_batches - 1)
+        new = np.array([samples * between, large**2 - between / micro_batches, 1.0])
         moments = 0.5 * before.moments + 0.5 * new
         quotient = moments[0] / moments[1] if moments[1] > 0 else LARGEST
         return moments, min(quotient, LARGEST)

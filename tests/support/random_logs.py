@@ -102,7 +102,7 @@ class Job(NamedTuple):
     Attributes:
         optimizer: a key of `OPTIMIZERS`.
         options: keyword arguments of the optimizer.
-        times: the number of micro-batches in an accumulation cycle.
+        micro_batches: the number of micro-batches in an accumulation cycle.
         compile: keyword arguments of `compile`.
         loggers: the loggers, all used at the same time.
         fits: the calls of `fit`, one after the other.
@@ -113,7 +113,7 @@ class Job(NamedTuple):
 
     optimizer: str
     options: dict[str, Any]
-    times: int
+    micro_batches: int
     compile: dict[str, Any]
     loggers: list[Logger]
     fits: list[Fit]
@@ -122,7 +122,7 @@ class Job(NamedTuple):
 
     @property
     def has_noise_scale(self) -> bool:
-        return self.optimizer == "SNGM" and self.times > 1
+        return self.optimizer == "SNGM" and self.micro_batches > 1
 
     @property
     def has_momentum(self) -> bool:
@@ -130,8 +130,8 @@ class Job(NamedTuple):
 
     def make_optimizer(self) -> keras.optimizers.Optimizer:
         make, _, rate = OPTIMIZERS[self.optimizer]
-        options: dict[str, Any] = {"gradient_accumulation_steps": self.times}
-        if self.times == 1:
+        options: dict[str, Any] = {"gradient_accumulation_steps": self.micro_batches}
+        if self.micro_batches == 1:
             options = {}
         if self.has_noise_scale:
             options |= {
@@ -164,7 +164,7 @@ def jobs() -> st.SearchStrategy[Job]:
         options=st.shared(st.sampled_from(["SNGM", "SNGM", *OPTIMIZERS]), key="optimizer").flatmap(
             options_of
         ),
-        times=st.sampled_from([1, 1, 2, 3]),
+        micro_batches=st.sampled_from([1, 1, 2, 3]),
         compile=compiled,
         loggers=st.lists(loggers(), min_size=1, max_size=3),
         fits=some_fits(),

@@ -96,17 +96,19 @@ def stepping(
     return variables, MODES[mode](step)
 
 
-def check(strategy: tf.distribute.Strategy, name: str, mode: str, times: int | None) -> None:
+def check(
+    strategy: tf.distribute.Strategy, name: str, mode: str, micro_batches: int | None
+) -> None:
     """Assert that steps agree with the reference, whose gradient is the sum over replicas.
 
     Args:
         strategy: a strategy of two replicas.
         name: a key of `GRADIENTS`.
         mode: a key of `MODES`.
-        times: the number of micro-batches in an accumulation cycle, `None` for no accumulation.
+        micro_batches: the number of micro-batches in an accumulation cycle, or `None`.
     """
     give = GRADIENTS[name]
-    variables, step = stepping(strategy, mode, give, gradient_accumulation_steps=times)
+    variables, step = stepping(strategy, mode, give, gradient_accumulation_steps=micro_batches)
     sums = [
         dense(a, shape) + dense(b, shape)
         for a, b, shape in zip(give[0](), give[1](), SHAPES, strict=True)
@@ -114,13 +116,15 @@ def check(strategy: tf.distribute.Strategy, name: str, mode: str, times: int | N
     active = [any(give[k]()[i] is not None for k in range(2)) for i in range(len(SHAPES))]
     reference = ReferenceSNGM([np.ones(shape) for shape in SHAPES])
     for _ in range(UPDATES):
-        for _ in range(times or 1):
+        for _ in range(micro_batches or 1):
             step()
         reference.step(sums, 0.1)
     for variable, weight, moves in zip(variables, reference.w, active, strict=True):
         assert moves or (weight == 1.0).all()
         for part in strategy.experimental_local_results(variable.value):
-            np.testing.assert_allclose(part, weight, rtol=1e-5, err_msg=f"{name}, {mode}, {times}")
+            np.testing.assert_allclose(
+                part, weight, rtol=1e-5, err_msg=f"{name}, {mode}, {micro_batches}"
+            )
 
 
 def check_one_tensor_of_all(strategy: tf.distribute.Strategy, mode: str) -> None:
@@ -147,8 +151,8 @@ def main() -> None:
     strategy = make_strategy(2)
     for name in GRADIENTS:
         for mode in MODES:
-            for times in (None, 2):
-                check(strategy, name, mode, times)
+            for micro_batches in (None, 2):
+                check(strategy, name, mode, micro_batches)
     for mode in MODES:
         check_one_tensor_of_all(strategy, mode)
     forbid_merge_call()

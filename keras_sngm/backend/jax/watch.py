@@ -229,13 +229,7 @@ class _RecordedApply(recorded_apply.RecordedApply):
     def _update(
         self, inputs: recorded_apply.UpdateInputs, gradients: list[Any], variables: list[Any] | None
     ) -> None:
-        """Record the gradients of this call, if it ends an update, and apply them.
-
-        Args:
-            inputs: the gradients that are not `None`, and their variables.
-            gradients: the gradients of this call.
-            variables: the variables of this call, or `None` for all of the optimizer's.
-        """
+        """Record `inputs` if this call ends an update, and apply gradients to variables."""
         optimizer = self._optimizer
         weights = optimizer._trainable_variables
         indices = inputs.indices

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from keras_sngm.backend.tensorflow.slot import Slot, arithmetic_dtype
+from keras_sngm.backend.common.slot import Slot
+from keras_sngm.backend.tensorflow.tensors import arithmetic_dtype
 from keras_sngm.normalization import Normalization
 from keras_sngm.update_rule import Coefficients, Rule, changes_gradient
 

@@ -3,8 +3,9 @@
 import tensorflow as tf
 
 from keras_sngm import update_rule
+from keras_sngm.backend.common.slot import Slot
 from keras_sngm.backend.tensorflow.scalars import StepScalars
-from keras_sngm.backend.tensorflow.slot import Slot, assign, for_arithmetic
+from keras_sngm.backend.tensorflow.tensors import assign, for_arithmetic
 from keras_sngm.update_rule import Coefficients
 
 

@@ -8,7 +8,7 @@ from tensorflow.python.framework.ops import get_default_graph
 from tensorflow.python.ops.control_flow_util import GraphOrParentsInXlaContext
 
 from keras_sngm.backend.tensorflow import norm
-from keras_sngm.backend.tensorflow.slot import dense, is_accelerator
+from keras_sngm.backend.tensorflow.tensors import dense, is_accelerator
 
 
 def sum_of_squares(gradients: Sequence[Any], weights: Sequence[Any], device: str) -> tf.Tensor:

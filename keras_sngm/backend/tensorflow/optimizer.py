@@ -23,6 +23,7 @@ from keras_sngm.backend.common.cache import Cache
 from keras_sngm.backend.common.measured import measured_by_sngm
 from keras_sngm.backend.common.optimizer import WholeModelOptimizer, name_for
 from keras_sngm.backend.common.recorder import conditions_of_step, ready_recorders
+from keras_sngm.backend.common.slot import Slot
 from keras_sngm.backend.tensorflow.accumulation import add_to_means, set_to_zero, values_of
 from keras_sngm.backend.tensorflow.checks import (
     check_strategy,
@@ -41,8 +42,8 @@ from keras_sngm.backend.tensorflow.replicas import (
     native_variable,
 )
 from keras_sngm.backend.tensorflow.scalars import StepScalars
-from keras_sngm.backend.tensorflow.slot import Slot, arithmetic_dtype, of_known_shape
 from keras_sngm.backend.tensorflow.step import LocalStep, Readings
+from keras_sngm.backend.tensorflow.tensors import arithmetic_dtype, of_known_shape
 from keras_sngm.normalization import Normalization
 from keras_sngm.update_rule import Rule
 
@@ -128,13 +129,7 @@ class BackendOptimizer(WholeModelOptimizer):
     def _idle_with_gradient(
         self, calls: int, micro_batches: int, active: frozenset[int]
     ) -> list[int]:
-        """Return the indices of variables whose only gradients were in earlier micro-batches.
-
-        Args:
-            calls: number of calls of the optimizer before this one.
-            micro_batches: number of calls that make up an update.
-            active: indices of the variables that have a gradient in this call.
-        """
+        """Return the indices of variables not in `active` with a gradient earlier in the cycle."""
         # An assignment by others to a TensorFlow variable leaves no trace on the host, so what
         # is known of this cycle may be incomplete.
         known = self._cycle.indices(calls, micro_batches) or frozenset()

@@ -11,7 +11,7 @@ from keras_sngm.backend.common.measured import Measured
 from keras_sngm.backend.common.recorder import RecorderBase
 from keras_sngm.backend.common.ring import Ring, row_of
 from keras_sngm.backend.tensorflow.replicas import native_variable
-from keras_sngm.backend.tensorflow.slot import arithmetic_dtype, for_arithmetic
+from keras_sngm.backend.tensorflow.tensors import arithmetic_dtype, for_arithmetic
 from keras_sngm.measurements import HISTOGRAM, details, histogram
 
 Local = Callable[[Any], tf.Variable]

@@ -17,7 +17,7 @@ from tensorflow.python.distribute.distribute_utils import regroup
 from tensorflow.python.distribute.values_util import get_current_replica_id_as_int
 from tensorflow.python.framework.ops import get_default_graph
 
-from keras_sngm.backend.tensorflow.slot import dense
+from keras_sngm.backend.tensorflow.tensors import dense
 
 
 class Replicas(Protocol):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from keras_sngm import normalization, update_rule
+from keras_sngm.backend.common.slot import Slot
 from keras_sngm.backend.tensorflow import momentum_kernel as kernel
 from keras_sngm.backend.tensorflow import norm
 from keras_sngm.backend.tensorflow import xla_order as order
@@ -18,8 +19,7 @@ from keras_sngm.backend.tensorflow.moving_average import (
     average_unchanged_weight,
 )
 from keras_sngm.backend.tensorflow.scalars import StepScalars
-from keras_sngm.backend.tensorflow.slot import (
-    Slot,
+from keras_sngm.backend.tensorflow.tensors import (
     arithmetic_dtype,
     assign,
     dense,

@@ -24,7 +24,7 @@ from keras_sngm.backend.common.recorder import (
 from keras_sngm.backend.tensorflow import norm
 from keras_sngm.backend.tensorflow.recorder import Recorder
 from keras_sngm.backend.tensorflow.replicas import OwnReplica
-from keras_sngm.backend.tensorflow.slot import (
+from keras_sngm.backend.tensorflow.tensors import (
     arithmetic_dtype,
     dense,
     is_accelerator,
@@ -122,13 +122,7 @@ class _RecordedApply(recorded_apply.RecordedApply):
     def _update(
         self, inputs: recorded_apply.UpdateInputs, gradients: list[Any], variables: list[Any] | None
     ) -> None:
-        """Record the gradients of this call, if it ends an update, and apply them.
-
-        Args:
-            inputs: the gradients that are not `None`, and their variables.
-            gradients: the gradients of this call.
-            variables: the variables of this call, or `None` for all of the optimizer's.
-        """
+        """Record `inputs` if this call ends an update, and apply gradients to variables."""
         optimizer = self._optimizer
         weights, indices = inputs.variables, inputs.indices
         replicas = OwnReplica(tf.distribute.get_replica_context())

@@ -13,6 +13,7 @@ from keras_sngm import normalization, update_rule
 from keras_sngm.backend.common.measured import measured_by_sngm
 from keras_sngm.backend.common.optimizer import WholeModelOptimizer
 from keras_sngm.backend.common.recorder import conditions_of_step, ready_recorders
+from keras_sngm.backend.common.slot import Slot
 from keras_sngm.backend.torch import step as torch_step
 from keras_sngm.backend.torch.lists import (
     at_least_float32,
@@ -23,7 +24,7 @@ from keras_sngm.backend.torch.lists import (
 )
 from keras_sngm.backend.torch.norm import normalized_by, sum_of_squares
 from keras_sngm.backend.torch.recorder import Change
-from keras_sngm.backend.torch.step import Slot, StepScalars
+from keras_sngm.backend.torch.step import StepScalars
 from keras_sngm.normalization import Normalization
 
 

@@ -1,34 +1,17 @@
 """One SNGM step on the variables of one device, by PyTorch's kernels for lists of tensors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from keras_sngm import update_rule
+from keras_sngm.backend.common.slot import Slot
 from keras_sngm.backend.torch import sgd_kernel as kernel
 from keras_sngm.backend.torch.lists import arithmetic_dtype_of, at_least_float32, in_dtypes
 from keras_sngm.backend.torch.norm import host_decides
 from keras_sngm.normalization import Normalization
 from keras_sngm.update_rule import Coefficients, Rule
-
-
-class Slot(NamedTuple):
-    """A weight with the optimizer's state for it.
-
-    Attributes:
-        weight: the tensor.
-        momentum: its momentum, or `None` if none is kept.
-        average: its moving average, or `None` if none is kept.
-        decays: whether weight decay applies to it.
-        constraint: maps the weight to one that its layer allows, or `None`.
-    """
-
-    weight: torch.Tensor
-    momentum: torch.Tensor | None
-    average: torch.Tensor | None
-    decays: bool
-    constraint: Callable[[torch.Tensor], torch.Tensor] | None
 
 
 class StepScalars(NamedTuple):

@@ -12,7 +12,6 @@ import tensorflow as tf
 
 import multi_worker
 from processes import ROOT, SUPPORT, free_ports, run_together
-from selection import whole
 
 WORKER = ROOT / "examples" / "multi_worker.py"
 DYING_WORKER = SUPPORT / "dying_worker.py"
@@ -52,7 +51,6 @@ def state_of(output):
     return [v.numpy() for v in [*model.trainable_variables, *model.optimizer.variables]]
 
 
-@whole
 def test_a_job_outlives_a_worker(tmp_path):
     alone, output, keras_home = tmp_path / "alone", tmp_path / "output", tmp_path / "keras"
     (undisturbed,) = run_job([WORKER], alone, keras_home)

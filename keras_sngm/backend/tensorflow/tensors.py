@@ -1,34 +1,11 @@
-"""A weight with the optimizer's state for it, and the dtype it is computed in."""
+"""Variables and gradients of TensorFlow: dtypes, shapes, devices, assignment."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 
 from keras_sngm import update_rule
-
-
-class Slot(NamedTuple):
-    """A weight on one device, with the optimizer's state for it.
-
-    Attributes:
-        weight: the variable.
-        momentum: its momentum, or `None` if none is kept.
-        average: its moving average, or `None` if none is kept.
-        decays: whether weight decay applies to it.
-        constraint: maps the weight to one that its layer allows, or `None`.
-    """
-
-    weight: tf.Variable
-    momentum: tf.Variable | None
-    average: tf.Variable | None
-    decays: bool
-    constraint: Callable[[tf.Tensor], tf.Tensor] | None
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return self.weight.shape.num_elements()
 
 
 def arithmetic_dtype(dtype: tf.DType) -> tf.DType:
