@@ -1,8 +1,9 @@
-"""Collection of the tests of one backend and of one run, as folders and marks say.
+"""Selection of the tests to collect, by the Keras backend in use and by the option `--run`.
 
-A folder tells its backends: `on_jax_and_torch` has what is run on JAX and on PyTorch, `project`
-what is run once, in the whole run. `support` has no tests: what they share, and programs that
-they start as processes.
+The name of a folder says on which backends its tests run. `on_jax_and_torch` is for JAX and
+PyTorch. `project` is for TensorFlow alone, as its tests need to run once, and is not part of the
+quick run. Tests in other folders run on every backend. `support` has no tests, but helpers that
+tests share and programs that tests start as processes.
 """
 
 import pathlib
@@ -12,7 +13,7 @@ import keras
 import pytest
 
 TESTS = pathlib.Path(__file__).parent
-# Helpers, examples and the study are imported by name, as programs beside them do.
+# Tests import helpers, examples and the study by name, as programs in the same folders do.
 sys.path += [str(TESTS / "support"), str(TESTS.parent / "examples")]
 
 
@@ -26,7 +27,10 @@ def pytest_addoption(parser):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Leave out folders of other backends, and those whose packages a quick run may lack."""
+    """Ignore the folders for other backends, and in a quick run `project`.
+
+    An environment for quick runs may lack the packages that `project` needs.
+    """
     if collection_path.parent == TESTS and collection_path.is_dir():
         is_needed = is_run_on(collection_path, keras.backend.backend())
         is_project = collection_path.name == "project"
@@ -35,6 +39,7 @@ def pytest_ignore_collect(collection_path, config):
 
 
 def pytest_collection_modifyitems(config, items):
+    """Deselect the tests that the option `--run` leaves out."""
     if _run(config) == "whole":
         return
     wants_quick = _run(config) == "quick"
@@ -44,7 +49,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def is_run_on(folder, backend):
-    """Return whether the tests of a folder are run on a backend."""
+    """Return whether the tests of a folder below `tests` are run on a backend."""
     if folder.name == "project":
         return backend == "tensorflow"
     backends = folder.name.removeprefix("on_").split("_and_")
@@ -52,10 +57,11 @@ def is_run_on(folder, backend):
 
 
 def is_quick(item):
-    """Return whether a test is one of the quick run."""
+    """Return whether a test belongs to the quick run."""
     is_marked = item.get_closest_marker("whole") is not None
     return not is_marked and TESTS / "project" not in item.path.parents
 
 
 def _run(config: pytest.Config) -> str:
+    """Return the value of the option `--run`."""
     return config.getoption("run")

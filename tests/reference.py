@@ -1,6 +1,6 @@
 """SNGM in plain NumPy and float64, to be read beside the paper.
 
-Algorithm 1 of arXiv 2007.13985, in its notation: weights w, mini-batch
+The class follows Algorithm 1 of arXiv 2007.13985 and uses its notation: weights w, mini-batch
 gradient g, momentum u, learning rate eta and momentum coefficient beta.
 """
 
@@ -8,7 +8,18 @@ import numpy as np
 
 
 class ReferenceSNGM:
-    """SNGM in NumPy, which takes steps on a list of arrays, in place."""
+    """SNGM in NumPy. It keeps float64 copies of the weights, which `step` updates.
+
+    The arguments are those of `keras_sngm.SNGM`, with 0 or infinity in place of `None`.
+
+    Attributes:
+        w: the weights.
+        u: the momentum of each weight.
+        g: the gradient of the last step that was not skipped, after coupled decay and clipping.
+        unclipped_norm: the norm of this gradient before `clipnorm` and `global_clipnorm`.
+        gradient_norm: the norm of the last gradient after coupled decay and clipping; not finite if
+            the step was skipped.
+    """
 
     def __init__(
         self,
@@ -35,6 +46,7 @@ class ReferenceSNGM:
         self.gradient_norm = 0.0
 
     def step(self, gradients, eta):
+        """Take a step with the learning rate `eta`; skip the step if norm(g) is not finite."""
         g = [np.array(gradient, "float64") for gradient in gradients]
         if not self.decoupled:
             g = [gi + self.weight_decay * wi for gi, wi in zip(g, self.w)]
@@ -61,5 +73,5 @@ class ReferenceSNGM:
 
 
 def norm(arrays):
-    """Return the Euclidean norm over all elements of some arrays."""
+    """Return the Euclidean norm over all elements of a list of arrays."""
     return np.sqrt(sum(np.sum(array * array) for array in arrays))

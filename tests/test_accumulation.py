@@ -1,4 +1,4 @@
-"""The number of micro-batches does not change what is learned."""
+"""Tests of gradient accumulation: the number of micro-batches does not change what is learned."""
 
 import warnings
 
@@ -25,6 +25,7 @@ AVERAGED = {"use_ema": True, "ema_momentum": 0.8}
 
 
 def dense():
+    """Return two dense layers, the first of which has a constraint on its kernel."""
     return [
         keras.layers.Dense(5, activation="tanh", kernel_constraint=keras.constraints.MaxNorm(0.7)),
         keras.layers.Dense(1),
@@ -32,10 +33,12 @@ def dense():
 
 
 def embedding():
+    """Return the layers of a model of tokens, with an embedding."""
     return [keras.layers.Embedding(7, 3), keras.layers.Flatten(), keras.layers.Dense(1)]
 
 
 def data(layers):
+    """Return inputs and targets for a model that consists of `layers()`."""
     generator = np.random.default_rng(0)
     shape = (UPDATES * BATCH, 6)
     tokens = generator.integers(0, 7, shape).astype("int32")
@@ -44,6 +47,14 @@ def data(layers):
 
 
 def trained(layers, micro_batches, rate=0.1, **options):
+    """Return a model after one epoch with SNGM, each batch split into micro-batches.
+
+    Args:
+        layers: a function that returns the layers of the model.
+        micro_batches: the number of micro-batches that each batch of 24 samples is split into.
+        rate: the learning rate.
+        **options: keyword arguments of SNGM.
+    """
     keras.utils.set_random_seed(0)
     model = keras.Sequential(layers())
     if micro_batches > 1:
@@ -82,7 +93,10 @@ def test_a_variable_may_have_a_gradient_in_some_micro_batches_alone(options):
 
 
 def test_a_cycle_that_began_elsewhere_is_known():
-    """The gradient of one variable was accumulated before the state was saved."""
+    """An optimizer that gets the state of another amid an accumulation cycle completes the cycle.
+
+    The first variable has a gradient before the state is copied, the second variable after it.
+    """
     results = []
     for resumed in (False, True):
         variables = variables_of(random_arrays([(3,), (2, 2)]))
@@ -137,7 +151,7 @@ def test_micro_batches_train_like_the_whole_batch(layers, options, micro_batches
 
 @pytest.mark.parametrize("micro_batches", [2, 3])
 def test_a_schedule_counts_micro_batches(micro_batches):
-    """A schedule that is k times as long gives the same rates."""
+    """With k micro-batches per update, a schedule that is k times as long gives the same rates."""
     accumulated = trained(dense, micro_batches, cosine(micro_batches * UPDATES))
     whole = trained(dense, 1, cosine(UPDATES))
     assert_close(accumulated.weights, values_of(whole.weights), 1e-5)
@@ -161,7 +175,7 @@ def test_nothing_moves_until_the_last_micro_batch():
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_16_bit_gradients_are_accumulated_in_32_bits(dtype):
-    """1,000 micro-batches of 0.01 would stop at a lower sum in 16 bits."""
+    """A sum of 1,000 gradients of 0.01 would stop growing too early in a dtype of 16 bits."""
     variables = variables_of([[0.0, 0.0]], dtype)
     optimizer = SNGM(1.0, momentum=0.0, gradient_accumulation_steps=1000)
     train(optimizer, variables, [[[0.01, 0.01]]] * 1000, IN_GRAPH)

@@ -1,4 +1,4 @@
-"""Bad input is refused at once, in Keras' wording."""
+"""Tests of SNGM's arguments: bad ones are refused at once, in Keras' wording."""
 
 import math
 
@@ -40,6 +40,7 @@ BAD = [
 
 @pytest.mark.parametrize("name, value", BAD)
 def test_bad_values_are_named(name, value):
+    """The error about a bad argument gives the argument's name and value."""
     with pytest.raises(ValueError) as raised:
         SNGM(**{name: value})
     assert f"`{name}`" in str(raised.value)
@@ -66,6 +67,7 @@ def test_two_clip_arguments_at_once_are_refused(clips):
 
 
 def test_numbers_of_numpy_are_numbers():
+    """Arguments may be NumPy scalars."""
     optimizer = SNGM(weight_decay=np.float32(0.25), clipnorm=np.int64(2))
     assert (optimizer.weight_decay, optimizer.clipnorm) == (0.25, 2)
 
@@ -82,7 +84,7 @@ def test_unknown_keywords_are_refused():
 
 
 def test_defaults():
-    keras.utils.clear_session()  # which counts the names of optimizers
+    keras.utils.clear_session()  # The session counts the names of optimizers.
     optimizer = SNGM()
     assert float(optimizer.learning_rate) == pytest.approx(0.1)
     assert optimizer.get_config() == {

@@ -1,4 +1,4 @@
-"""SNGM in everything a Keras user trains with."""
+"""Tests of SNGM in the ways in which Keras users train a model."""
 
 import keras
 import numpy as np
@@ -14,7 +14,14 @@ Y = np.tanh(X.sum(axis=1, keepdims=True))
 
 
 def build_model(model_class=keras.Model, **first_layer):
-    """Build a model with the same weights on every backend, whose random numbers differ."""
+    """Build a model with the same initial weights at every call and on every backend.
+
+    The weights come from NumPy, because the random numbers of backends differ.
+
+    Args:
+        model_class: the class of the model.
+        **first_layer: keyword arguments of the first layer.
+    """
     inputs = keras.Input((6,))
     x = keras.layers.Dense(5, activation="tanh", **first_layer)(inputs)
     model = model_class(inputs, keras.layers.Dense(1)(x))
@@ -28,6 +35,7 @@ def fit(model, epochs=2, **kwargs):
 
 
 def trained(optimizer=None, model=None, epochs=2, callbacks=None, **compile_options):
+    """Train a model on `X` and `Y`, a new model with a new SNGM by default; return the model."""
     model = model or build_model()
     model.compile(optimizer=optimizer or SNGM(), loss="mse", **compile_options)
     fit(model, epochs, callbacks=callbacks)
@@ -40,6 +48,7 @@ def assert_same_weights(model, other, tolerance=1e-5):
 
 @pytest.fixture(scope="module")
 def expected():
+    """Return a model trained with the defaults, with which other ways of training must agree."""
     return trained()
 
 
@@ -91,7 +100,7 @@ def test_custom_loop(expected, in_graph, build_first):
 
 
 class Halving(keras.callbacks.Callback):
-    """Callback that assigns to the learning rate, as users do it."""
+    """Callback that halves the learning rate in each epoch, by assigning to it."""
 
     def on_epoch_begin(self, epoch, logs=None):
         self.model.optimizer.learning_rate = 0.1 / 2**epoch
@@ -116,9 +125,9 @@ class Halving(keras.callbacks.Callback):
     ids=["schedule", "LearningRateScheduler", "assignment", "ReduceLROnPlateau"],
 )
 def test_learning_rates_that_change(learning_rate, callbacks):
-    """All of these give the rates 0.1, 0.05 and 0.025 in three epochs."""
+    """Every way to change the learning rate trains like a schedule with the same rates."""
     if isinstance(callbacks[0] if callbacks else None, keras.callbacks.ReduceLROnPlateau):
-        # The first epoch is its best; each later one is no improvement.
+        # The callback sees an improvement in the first epoch alone, and so halves the rate later.
         rates = [0.1, 0.1, 0.05]
     else:
         rates = [0.1, 0.05, 0.025]
@@ -129,7 +138,7 @@ def test_learning_rates_that_change(learning_rate, callbacks):
 
 def test_callable_learning_rate():
     rate = keras.Variable(0.1)
-    # What JAX has compiled goes on with the value it found.
+    # A step that JAX has compiled keeps the learning rate that it was traced with.
     model = trained(SNGM(lambda: rate), run_eagerly=BACKEND == "jax")
     assert_same_weights(model, trained(SNGM(0.1)))
     rate.assign(0.0)
@@ -203,7 +212,7 @@ def test_constraints_hold():
 
 
 class DenseEmbedding(keras.layers.Embedding):
-    """Embedding whose table gets a dense gradient."""
+    """Embedding layer whose table has a dense gradient on every backend."""
 
     def call(self, inputs):
         tokens = keras.ops.cast(inputs, "int32")
@@ -244,7 +253,10 @@ def test_excluded_variables_do_not_decay():
 
 
 def build_and_decay(optimizer):
-    """Return which variables of a model with the layers `hidden` and `head` decay."""
+    """Build an optimizer for a new model, and return the paths of the variables that decay.
+
+    The gradients are zeros, so that weight decay alone changes a variable.
+    """
     model = keras.Sequential(
         [
             keras.Input((2,)),
@@ -279,6 +291,7 @@ def test_exclusions_are_found_in_the_path(names, decaying, saved):
 
 
 def test_exclusions_that_fit_nothing_are_told():
+    """Exclusions from weight decay that apply to no variable raise a warning."""
     optimizer = SNGM(weight_decay=0.5)
     optimizer.exclude_from_weight_decay(var_names=["bias", "haed"])
     with pytest.warns(UserWarning, match=r"var_names=\['haed'\]\)` excludes nothing"):
@@ -290,7 +303,7 @@ def test_exclusions_that_fit_nothing_are_told():
 
 
 class Linear(keras.optimizers.schedules.LearningRateSchedule):
-    """Schedule as users write it: Keras passes a variable, which can be multiplied by a float."""
+    """Learning rate schedule of a user. It multiplies the step, a Keras variable, by a float."""
 
     def __call__(self, step):
         return 0.1 + step * 0.01
@@ -301,7 +314,7 @@ class Linear(keras.optimizers.schedules.LearningRateSchedule):
 
 @pytest.mark.parametrize("options", [{}, {"run_eagerly": True}])
 def test_a_schedule_gets_what_keras_gives_it_under_accumulation(options):
-    """A schedule of micro-batches reads the first of each accumulation cycle."""
+    """A schedule is called with the number of the first micro-batch of each accumulation cycle."""
     rates = keras.optimizers.schedules.PiecewiseConstantDecay([1, 3, 5], [0.1, 0.12, 0.14, 0.16])
     models = [
         trained(SNGM(rate, gradient_accumulation_steps=2), epochs=1, **options)
@@ -312,7 +325,10 @@ def test_a_schedule_gets_what_keras_gives_it_under_accumulation(options):
 
 
 def test_averages_do_not_depend_on_counters_that_users_assign():
-    """A checkpoint of another program may assign to them after skipped steps."""
+    """Moving averages begin with the first update that is not skipped, whatever `_iterations` is.
+
+    A checkpoint of another program may assign to `_iterations` after skipped steps.
+    """
     model = build_model()
     model.compile(optimizer=SNGM(use_ema=True, ema_momentum=0.5), loss="mse")
     model.fit(np.full_like(X, np.nan), Y, 8, verbose=0)
@@ -326,6 +342,7 @@ def test_averages_do_not_depend_on_counters_that_users_assign():
 
 
 def test_averages_of_nothing_replace_nothing():
+    """Moving averages that no update has begun do not replace the weights at the end of `fit`."""
     model = build_model()
     before = values_of(model.weights)
     model.compile(optimizer=SNGM(use_ema=True), loss="mse")
@@ -344,7 +361,7 @@ def test_momentum_cannot_be_switched_on_after_building():
 @whole
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.0}, {"gradient_accumulation_steps": 2}])
 def test_float8_layers_train(options):
-    """The scales of such layers are overwritten, and have no momentum."""
+    """Gradients overwrite the scales of float8 layers, which have no momentum."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(16), keras.layers.Dense(1)])
     model.layers[0].quantize("float8")
@@ -356,6 +373,7 @@ def test_float8_layers_train(options):
 
 
 def test_coupled_weight_decay_of_nothing():
+    """Coupled weight decay changes nothing if all variables are excluded from it."""
     weights = []
     for decay in (None, 0.1):
         model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])

@@ -1,10 +1,10 @@
-"""What importing the package brings along."""
+"""Test of the modules that `import keras_sngm` brings along."""
 
 from processes import run_python
 
 
 def test_only_the_backend_in_use_is_imported():
-    """What Keras imports by itself does not count."""
+    """`keras_sngm` imports no backend but the one in use. Imports of Keras itself do not count."""
     run_python(
         "-c",
         """

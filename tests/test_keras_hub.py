@@ -1,4 +1,4 @@
-"""Language models of keras-hub, made from their configuration, with random weights."""
+"""Tests with language models of keras-hub, made from configurations, with random weights."""
 
 import keras
 import numpy as np
@@ -22,12 +22,12 @@ SIZE = {
 
 @pytest.fixture
 def keras_hub():
-    """Return the package, which has no wheels for Python 3.14."""
+    """Return the package; skip the test if it is missing, as it has no wheels for Python 3.14."""
     return pytest.importorskip("keras_hub")
 
 
 def tokens():
-    """Return eight sequences of different lengths, padded with zeros."""
+    """Return 16 sequences of different lengths, padded with zeros, and the mask of their tokens."""
     generator = np.random.default_rng(0)
     rows = generator.integers(1, VOCABULARY, (16, LENGTH)).astype("int32")
     lengths = generator.integers(2, LENGTH + 1, (16, 1))
@@ -36,7 +36,10 @@ def tokens():
 
 
 def bert(keras_hub):
-    """Return a model whose pooler takes no part in the loss, as in masked language models."""
+    """Return a BERT model and its inputs.
+
+    The pooler of the model takes no part in the loss, as in masked language models.
+    """
     backbone = keras_hub.models.BertBackbone(**SIZE)
     output = keras.layers.Dense(1)(keras.ops.mean(backbone.output["sequence_output"], axis=1))
     model = keras.Model(backbone.input, [output, backbone.output["pooled_output"]])
@@ -45,6 +48,7 @@ def bert(keras_hub):
 
 
 def gpt2(keras_hub):
+    """Return a GPT-2 model and its inputs."""
     backbone = keras_hub.models.GPT2Backbone(**SIZE)
     output = keras.layers.Dense(1)(keras.ops.mean(backbone.output, axis=1))
     words, mask = tokens()
@@ -52,7 +56,10 @@ def gpt2(keras_hub):
 
 
 def batches(inputs):
-    """Return two epochs of batches, on TensorFlow with lengths that it does not know."""
+    """Return keyword arguments of `fit`: inputs and targets in batches of 4 sequences.
+
+    TensorFlow does not know the length of the sequences while it traces.
+    """
     y = inputs["token_ids"][:, :1].astype("float32") / VOCABULARY
     if BACKEND != "tensorflow":
         return {"x": inputs, "y": y, "batch_size": 4}

@@ -1,7 +1,7 @@
-"""Gradients that the compiler knows: it computes with them, and must not change a result.
+"""Tests with gradients that are constants of a compiled step, with which the compiler computes.
 
-Those of variables that take no part in the loss are zeros on JAX, and those of a linear loss
-are constants on every backend.
+Such computations must not change a result. Gradients of variables that take no part in the loss are
+zeros on JAX. Gradients of a linear loss are constants on every backend.
 """
 
 import keras
@@ -15,7 +15,7 @@ from replica_options import OPTIONS, QUICK_OPTIONS, inner
 from selection import quick_only, whole
 
 SHAPES = [[(4, 3), (3,)], [(), (1,)]]
-# Of the gradients of two variables.
+# Each pair has the magnitudes of the gradients of two variables.
 MAGNITUDES = [(0.0, 0.0), (0.0, 1.0), (1e-37, 1e-37), (1e-30, 1.0), (1e30, 1e30), (1e37, 1e37)]
 ARGUMENTS = {
     "plain": {},
@@ -30,7 +30,14 @@ every_way = pytest.mark.parametrize("jit_compile, outer", [MODES[n] for n in NAM
 
 
 def known_step(optimizer, variables, magnitudes, jit_compile):
-    """Return a step with gradients that are constants of the compiled function."""
+    """Return a function that takes a step with gradients that are constants of the compiled code.
+
+    Args:
+        optimizer: an SNGM, which is built here.
+        variables: the variables to update.
+        magnitudes: the value of all elements of the gradient, for each variable.
+        jit_compile: whether XLA compiles the function on TensorFlow; `None` for eager steps.
+    """
     optimizer.build(variables)
 
     def apply():
@@ -88,21 +95,26 @@ class Unused(keras.layers.Layer):
 
 
 class Constant(keras.layers.Layer):
-    """Layer whose gradient is zero, whatever its input."""
+    """Layer whose output is zero and whose gradient is zero, whatever its input."""
 
     def call(self, inputs):
         return 0.0 * keras.ops.stop_gradient(inputs) + 0.0 * inputs
 
 
 def trained(option, *layers):
-    """Train a model of an option with more layers at its end; return it and its history."""
+    """Train the model of an option with further layers; return the model and its history.
+
+    Args:
+        option: an `Option` of the support table.
+        *layers: the classes of the layers to add at the end of the model.
+    """
     # On JAX a variable that is not used has a gradient of zeros, to which coupled decay is added.
     changed = option._replace(
         layers=lambda: [*option.layers(), *(layer() for layer in layers)],
         excluded=(*option.excluded, "unused") if layers == (Unused,) else option.excluded,
     )
     model = changed.model(SNGM)
-    model.optimizer.build(model.trainable_variables)  # so that TensorFlow traces once
+    model.optimizer.build(model.trainable_variables)  # TensorFlow then traces once.
     logger = GradientNormLogger(per_variable=True, update_ratio=True, on_nonfinite="stop")
     callbacks = [logger, *(make() for make in option.callbacks)]
     history = model.fit(
@@ -142,6 +154,7 @@ def test_gradients_that_are_all_zero_skip_no_step(name):
 @pytest.mark.parametrize("make", [keras.optimizers.SGD, keras.optimizers.Adam, SNGM])
 @pytest.mark.parametrize("compile_options", [{}, {"jit_compile": True}][: 1 + (BACKEND != "torch")])
 def test_a_logger_takes_zeros_for_no_fault(make, compile_options):
+    """A logger that stops at gradients that are not finite does not stop at gradients of zeros."""
     model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(1), Constant()])
     model.compile(make(), "mse", **compile_options)
     logger = GradientNormLogger(on_nonfinite="stop", update_ratio=True)

@@ -1,4 +1,4 @@
-"""Gradients whose parts are far apart in magnitude, or at the ends of what a dtype can hold."""
+"""Tests with gradients whose parts differ far in magnitude, or lie at the limits of a dtype."""
 
 import keras
 import numpy as np
@@ -19,7 +19,16 @@ DECAY = {"weight_decay": 0.1, "decoupled_weight_decay": False}
 
 
 def steps_beside_the_reference(rows, outer, jit_compile, dtypes="float32", rate=0.1, **options):
-    """Take a step with each row of gradients beside the reference. Return the optimizer."""
+    """Take steps with SNGM and with the reference, compare them, and return the SNGM.
+
+    Args:
+        rows: the gradients of each step.
+        outer: the `jit_compile` of the function around a step; `None` for eager steps.
+        jit_compile: the `jit_compile` of SNGM.
+        dtypes: the dtype of all variables, or of each.
+        rate: the learning rate.
+        **options: keyword arguments of both optimizers.
+    """
     start = [np.full(np.shape(gradient), 2.0) for gradient in rows[0]]
     variables = variables_of(start, dtypes)
     optimizer = SNGM(rate, jit_compile=jit_compile, **options)
@@ -66,7 +75,7 @@ def test_limits_of_any_magnitude_clip(jit_compile, outer, clipnorm):
 @mode
 @pytest.mark.parametrize("options", [{}, {"blockwise": True}, {"clipnorm": 1e20}, DECAY])
 def test_norms_above_the_largest_float32_are_divided_by(jit_compile, outer, options):
-    """All elements are finite, so the step is taken, and the norm reads infinity."""
+    """A step whose gradient is finite is taken, even if its norm is infinite in float32."""
     rows = [[np.full((3, 2), 3e38), np.full(4, m)] for m in (3e38, 1.0)]
     optimizer = steps_beside_the_reference(rows, outer, jit_compile, **options)
     if "clipnorm" not in options:
@@ -76,6 +85,8 @@ def test_norms_above_the_largest_float32_are_divided_by(jit_compile, outer, opti
 
 @pytest.mark.parametrize("make", [SNGM, keras.optimizers.SGD])
 def test_a_logger_takes_a_large_norm_for_no_fault(make):
+    """A logger does not stop at a finite gradient whose norm is infinite in float32."""
+
     class Steep(keras.layers.Layer):
         def build(self, input_shape):
             self.w = self.add_weight(shape=(4,), initializer="ones")
@@ -94,6 +105,7 @@ def test_a_logger_takes_a_large_norm_for_no_fault(make):
 
 @mode
 def test_micro_batches_that_a_float32_cannot_add_up(jit_compile, outer):
+    """A step is right even if the sum of its micro-batches is above the largest float32."""
     variables = variables_of([np.ones(2), np.ones(3)])
     optimizer = SNGM(0.1, gradient_accumulation_steps=2, jit_compile=jit_compile)
     step = stepping(optimizer, variables, outer)
@@ -117,7 +129,7 @@ def test_all_variables_of_a_dtype_may_be_without_a_gradient(jit_compile, outer, 
 @pytest.mark.parametrize("which", [(0, 1), (1, 0)])
 @pytest.mark.parametrize("options", [{}, {"nesterov": True, "weight_decay": 0.1}])
 def test_a_weight_may_be_a_gradient(which, options):
-    """The gradient of half the squared norm of the weights is the weights."""
+    """A gradient may be the tensor of a weight, as it is for the loss norm(w)^2 / 2."""
     start = [np.array([3.0, 4.0]), np.array([1.0, -2.0])]
     variables = variables_of(start)
     optimizer = SNGM(0.1, **options)
@@ -142,7 +154,10 @@ def test_equal_gradients_have_no_noise(magnitude, known):
 
 @pytest.mark.parametrize("first", [0.0, 1.0])
 def test_a_gradient_in_one_micro_batch_counts_if_it_is_zero_or_not(first):
-    """The mean of a zero and nothing is zero, which lets the momentum coast."""
+    """A variable with a gradient in one micro-batch is updated, even if this gradient is zero.
+
+    With a gradient of zero the momentum alone moves the variable.
+    """
     variables = variables_of([np.ones(2), np.ones(2)])
     optimizer = SNGM(0.1, gradient_accumulation_steps=2)
     optimizer.build(variables)
@@ -155,7 +170,10 @@ def test_a_gradient_in_one_micro_batch_counts_if_it_is_zero_or_not(first):
 
 
 def test_loading_in_a_cycle_goes_on_with_what_has_accumulated_there():
-    """Both accumulation cycles may be equally far."""
+    """An optimizer that loads a state within an accumulation cycle continues the loaded cycle.
+
+    The cycle that is replaced may have had as many micro-batches.
+    """
     optimizers = []
     for gradients in ([None, 1.0], [1.0, None]):
         variables = variables_of([np.ones(2), np.ones(2)])
@@ -173,6 +191,7 @@ def test_loading_in_a_cycle_goes_on_with_what_has_accumulated_there():
 
 
 def test_a_variable_is_given_once():
+    """Two gradients for one variable in one call are refused."""
     variable = variables_of([np.ones(2)])[0]
     gradient = keras.ops.ones((2,))
     with pytest.raises(ValueError, match="several for 'v0'"):
@@ -180,6 +199,7 @@ def test_a_variable_is_given_once():
 
 
 def sparse_16_bit(values, rows, shape):
+    """Return a sparse float16 gradient of the backend, whose `values` belong to the given rows."""
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
@@ -196,7 +216,10 @@ def sparse_16_bit(values, rows, shape):
 
 
 def test_rows_are_not_added_up_in_16_bits():
-    """Slices need not know their shape."""
+    """Duplicate rows of a sparse float16 gradient are added up in float32.
+
+    On TensorFlow the slices do not know their dense shape.
+    """
     table = variables_of([np.ones((3, 2))], "float16")[0]
     optimizer = SNGM(0.5)
     optimizer.build([table])

@@ -1,7 +1,7 @@
-"""The gradient noise scale of a quadratic problem whose covariance is known.
+"""Tests of the gradient noise scale on a quadratic problem whose covariance is known.
 
-The loss of a sample x is norm(w - x)^2 / 2: its gradient is w - x, so that the expected
-gradient is w - mean(x) and the covariance of a sample's gradient is that of x.
+The loss of a sample x is norm(w - x)^2 / 2. Its gradient is w - x, so that the expected gradient is
+w - mean(x), and the covariance of a sample's gradient is that of x.
 """
 
 import keras
@@ -18,6 +18,7 @@ SAMPLES, MICRO_BATCHES, UPDATES = 8, 4, 1_500
 
 
 def optimizer(momentum=0.0, rate=0.0, **options):
+    """Return an SNGM that measures the noise scale of four micro-batches of eight samples."""
     return SNGM(
         rate,
         gradient_accumulation_steps=MICRO_BATCHES,
@@ -28,15 +29,15 @@ def optimizer(momentum=0.0, rate=0.0, **options):
 
 
 def gradients_of_small_batches(updates=UPDATES, seed=0):
-    """Return an array of updates, micro-batches and elements."""
+    """Return random gradients of small batches, shape (updates, micro-batches, elements)."""
     generator = np.random.default_rng(seed)
     x = generator.standard_normal((updates, MICRO_BATCHES, SAMPLES, len(DEVIATIONS)))
     return GRADIENT - np.mean(x * DEVIATIONS, axis=2)
 
 
 def moments_of(sngm, gradients):
-    """Return the estimates after each update."""
-    # Two variables: the noise scale is that of both together.
+    """Take steps, and return the averages behind the noise scale, one row per update."""
+    # The noise scale is that of all variables together, so there are two of them.
     variables = [keras.Variable(np.zeros(2)), keras.Variable(np.zeros(3))]
     step = stepping(sngm, variables, IN_GRAPH)
     moments = []
@@ -50,7 +51,7 @@ def moments_of(sngm, gradients):
 def brute_force(gradients):
     """Estimate tr(Sigma) and norm(G)^2 from the small batches of all updates together.
 
-    Sample covariance and mean, without the formula under test.
+    The estimates come from sample covariance and mean, without the formula under test.
     """
     small = gradients.reshape(-1, gradients.shape[-1])
     noise = SAMPLES * np.sum(np.var(small, axis=0, ddof=1))
@@ -67,7 +68,10 @@ def test_estimates_are_unbiased_over_repetitions():
 
 @pytest.mark.parametrize("scale", [1.0, 1e-16, 1e15])
 def test_an_estimate_is_that_of_its_update(scale):
-    """The numerator is the sample variance of the small batches, which is unbiased."""
+    """The estimates of an update are those of its own micro-batches.
+
+    The estimate of tr(Sigma) is a sample variance, which is unbiased.
+    """
     gradients = gradients_of_small_batches(20)
     moments = moments_of(optimizer(), scale * gradients).astype("float64")
     expected = [brute_force(update[np.newaxis]) for update in gradients]
@@ -104,11 +108,15 @@ def test_noise_scale_is_the_quotient_of_averages():
 
 
 def test_before_the_first_update_and_without_signal():
+    """The noise scale is 0 before the first update.
+
+    It is the largest float32 while the estimate of norm(G)^2 is not positive.
+    """
     sngm = optimizer()
     sngm.build([keras.Variable(np.zeros(2)), keras.Variable(np.zeros(3))])
     assert sngm.gradient_noise_scale.numpy() == 0.0
     sngm = optimizer()
-    # Small batches that cancel each other: the estimate of norm(G)^2 is negative.
+    # Micro-batches that cancel each other make the estimate of norm(G)^2 negative.
     signs = np.array([1.0, -1.0, 1.0, -1.0])[:, np.newaxis]
     moments = moments_of(sngm, [signs * np.ones(5)])
     assert moments[0, 1] < 0
@@ -138,6 +146,7 @@ def test_training_is_not_changed():
 
 
 def test_averages_are_saved_inside_a_cycle_too(tmp_path):
+    """A model that is saved inside an accumulation cycle keeps the averages of the noise scale."""
     x = np.random.default_rng(0).standard_normal((48, 3)).astype("float32")
 
     def model():

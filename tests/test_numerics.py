@@ -1,4 +1,4 @@
-"""What holds for every gradient that float32 can hold, and what happens at the others."""
+"""Tests with gradients of any magnitude in float32, and with gradients that are not finite."""
 
 import keras
 import numpy as np
@@ -30,6 +30,7 @@ mode = pytest.mark.parametrize(
 
 
 def state_of(optimizer, variables):
+    """Return the values of weights, momentums and moving averages."""
     averages = optimizer._model_variables_moving_average if optimizer.use_ema else []
     return values_of([*variables, *optimizer.momentums, *averages])
 
@@ -92,7 +93,7 @@ def test_one_huge_entry_among_ordinary_ones(jit_compile, outer):
 @mode
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 6e4])
 def test_float16_gradients_neither_overflow_nor_underflow(jit_compile, outer, scale):
-    """The squares of these gradients are far outside of float16."""
+    """Gradients in float16 are normalized even if float16 cannot hold their squares."""
     variable = keras.Variable(np.zeros(256), dtype="float16")
     train(SNGM(1.0, jit_compile=jit_compile), [variable], [[np.full(256, scale)]], outer)
     np.testing.assert_allclose(variable, np.full(256, -1 / 16), rtol=1e-3)
@@ -152,7 +153,8 @@ def test_a_non_finite_gradient_skips_the_step(jit_compile, outer, bad, clip):
     train(optimizer, variables, [poisoned], outer)
     for now, then in zip(state_of(optimizer, variables), before, strict=True):
         np.testing.assert_array_equal(now, then)
-        if jit_compile is not False:  # there TensorFlow's kernel may lose the sign of a zero
+        # With `jit_compile=False` TensorFlow's kernel may lose the sign of a zero.
+        if jit_compile is not False:
             assert now.tobytes() == then.tobytes()
     assert int(optimizer.skipped_steps) == 1
     assert not np.isfinite(optimizer.gradient_norm)

@@ -1,4 +1,4 @@
-"""Random trainings agree with the reference, call by call, in every way of running a step."""
+"""Test that random trainings agree with the reference after each call, however a step is run."""
 
 import numpy as np
 import pytest

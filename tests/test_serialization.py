@@ -1,4 +1,4 @@
-"""Nothing is lost when an optimizer is saved."""
+"""Tests of saving and loading: an optimizer loses nothing of its configuration and state."""
 
 import pickle
 
@@ -50,7 +50,10 @@ OPTIONS_WITH_STATE = {
 
 @pytest.mark.parametrize("paths", ["of Keras", "the same"])
 def test_every_variable_has_a_path_of_its_own(tmp_path, paths):
-    """Variables of nested models may share a path, but their state must not."""
+    """Variables of the optimizer have different paths, even if variables of the model share one.
+
+    In nested models, variables may share a path.
+    """
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2), keras.layers.Dense(2)])
     if paths == "the same":
         for variable in model.trainable_variables:
@@ -67,7 +70,7 @@ def test_a_model_with_accumulators_can_be_saved_in_every_way(tmp_path):
     model.compile(SNGM(**OPTIONS_WITH_STATE), keras.losses.MeanSquaredError())
     model.fit(np.ones((16, 2)), np.ones((16, 2)), 4, verbose=0)
     tree = model.get_state_tree(value_format="numpy_array")
-    model.save(tmp_path / "m.h5")  # whose optimizer Keras cannot go on with, whichever it is
+    model.save(tmp_path / "m.h5")  # Keras cannot resume any optimizer from such a file.
     model.save(tmp_path / "m.keras")
     loaded = keras.saving.load_model(tmp_path / "m.keras")
     loaded.fit(np.ones((16, 2)), np.ones((16, 2)), 4, verbose=0)
@@ -86,12 +89,15 @@ def test_optimizers_are_named_as_those_of_keras_are():
 
 
 class Store(dict):
-    """Store that takes what an optimizer saves, by the number of the variable."""
+    """Stand-in for a Keras store: the value of each variable of an optimizer, by index."""
 
 
 @pytest.mark.parametrize("skipped, expected", [(0, 4), (1, 3)])
 def test_a_state_that_does_not_count_averages_is_loaded(skipped, expected):
-    """Earlier versions saved all variables but the last, `averaged_updates`."""
+    """A state without `averaged_updates`, which earlier versions did not have, can be loaded.
+
+    The variable is the last one of an optimizer.
+    """
     variables = variables_of(random_arrays())
     optimizer = SNGM(use_ema=True)
     train(optimizer, variables, random_gradients(steps=4))
@@ -127,6 +133,7 @@ def test_keras_can_deserialize_it_by_name():
 
 
 def model_with_exclusions(name):
+    """Return a model, and an SNGM that excludes one kernel and all biases from weight decay."""
     model = keras.Sequential(
         [keras.Input((2,)), keras.layers.Dense(2, name="a"), keras.layers.Dense(2, name="b")],
         name=name,
@@ -137,6 +144,7 @@ def model_with_exclusions(name):
 
 
 def means_after_a_step_of_decay(optimizer, model):
+    """Set all weights to 1, apply gradients of zeros, and return the mean of each variable."""
     variables = model.trainable_variables
     for v in variables:
         v.assign(keras.ops.ones(v.shape))
@@ -147,7 +155,10 @@ def means_after_a_step_of_decay(optimizer, model):
 @pytest.mark.parametrize("built", [False, True])
 @pytest.mark.parametrize("name", ["same", "other", "longer/same"])
 def test_exclusions_from_weight_decay_survive(built, name):
-    """Keras renames variables when it loads a model, and so do users."""
+    """Saved exclusions apply to a model whose variables have been renamed, if they can be matched.
+
+    Keras renames variables when it loads a model, and so do users.
+    """
     model, optimizer = model_with_exclusions("same")
     if built:
         optimizer.build(model.trainable_variables)
@@ -185,6 +196,10 @@ def test_a_saved_exclusion_that_fits_two_variables_is_refused():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    """Return a folder with the final states of uninterrupted and of resumed training.
+
+    One process has trained and saved the model midway. Another one has loaded and trained it.
+    """
     folder = tmp_path_factory.mktemp("resumed")
     run_python(SUPPORT / "resumed_training.py", "begin", folder)
     run_python(SUPPORT / "resumed_training.py", "resume", folder)

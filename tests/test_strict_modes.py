@@ -1,6 +1,6 @@
-"""Modes in which a backend takes every NaN and every infinity for a fault: SNGM makes none.
+"""Tests in modes in which a backend raises an error for every NaN and every infinity.
 
-Nor does the logger, though nothing is known of a noise scale at first.
+Neither SNGM nor the logger produces one, not even while the noise scale is unknown.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ OPTIMIZERS = {
 
 @contextlib.contextmanager
 def check_numerics():
+    """Make TensorFlow raise an error for NaN and infinity, within a `with` statement."""
     import tensorflow as tf
 
     tf.debugging.enable_check_numerics()
@@ -39,13 +40,14 @@ def check_numerics():
 
 @contextlib.contextmanager
 def debug_nans_and_infs():
+    """Make JAX raise an error for NaN and infinity, within a `with` statement."""
     import jax
 
     with jax.debug_nans(True), jax.debug_infs(True):
         yield
 
 
-# PyTorch has none for what is done without a graph of gradients.
+# PyTorch has no such mode for operations that autograd does not record.
 MODE = {
     "tensorflow": check_numerics,
     "jax": debug_nans_and_infs,
@@ -54,6 +56,7 @@ MODE = {
 
 
 def everything(folder):
+    """Return a logger that logs all it can, and stops training at NaN or infinity."""
     return GradientNormLogger(
         folder,
         folder / "log.csv",
@@ -67,6 +70,7 @@ def everything(folder):
 @whole
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_nothing_is_taken_for_a_fault(tmp_path, make):
+    """Training with a logger raises no error about NaN or infinity."""
     model = functional(make())
     with MODE():
         history = model.fit(X, Y, 8, 2, verbose=0, callbacks=[everything(tmp_path)]).history
@@ -75,7 +79,10 @@ def test_nothing_is_taken_for_a_fault(tmp_path, make):
 
 
 def test_a_noise_scale_without_signal_is_no_fault(tmp_path):
-    """Small batches that cancel each other make the estimate of norm(G)^2 negative."""
+    """A noise scale that is unknown, as the estimate of norm(G)^2 is negative, raises no error.
+
+    Micro-batches that cancel each other make the estimate negative.
+    """
     model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, use_bias=False)])
     model.compile(SNGM(0.0, **NOISE), lambda y, prediction: y * prediction)
     x, y = np.ones((16, 2), "float32"), np.repeat([[1.0], [-1.0]], 8, axis=0)
@@ -91,7 +98,10 @@ if BACKEND == "tensorflow":
 
     @pytest.mark.parametrize("jit_compile", ["auto", False])
     def test_a_large_variable_trains_where_xla_cannot_compile(jit_compile):
-        """It is above what is left to TensorFlow's kernel."""
+        """A variable that is too large for TensorFlow's kernel trains where XLA is ruled out.
+
+        The checks of this mode are callbacks, which XLA cannot compile.
+        """
         inputs = keras.Input((600,))
         model = keras.Model(inputs, keras.layers.Dense(600)(inputs))
         model.compile(SNGM(jit_compile=jit_compile), "mse", jit_compile=False)

@@ -1,4 +1,4 @@
-"""SNGM takes the steps of the paper."""
+"""Tests of the trajectory of the weights: SNGM takes the steps of the paper."""
 
 import keras
 import numpy as np
@@ -65,7 +65,7 @@ def test_momentum_may_be_set_to_zero_and_back(nesterov):
 @pytest.mark.parametrize("mode", quick_only(MOST_MODES, QUICK_MODES))
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if dtype != "float32"])
 def test_agrees_with_the_reference_in_every_dtype(mode, dtype):
-    # A schedule gives float32, so float64 is tested at a rate that both hold.
+    # Schedules return float32, so the rate is a number that float32 and float64 both hold.
     compare_with_reference(mode, TOLERANCE[dtype], dtype, rate=0.125)
 
 
@@ -167,7 +167,7 @@ def test_accumulated_micro_batches_train_like_the_whole_batch(mode, k):
 @pytest.mark.parametrize("mode", quick_only(MODES, QUICK_MODES))
 @pytest.mark.parametrize("frequency", [None, 7])
 def test_moving_averages_follow_keras(mode, frequency):
-    """w_average is w after the first step, then moves by 1 - ema_momentum."""
+    """A moving average is w after the first step, then moves to w by a share 1 - ema_momentum."""
     jit_compile, outer = MODES[mode]
     variables = variables_of(random_arrays())
     optimizer = SNGM(

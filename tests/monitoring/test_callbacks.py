@@ -1,6 +1,6 @@
-"""GradientNormLogger in `fit`: what it is given, where it writes, what it leaves alone.
+"""Tests of GradientNormLogger in `fit`: its arguments, its files, and what it must not change.
 
-That the values are right is in `test_logged_values.py`.
+`test_logged_values.py` tests that the logged values are right.
 """
 
 import csv
@@ -46,12 +46,13 @@ every_optimizer_if_whole = pytest.mark.parametrize(
     ids=OPTIMIZERS,
 )
 
-# Arguments of `compile` that not every backend of Keras has.
+# Not every backend of Keras has these arguments of `compile`.
 SEVERAL_STEPS = [] if BACKEND == "torch" else [{"steps_per_execution": 2}]
 XLA = [] if BACKEND == "torch" else [{"jit_compile": True}]
 
 
 def build_model(optimizer=None, **kwargs):
+    """Return a compiled model with the layers `hidden` and `head`, the same at every call."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [
@@ -72,7 +73,11 @@ def fit(model, *callbacks, x=X, epochs=2, **kwargs):
 
 
 def norms_from_scratch(epochs=2):
-    """Return the gradient norms of the same training, each of a gradient that is computed anew."""
+    """Train a new model with the defaults; return its gradient norms, computed apart from training.
+
+    Returns:
+        An array with one row per epoch and one column per batch.
+    """
     model = build_model()
     norms = []
     for _ in range(epochs):
@@ -85,7 +90,7 @@ def norms_from_scratch(epochs=2):
 
 
 def lines_of(path):
-    """Return the content of a JSON lines file, by step."""
+    """Return the lines of a JSON lines file as dictionaries, by step; each step must occur once."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     steps = [line.pop("step") for line in lines]
     assert len(set(steps)) == len(steps)
@@ -93,13 +98,14 @@ def lines_of(path):
 
 
 def scalars_in(log_dir):
+    """Return the steps and the values of `grad_norm` in a folder of TensorBoard, as two lists."""
     events = EventAccumulator(str(log_dir), size_guidance={"tensors": 0}).Reload()
-    # Files of the same second are read in any order.
+    # TensorBoard reads files of the same second in any order.
     data = sorted(events.Tensors("grad_norm"), key=lambda event: event.step)
     return [e.step for e in data], [float(make_ndarray(e.tensor_proto)) for e in data]
 
 
-# What is logged.
+# Logged values.
 
 
 def test_epoch_logs_hold_mean_and_extremes():
@@ -128,7 +134,7 @@ def test_tensorboard_gets_one_scalar_per_step(tmp_path):
 
 
 def test_tensorboard_needs_no_tensorflow(tmp_path, monkeypatch):
-    """TensorBoard brings a stand-in for TensorFlow's file system, which can do less."""
+    """The file system of TensorBoard alone, which can do less than TensorFlow's, is sufficient."""
     parts = tensorboard_parts()
     parts.gfile = gfile
     monkeypatch.setattr("keras_sngm.monitoring.sinks.tensorboard_parts", lambda: parts)
@@ -219,6 +225,8 @@ def test_histograms_of_chosen_variables(tmp_path):
 
 
 class WithoutElements(keras.layers.Dense):
+    """Dense layer with one more weight, which has no elements."""
+
     def build(self, input_shape):
         super().build(input_shape)
         self.nothing = self.add_weight(shape=(0, 3), name="nothing")
@@ -265,7 +273,7 @@ def test_other_callbacks_see_the_norm(tmp_path, capsys):
     assert "epoch_grad_norm" in events.Tags()["tensors"]
 
 
-# How training runs.
+# Ways of training.
 
 
 if SEVERAL_STEPS:
@@ -288,7 +296,10 @@ if SEVERAL_STEPS:
 
 
 def test_more_updates_than_are_kept_at_once(tmp_path, monkeypatch):
-    """Only few updates can be kept where there are histograms of many variables."""
+    """All updates are logged even if the ring buffers on the device hold only two of them.
+
+    Histograms of many variables leave room for few updates.
+    """
     monkeypatch.setattr("keras_sngm.monitoring.callback._MOST_UPDATES", 2)
     logger = GradientNormLogger(
         tmp_path, tmp_path / "log.jsonl", update_ratio=True, histogram_every=3
@@ -303,10 +314,13 @@ def test_more_updates_than_are_kept_at_once(tmp_path, monkeypatch):
 
 
 class SeveralUpdates(CustomModel):
+    """Model whose training step makes one update for each column of the targets."""
+
     several = True
 
 
 def model_of_several_updates(optimizer):
+    """Return a compiled `SeveralUpdates` with one dense layer, the same at every call."""
     keras.utils.set_random_seed(0)
     inputs = keras.Input((6,))
     model = SeveralUpdates(inputs, keras.layers.Dense(1)(inputs))
@@ -328,7 +342,10 @@ def test_a_training_step_may_make_several_updates(tmp_path, make, monkeypatch):
 @pytest.mark.parametrize("make", [SNGM, OPTIMIZERS["SGD"]], ids=["SNGM", "SGD"])
 @pytest.mark.parametrize("batches", [3, 6])
 def test_stopping_amid_a_training_step(make, batches):
-    """Only the training step of batch 3 stops; the epoch may go on."""
+    """A stop takes effect within the training step of batch 3: after its first update none is made.
+
+    The weights are the same whether batch 3 is the last one of the epoch or not.
+    """
     x, y = np.tile(X, (2, 1)), np.tile(Y, (2, 4))
     good = model_of_several_updates(make())
     good.fit(x[: 2 * BATCH], y[: 2 * BATCH], BATCH, shuffle=False, verbose=0)
@@ -345,6 +362,7 @@ def test_stopping_amid_a_training_step(make, batches):
 
 
 def test_updates_that_cannot_be_kept_are_told_and_do_no_harm(monkeypatch):
+    """If updates overflow the ring buffer, the logger warns of it and training goes on."""
     monkeypatch.setattr("keras_sngm.monitoring.callback._MOST_UPDATES", 4)
     model = model_of_several_updates(SNGM())
     with pytest.warns(UserWarning, match="8 updates were made .* not logged"):
@@ -353,13 +371,14 @@ def test_updates_that_cannot_be_kept_are_told_and_do_no_harm(monkeypatch):
 
 
 class NoUpdate(keras.Model):
-    """Model whose training step uses an optimizer of its own."""
+    """Model whose training step never calls `model.optimizer`, as if it used another optimizer."""
 
     def train_step(self, state, data=None):
         return {"loss": 0.0} if data is None else ({"loss": 0.0}, state)
 
 
 def test_an_optimizer_that_makes_no_update_is_told():
+    """The logger warns if `model.optimizer` makes no update."""
     inputs = keras.Input((6,))
     model = NoUpdate(inputs, keras.layers.Dense(1)(inputs))
     model.compile(SNGM(), "mse")
@@ -380,7 +399,7 @@ def test_several_loggers_at_once(tmp_path):
     assert "grad_norm/net" not in a[6]
 
 
-if hasattr(keras.optimizers, "MultiOptimizer"):  # Keras got it later than 3.10
+if hasattr(keras.optimizers, "MultiOptimizer"):  # Keras 3.10 does not have it.
 
     def test_a_multi_optimizer_is_logged_as_a_whole(tmp_path):
         halves = keras.optimizers.OptimizerMap(
@@ -421,6 +440,8 @@ class _KilledError(Exception):
 
 
 def kill_in_epoch(number):
+    """Return a callback that raises an error at the beginning of an epoch."""
+
     def act(epoch, logs):
         if epoch == number:
             raise _KilledError
@@ -505,7 +526,10 @@ def test_an_interrupted_epoch_is_written_and_leaves_nothing_behind(tmp_path):
 
 
 def test_a_logger_outlives_an_interruption_and_other_training(monkeypatch):
-    """More updates are made without the logger than it can keep."""
+    """A logger whose `fit` was interrupted can be used again, with a warning about lost updates.
+
+    In between, more updates are made without the logger than its ring buffer can hold.
+    """
     monkeypatch.setattr("keras_sngm.monitoring.callback._MOST_UPDATES", 4)
     logger, model = GradientNormLogger(), build_model()
 
@@ -544,7 +568,7 @@ def test_an_interrupted_logger_does_not_go_on_beside_the_next(make):
 
 
 def counted_traces(model):
-    """Return a list that grows with each trace of the training step."""
+    """Wrap the training step of a model; return a list that grows with each trace of the step."""
     traces = []
     step = model.train_step
 
@@ -556,11 +580,15 @@ def counted_traces(model):
     return traces
 
 
-if BACKEND != "torch":  # where nothing is traced
+if BACKEND != "torch":  # PyTorch does not trace.
 
     @every_optimizer_if_whole
     def test_only_a_first_logger_costs_a_trace(make, tmp_path):
-        """On JAX the first of its kind: a step is traced for a state that loggers are part of."""
+        """The training step is traced once for all loggers with the same arguments, not for each.
+
+        On JAX each change of the set of loggers costs a trace, as they are part of the traced
+        state.
+        """
         model = build_model(make())
         model.optimizer.build(model.trainable_variables)
         traces = counted_traces(model)
@@ -583,7 +611,7 @@ if BACKEND != "torch":  # where nothing is traced
 @whole
 @every_optimizer
 def test_what_was_traced_without_a_logger_is_traced_again(make, tmp_path):
-    """Batches of another shape are trained on between two fits with a logger."""
+    """A step traced without a logger, for another batch shape, is traced again with a logger."""
     model = build_model(make())
     fit(model, GradientNormLogger())
     model.fit(X, Y, 5, verbose=0)
@@ -615,7 +643,10 @@ def test_training_is_not_changed(tmp_path, make, kwargs):
 
 
 def tensor_class_and_ways_to_wait():
-    """Return the class of tensors, and the functions that wait for a tensor's value."""
+    """Return the backend's class of tensors, and the functions that wait for a tensor's value.
+
+    Each function is given by its owner and its name.
+    """
     tensor = type(ops.convert_to_tensor(0.0))
     if BACKEND == "tensorflow":
         tensor = tensor.__mro__[1]
@@ -623,7 +654,7 @@ def tensor_class_and_ways_to_wait():
     names = ["__array__", "__bool__", "__float__", "__int__", "item", "tolist"]
     if BACKEND == "torch":
         return tensor, [(tensor, name) for name in [*names, "cpu", "numpy"]]
-    # NumPy reads an array of JAX without calling it.
+    # NumPy reads a JAX array without calling a method of the array.
     return tensor, [
         (np, "array"),
         (np, "asarray"),
@@ -632,12 +663,12 @@ def tensor_class_and_ways_to_wait():
 
 
 def waits_in_an_epoch(*callbacks):
-    """Count how often the training thread asks for the value of a tensor, and so waits for it."""
+    """Train with callbacks; count how often the training thread reads, and so awaits, a tensor."""
     count = 0
     tensor, ways = tensor_class_and_ways_to_wait()
     training = threading.get_ident()
     model = build_model()
-    fit(model, *callbacks, epochs=1)  # tracing asks for values, too
+    fit(model, *callbacks, epochs=1)  # This epoch traces, which reads values, too.
 
     def counting(function):
         def counted(value, *arguments, **options):
@@ -661,7 +692,7 @@ def waits_in_an_epoch(*callbacks):
 
 @pytest.mark.parametrize("on_nonfinite", quick_only(["warn", "stop", "ignore"], quick=["stop"]))
 def test_training_never_waits_inside_an_epoch(tmp_path, monkeypatch, on_nonfinite):
-    """Training does not wait even if the thread reads after every step."""
+    """The training thread does not wait even if the reader thread reads after every step."""
     monkeypatch.setattr("keras_sngm.monitoring.recording._SECONDS_BETWEEN_READS", 0.0)
     logger = GradientNormLogger(
         tmp_path,
@@ -683,6 +714,7 @@ def test_training_never_waits_inside_an_epoch(tmp_path, monkeypatch, on_nonfinit
 
 
 def with_nan(*samples):
+    """Return a copy of `X` in which the given samples are NaN."""
     x = X.copy()
     x[list(samples)] = np.nan
     return x
@@ -705,11 +737,11 @@ def test_the_first_fault_is_told_once():
 
 
 def test_the_variables_at_fault_are_named():
-    """The gradient of the last layer is finite, so the layer is not named."""
+    """The warning does not name the last layer, whose gradient is finite."""
 
     class Broken(keras.layers.Layer):
         def call(self, x):
-            return x + ops.stop_gradient(x) * ops.sqrt(0.0 * x)  # its derivative is NaN
+            return x + ops.stop_gradient(x) * ops.sqrt(0.0 * x)  # The derivative is NaN.
 
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
@@ -737,13 +769,16 @@ def test_faults_can_be_ignored():
 @every_optimizer_if_whole
 @pytest.mark.parametrize("kwargs", [{}, {"run_eagerly": True}, *SEVERAL_STEPS])
 def test_stopping_leaves_the_last_good_model(tmp_path, make, kwargs):
-    """The model is as before the bad step, the last to be logged, whenever that is noticed."""
+    """A stop leaves the weights as before the bad step, however late the host notices the step.
+
+    The bad step is the last one to be logged.
+    """
     good = build_model(make(), **kwargs)
     good.fit(X[:16], Y[:16], BATCH, verbose=0, shuffle=False)
     model = build_model(make(), **kwargs)
     logger = GradientNormLogger(filename=tmp_path / "log.jsonl", on_nonfinite="stop")
     if "loss scaled" in model.optimizer.name or hasattr(model.optimizer, "inner_optimizer"):
-        # A step that a LossScaleOptimizer leaves out is no fault.
+        # A step that a LossScaleOptimizer skips is no reason to stop.
         history = fit(model, logger, x=with_nan(17)).history
         assert len(history["loss"]) == 2
         return
@@ -754,12 +789,13 @@ def test_stopping_leaves_the_last_good_model(tmp_path, make, kwargs):
     for value, expected in zip(values_of(model.weights), values_of(good.weights)):
         np.testing.assert_array_equal(value, expected)
     assert history["grad_norm_max"][0] != pytest.approx(history["grad_norm"][0])
-    # And what is trained next is trained.
+    # The next `fit` trains the model again.
     fit(model, epochs=1)
     assert not np.array_equal(values_of(model.weights)[0], values_of(good.weights)[0])
 
 
 def model_with_statistics(optimizer):
+    """Return a compiled model with batch normalization, the same at every call."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [keras.Input((6,)), keras.layers.BatchNormalization(), keras.layers.Dense(1)]
@@ -789,7 +825,8 @@ def test_stopping_with_accumulation():
     for make in (SNGM, lambda **k: keras.optimizers.SGD(0.05, **k)):
         good = build_model(make(gradient_accumulation_steps=2))
         good.fit(X[:16], Y[:16], BATCH, verbose=0, shuffle=False)
-        for sample in (17, 25):  # in the first micro-batch of the update, and in the second
+        # The first sample is in the first micro-batch of the update, the other in the second.
+        for sample in (17, 25):
             model = build_model(make(gradient_accumulation_steps=2))
             with pytest.warns(UserWarning, match="step 2 is not finite"):
                 fit(model, GradientNormLogger(on_nonfinite="stop"), x=with_nan(sample), epochs=4)
@@ -816,7 +853,11 @@ def test_stopping_does_not_wait_for_the_end_of_the_epoch(monkeypatch):
 
 @every_optimizer
 def test_an_interrupted_stop_does_not_hold_what_is_trained_next(make):
-    """The graph is the same, and the logger was not told that training ended."""
+    """If a `fit` is interrupted after its logger has stopped the steps, the next `fit` trains.
+
+    The next `fit` uses the same compiled function, and the logger's `on_train_end` was never
+    called.
+    """
 
     def interrupt(batch, logs):
         if batch == 3:
@@ -837,7 +878,10 @@ def test_an_interrupted_stop_does_not_hold_what_is_trained_next(make):
 
 
 def test_batch_statistics_that_were_restored_before_are_the_last_good_ones(tmp_path):
-    """The logger comes before the callback that restores the statistics."""
+    """A stop in the first resumed step keeps the batch statistics that BackupAndRestore restored.
+
+    The logger is called before BackupAndRestore.
+    """
 
     def callbacks():
         return (
@@ -855,7 +899,7 @@ def test_batch_statistics_that_were_restored_before_are_the_last_good_ones(tmp_p
         np.testing.assert_array_equal(value, expected)
 
 
-# Bad input.
+# Bad arguments, and errors.
 
 
 @pytest.mark.parametrize(

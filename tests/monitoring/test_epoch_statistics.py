@@ -1,4 +1,4 @@
-"""Statistics of an epoch equal those of NumPy over all of its updates."""
+"""Tests that the statistics of an epoch equal those of NumPy over all updates of the epoch."""
 
 import math
 

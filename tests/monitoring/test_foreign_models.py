@@ -1,4 +1,4 @@
-"""A logger in models that others wrote: it changes nothing, and nothing of it stays behind."""
+"""Tests of a logger with models of many kinds: it changes nothing and leaves nothing behind."""
 
 import functools
 
@@ -14,12 +14,14 @@ from selection import quick_only, whole
 
 OF_EVERY_MODEL = ("SNGM, averaged and accumulated", "SGD")
 JOBS = [(model, optimizer) for model in MODELS for optimizer in OF_EVERY_MODEL]
-# Without batch statistics: a compiler may round by the last bit where more depends on them.
+# These jobs have no batch statistics. Where more values depend on these, a compiler may round the
+# last bit differently.
 JOBS += [("unused layer", optimizer) for optimizer in OPTIMIZERS if optimizer not in OF_EVERY_MODEL]
 JOBS += [("GAN", "SGD, averaged")] if "GAN" in MODELS else []
 
 
 def leaves_of(tree, path=""):
+    """Yield the path and the value of each leaf of a nested dictionary."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from leaves_of(value, f"{path}/{key}")
@@ -28,9 +30,10 @@ def leaves_of(tree, path=""):
 
 
 def assert_same(value, expected):
-    """Assert that arrays are equal to the bit, or nearly on JAX, where XLA compiles the whole step.
+    """Assert that arrays are equal to the bit; on JAX, where XLA compiles the whole step, nearly.
 
-    With JAX 0.10 it is to the bit there, too; JAX 0.12 rounds an element in a hundred otherwise.
+    With JAX 0.10 they are equal to the bit, too. JAX 0.12 rounds one element in a hundred
+    differently.
     """
     if BACKEND == "jax":
         np.testing.assert_allclose(value, expected, rtol=1e-6, atol=1e-8)
@@ -39,7 +42,7 @@ def assert_same(value, expected):
 
 
 class Witness(keras.callbacks.Callback):
-    """Callback that keeps, each epoch, what others see of the optimizer."""
+    """Callback that keeps the paths of optimizer variables and the state tree after each epoch."""
 
     def __init__(self):
         super().__init__()
@@ -58,8 +61,15 @@ def fit(model, x, *callbacks, epochs=2):
 
 
 def trained(foreign, make, folder, *loggers):
-    """Train a model; return it, what its callbacks saw, and its logs."""
-    keras.utils.clear_session()  # so that layers and optimizers get the same names
+    """Train a new model; return the model, its `Witness`, and its history.
+
+    Args:
+        foreign: a `Foreign` model.
+        make: a function that makes the optimizer.
+        folder: the folder in which the weights of each epoch are saved.
+        *loggers: the loggers to train with.
+    """
+    keras.utils.clear_session()  # Layers and optimizers then get the same names.
     keras.utils.set_random_seed(0)
     model = foreign.make(make())
     witness = Witness()
@@ -71,7 +81,7 @@ def trained(foreign, make, folder, *loggers):
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 @pytest.mark.parametrize("name, optimizer", quick_only(JOBS, JOBS[:2]))
 def test_nothing_changes(tmp_path, name, optimizer):
-    """Weights, state of the optimizer, state tree and files are the same with a logger."""
+    """Weights, optimizer state, state tree and files are the same with and without a logger."""
     foreign, make = MODELS[name], OPTIMIZERS[optimizer]
     everything = GradientNormLogger(
         tmp_path / "logs",
@@ -114,7 +124,7 @@ def test_nothing_changes(tmp_path, name, optimizer):
 @pytest.mark.parametrize("make", [SNGM, keras.optimizers.SGD])
 @pytest.mark.parametrize("name", ["Sequential without Input", "subclassed"])
 def test_a_bad_first_step_leaves_a_model_as_it_was_built(name, make):
-    """Batch statistics, which are made and changed in that step, are restored, too."""
+    """A stop at step 1 also restores the batch statistics, which this step creates and changes."""
     bad = X.copy()
     bad[0] = np.nan
     model = MODELS[name].make(make())
@@ -128,6 +138,7 @@ def test_a_bad_first_step_leaves_a_model_as_it_was_built(name, make):
 
 
 def compile_anew(optimizer, epoch, logs, model):
+    """Compile a model with another optimizer and build it, if `epoch` is 0."""
     if epoch == 0:
         model.compile(optimizer, "mse")
         optimizer.build(model.trainable_variables)
@@ -137,7 +148,10 @@ def compile_anew(optimizer, epoch, logs, model):
 @whole
 @pytest.mark.parametrize("make", [lambda: SNGM(0.01), lambda: keras.optimizers.SGD(0.01)])
 def test_a_logger_follows_a_model_that_is_compiled_anew(tmp_path, make):
-    """The new optimizer has other columns, and so another file."""
+    """A logger goes on with the optimizer of a model that is compiled anew in `fit`.
+
+    Another file is begun if the new optimizer has other columns, as SNGM has.
+    """
     model = MODELS["Sequential"].make(keras.optimizers.Adam(0.01))
     optimizer = make()
     anew = keras.callbacks.LambdaCallback(
@@ -167,6 +181,7 @@ def test_a_training_function_that_is_made_anew_is_recorded():
 
 
 def error_of(model, *callbacks):
+    """Return the type of the error that training raises, and its message up to a colon."""
     with pytest.raises(Exception) as caught:
         fit(model, X, *callbacks, epochs=1)
     return type(caught.value), str(caught.value).partition(":")[0]
@@ -174,7 +189,10 @@ def error_of(model, *callbacks):
 
 @pytest.mark.parametrize("make", [SNGM, keras.optimizers.SGD])
 def test_errors_of_keras_come_through_unchanged(make):
-    """Keras refuses to train a layer that was unfrozen without compiling the model anew."""
+    """Keras raises the same error with a logger as without.
+
+    The error is about a layer that was unfrozen without compiling the model anew.
+    """
     errors = []
     for loggers in ([], [GradientNormLogger()]):
         model = MODELS["Sequential"].make(make())
@@ -189,6 +207,8 @@ def test_errors_of_keras_come_through_unchanged(make):
 
 
 def test_what_an_optimizer_raises_says_that_it_was_the_optimizer():
+    """An error in an optimizer has a note that names the optimizer, where Python has notes."""
+
     class Broken(keras.optimizers.SGD):
         def update_step(self, gradient, variable, learning_rate):
             raise RuntimeError("cannot")
@@ -201,6 +221,7 @@ def test_what_an_optimizer_raises_says_that_it_was_the_optimizer():
 
 
 def test_a_model_without_weights_is_told_from_one_that_others_train():
+    """The logger has a warning of its own for models without trainable weights."""
     model = keras.Sequential([keras.Input((6,)), keras.layers.Flatten()])
     model.compile("sgd", "mse")
     with pytest.warns(UserWarning, match="the model has no trainable weights"):
@@ -209,6 +230,7 @@ def test_a_model_without_weights_is_told_from_one_that_others_train():
 
 
 def test_a_restored_state_tree_is_gone_on_from():
+    """Training and logging go on from a state tree that a callback restores."""
     model, kept = MODELS["functional"].make(keras.optimizers.Adam()), []
 
     def keep_and_restore(epoch, logs):

@@ -1,4 +1,4 @@
-"""A disk that fills up ends what is written to it, and nothing else."""
+"""Tests of a disk that fills up: writing to it ends, and nothing else does."""
 
 import errno
 import json
@@ -27,28 +27,35 @@ def build_model():
 
 
 def fit(*callbacks, model=None):
-    """Train for two epochs of ten updates."""
+    """Train for two epochs of ten updates each; return the `History`."""
     return (model or build_model()).fit(
         X, X[:, :1], 1, 2, callbacks=list(callbacks), shuffle=False, verbose=0
     )
 
 
 def logger_of(folder, name, **arguments):
+    """Return a logger of `name` in a folder: a TensorBoard directory if "logs", else a file."""
     argument = "log_dir" if name == "logs" else "filename"
     return GradientNormLogger(**{argument: folder / name}, **arguments)
 
 
 def full(*arguments):
+    """Raise the error of a full disk; stands in for methods that write."""
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def messages_of(caught):
+    """Return the caught warnings about files that are no longer written."""
     return [str(w.message) for w in caught if "no longer written" in str(w.message)]
 
 
 @pytest.fixture(scope="module")
 def limited(tmp_path_factory):
-    """Return a folder, the history of a training that filled its files, and its warnings."""
+    """Train in a process whose files cannot grow beyond a limit, as on a full disk.
+
+    Returns:
+        The folder of the files, the history of the training, and its warnings.
+    """
     folder = tmp_path_factory.mktemp("limited")
     printed = run_python(SUPPORT / "full_disk_training.py", folder)
     return folder, *json.loads(printed.splitlines()[-1])
@@ -82,6 +89,7 @@ def test_what_fits_is_written(limited):
 
 
 def test_a_file_that_was_full_can_be_gone_on_with(limited):
+    """With `append=True` a logger continues a file after its line that was cut off."""
     folder, _, _ = limited
     for name in ("log.csv", "log.jsonl"):
         before = (folder / name).read_text().splitlines()
@@ -141,7 +149,7 @@ def test_what_is_full_in_the_beginning_fails_before_training(tmp_path, monkeypat
 
 
 class Compile(keras.callbacks.Callback):
-    """Callback that calls a function, then compiles the model anew, as the second epoch begins."""
+    """Callback that calls a function and compiles the model anew as the second epoch begins."""
 
     def __init__(self, before):
         super().__init__()
@@ -166,7 +174,7 @@ def test_a_disk_that_is_full_when_a_model_is_compiled_anew(tmp_path, monkeypatch
 
 
 def test_a_file_is_closed_whatever_goes_wrong(tmp_path, monkeypatch):
-    """A second try after an error while writing must close the file, or leak its descriptor."""
+    """A file is closed once even if writing and closing fail, so that no descriptor leaks."""
     closed = []
 
     def close(self):

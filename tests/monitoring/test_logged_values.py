@@ -1,4 +1,4 @@
-"""Everything GradientNormLogger logs equals what is computed from gradients of its own."""
+"""Tests that all values of GradientNormLogger equal those of gradients that tests compute anew."""
 
 import functools
 import pickle
@@ -41,9 +41,9 @@ job = pytest.mark.parametrize("name, strategy", quick_only(JOBS, QUICK_JOBS))
 
 @pytest.fixture(scope="module")
 def logged(request, tmp_path_factory):
-    """Return a function of a job that returns what its logger has logged.
+    """Return a function of the name and the strategy of a job that returns the job's `Logged`.
 
-    Only jobs that a test was selected for are done, all of a strategy in one process.
+    Only jobs of selected tests are run, those of one strategy in one process.
     """
     folder = tmp_path_factory.mktemp("logged")
     jobs = cases_asked_for(request, "name", "strategy")
@@ -59,12 +59,20 @@ def logged(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def updates(logged):
-    """Return a function of a job that lists its updates, as `updates_of` yields them."""
+    """Return a function of a job's name and strategy that lists its updates, see `updates_of`."""
     return functools.cache(lambda name, n: list(updates_of(CASES[name], logged(name, n))))
 
 
 def updates_of(case, result):
-    """Yield for each update: gradient as measured, momentum if any, weights before and after."""
+    """Yield gradient, momentum, old and new weights for each update of a job, as lists of arrays.
+
+    The gradient is computed anew, and with SNGM changed by weight decay and clipping. The momentum
+    is an empty list if there is none.
+
+    Args:
+        case: the job.
+        result: the `Logged` of the job.
+    """
     gradients = recomputed_gradients(case)
     before = [np.zeros_like(weight) for weight in result.weights[0]]
     for first in range(0, EPOCHS * STEPS_PER_EPOCH, case.micro_batches):
@@ -84,7 +92,10 @@ def updates_of(case, result):
 
 
 def recomputed_gradients(case):
-    """Return a function of weights and slices of the data that computes their mean gradient."""
+    """Return a function that computes the mean gradient of a job's model over batches.
+
+    The function takes the weights, and slices of the data of an epoch.
+    """
     model = case.model()
     x, y = case.data()
 
@@ -104,7 +115,19 @@ def recomputed_gradients(case):
 
 
 def expected_scalars(case, result, gradient, momentum, old, new):
+    """Return the scalars of one update by name, for all variables together and for each.
+
+    Args:
+        case: the job.
+        result: the `Logged` of the job.
+        gradient: the gradient as it was measured.
+        momentum: the momentum after the update; empty if there is none.
+        old: the weights before the update.
+        new: the weights after the update.
+    """
+
     def of(part, ending):
+        """Return the scalars of the variable with index `part`, or of all if `part` is `None`."""
         own = slice(None) if part is None else slice(part, part + 1)
         g, u, w = gradient[own], momentum[own], old[own]
         change = [(n.astype("float64") - o) for n, o in zip(new[own], old[own])]
@@ -182,8 +205,8 @@ def test_histograms_count_the_elements(logged, updates, name, strategy):
             for path, tensor in zip(result.paths, tensors)
         }
         assert set(result.histograms[step]) == set(expected)
-        # An element is a sum over the batch. Another compiled program rounds its terms in another
-        # way, and where they cancel that shows, however small the sum is.
+        # An element is a sum over the batch, whose terms other compiled programs round differently.
+        # Where the terms cancel, the rounding error does not become smaller with the sum.
         rounding = BATCH * np.finfo("float32").eps * norm(gradient)
         for key, tensor in expected.items():
             assert_counts(result.histograms[step][key], tensor, rounding)
@@ -217,7 +240,7 @@ def test_the_noise_scale_equals_a_recomputation(logged, name, strategy):
 def assert_counts(buckets, tensor, rounding):
     """Assert that a histogram has the range of a tensor and counts its elements.
 
-    Rounding may bring an element at an edge to the next bucket.
+    Because of rounding, an element at an edge may be counted in the next bucket.
     """
     left, right, counts = buckets.T
     tensor = tensor.astype("float64")

@@ -1,4 +1,4 @@
-"""One logger for several models: folds, seeds, searches. Each model has a file of its own."""
+"""Tests of one logger for several models, as in folds or searches: each has its own file."""
 
 import copy
 import json
@@ -22,12 +22,16 @@ def fit(model, logger, *callbacks, epochs=1):
 
 
 def steps_in(path):
+    """Return the steps in a JSON lines file."""
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
 def test_every_model_has_a_file_of_its_own(tmp_path, suffix):
-    """Keras numbers layers from model to model, so columns differ."""
+    """Each model has its own file and folder, in which a second `fit` of the model continues.
+
+    Keras numbers layers from model to model, so columns differ between files.
+    """
     logger = GradientNormLogger(tmp_path / "tb", tmp_path / f"log.{suffix}", per_variable=True)
     models = [sequential(SNGM()), functional(SNGM()), sequential(keras.optimizers.SGD())]
     for model in [*models, models[0]]:
@@ -43,6 +47,7 @@ def test_every_model_has_a_file_of_its_own(tmp_path, suffix):
 
 
 def test_one_file_for_all_where_that_is_asked_for(tmp_path):
+    """With `append=True` all models are logged in one file."""
     logger = GradientNormLogger(filename=tmp_path / "log.jsonl", append=True)
     for _ in range(2):
         fit(sequential(SNGM()), logger)
@@ -51,6 +56,7 @@ def test_one_file_for_all_where_that_is_asked_for(tmp_path):
 
 
 def pickled(logger):
+    """Return a copy of a logger, made by pickling it."""
     return pickle.loads(pickle.dumps(logger))
 
 
@@ -58,7 +64,7 @@ def pickled(logger):
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled])
 @pytest.mark.parametrize("make", [SNGM, keras.optimizers.Adam])
 def test_copies_write_to_files_of_their_own(tmp_path, copied, make):
-    """One of the copies is made while the original is logging."""
+    """A copy that is made while the original is logging writes to other files."""
     logger, copies = GradientNormLogger(filename=tmp_path / "log.jsonl"), []
     take = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: copies or copies.append(copied(logger))
@@ -73,7 +79,7 @@ def test_copies_write_to_files_of_their_own(tmp_path, copied, make):
 
 @whole
 def test_a_copy_in_another_process_overwrites_nothing(tmp_path):
-    """A search may train its candidates in a pool of processes."""
+    """Copies in other processes, such as those of a parallel search, overwrite no file."""
     logger = GradientNormLogger(filename=tmp_path / "log.jsonl")
     fit(sequential(SNGM()), logger)
     (tmp_path / "logger").write_bytes(pickle.dumps(logger))
@@ -97,7 +103,7 @@ for _ in range(2):
 
 
 class Inner(keras.layers.Layer):
-    """Layer with layers inside, which count as a part of it."""
+    """Layer with two layers inside, whose weights count as its own."""
 
     def __init__(self):
         super().__init__(name="inner")
@@ -112,7 +118,7 @@ class Inner(keras.layers.Layer):
 
 
 class Outer(keras.Model):
-    """Model with a layer in a list, a weight of its own, and a model inside."""
+    """Model with layers in a list, a weight of its own, and another model inside."""
 
     def __init__(self):
         super().__init__(name="outer")
@@ -130,6 +136,7 @@ class Outer(keras.Model):
 
 
 def outer():
+    """Return a built and compiled `Outer`."""
     model = Outer()
     model.build((None, 6))
     model.compile(SNGM(), "mse")
@@ -146,7 +153,7 @@ def outer():
     ids=["functional", "Sequential", "subclassed"],
 )
 def test_a_key_for_each_layer(tmp_path, make, groups):
-    """Every kind of model has one key for each layer, and for each layer of a model inside it."""
+    """Every kind of model has one key for each layer, and for each layer of a model inside."""
     model = make()
     fit(model, GradientNormLogger(filename=tmp_path / "log.jsonl", per_variable="layer"))
     line = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])

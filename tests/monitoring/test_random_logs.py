@@ -1,6 +1,6 @@
-"""Whatever loggers are asked for and whatever becomes of training, they log what is right.
+"""Test that loggers with random arguments log the right values, whatever happens in training.
 
-Compared with `linear_model.py`.
+The values are compared with those of `linear_model.py`.
 """
 
 import pathlib
@@ -18,7 +18,7 @@ from random_settings import random_settings
 from reference import norm
 
 TOLERANCE = 2e-4
-# Compiling takes most of the time, and PyTorch does not.
+# Compilation takes most of the time of a job, and PyTorch does not compile.
 USUAL_JOBS = 30 if BACKEND == "torch" else 4
 
 
@@ -51,7 +51,12 @@ def test_whatever_is_logged_is_right(job):
 
 
 def recomputed(job, result):
-    """Recompute all updates, the updates of each epoch, and the noise scale after each update."""
+    """Recompute the updates of a job in NumPy, from the micro-batches that it was trained on.
+
+    Returns:
+        All updates; for each completed epoch, the range of its updates' indices; and the noise
+        scale after each update, empty if it is not measured.
+    """
     _, simulated, rate = OPTIMIZERS[job.optimizer]
     optimizer = simulated(result.start, rate, job.options)
     data = [job.data(fit) for fit in range(len(job.fits))]
@@ -87,9 +92,14 @@ def recomputed(job, result):
 
 
 def is_complete(job, gradients):
-    """Return whether an update follows these micro-batches, or would if training did not stop.
+    """Return whether an update is made, or a logger stops training, after these micro-batches.
 
-    Keras' optimizers cannot leave out an update, so that a logger must stop before it.
+    Keras' optimizers cannot skip an update, so that a logger stops before it, at the first
+    micro-batch whose gradient is not finite.
+
+    Args:
+        job: the job.
+        gradients: the gradients of the micro-batches since the last update.
     """
     is_bad = not np.isfinite(norm(gradients[-1]))
     stops = is_bad and job.on_nonfinite == "stop" and job.optimizer != "SNGM"
@@ -97,13 +107,21 @@ def is_complete(job, gradients):
 
 
 def seen(expected, weights):
-    """Return weights, after a check that they are as expected but for rounding."""
+    """Assert that weights are close to the expected ones, and return the weights."""
     for value, other in zip(weights, expected, strict=True):
         np.testing.assert_allclose(value, other, rtol=TOLERANCE, atol=1e-5)
     return weights
 
 
 def assert_rows_are_right(every, rows, noise_scales, logged):
+    """Assert that a file or TensorBoard has the values of every update that is due.
+
+    Args:
+        every: the `log_every` of the logger.
+        rows: the expected values of each update, by name.
+        noise_scales: the noise scale after each update; empty if it is not measured.
+        logged: the logged values, by step and name.
+    """
     steps = range(every, len(rows) + 1, every)
     assert list(logged) == list(steps)
     for step in steps:
@@ -114,7 +132,10 @@ def assert_rows_are_right(every, rows, noise_scales, logged):
 
 
 def assert_epoch_is_right(logger, rows, updates, noise_scales, logs):
-    """Check the values of one logger in `logs`, where other loggers leave theirs, too."""
+    """Assert that the `logs` of an epoch hold the right values of one logger.
+
+    Other loggers put their values into the same `logs`, so these may hold more.
+    """
     expected = {}
     for key in rows[0] if rows else ["grad_norm"]:
         is_detail = not key.startswith("grad_norm")
@@ -135,6 +156,7 @@ def assert_close(values, expected):
 
 
 def assert_histograms_are_right(logger, job, updates, logged):
+    """Assert that histograms have the right steps, names, ranges and numbers of elements."""
     _, names = PER_VARIABLE["kernels" if logger.per_variable == "kernels" else "variables"]
     expected = {}
     every = logger.histogram_every or len(updates) + 1
@@ -157,6 +179,7 @@ def assert_histograms_are_right(logger, job, updates, logged):
 
 
 def assert_warnings_are_right(job, updates, messages):
+    """Assert that loggers warn of the first gradient that is not finite, and of nothing else."""
     bad = [step for step, u in enumerate(updates, start=1) if not np.isfinite(norm(u.gradient))]
     faults = [message for message in messages if "is not finite" in message]
     expected = len(job.loggers) if bad and job.on_nonfinite != "ignore" else 0

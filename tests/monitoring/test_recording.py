@@ -1,4 +1,4 @@
-"""What the host keeps of an epoch does not grow with the number of its updates."""
+"""Tests that the host's memory for records of an epoch does not grow with the number of updates."""
 
 import gc
 import threading
@@ -13,11 +13,12 @@ from recorder_stub import RecorderStub, make_updates, recording_of
 
 @pytest.fixture
 def looking_at_every_step(monkeypatch):
+    """Make a read due before every step, unless another read is still under way."""
     monkeypatch.setattr("keras_sngm.monitoring.recording._SECONDS_BETWEEN_READS", -1.0)
 
 
 def memory_after(updates, recording, recorder):
-    """Return the bytes that Python has allocated after so many more updates."""
+    """Record some more updates; return the bytes that Python has allocated after them."""
     make_updates(recording, recorder, updates)
     recording.wait()
     gc.collect()
@@ -57,7 +58,10 @@ def test_an_appended_file_is_not_kept_in_memory(tmp_path):
 
 
 class SlowSink:
-    """Sink that waits until training has got far ahead, or cannot get any further."""
+    """Sink whose `write` waits until training is far ahead of it, for 20 milliseconds at most.
+
+    `ahead` is the greatest number of unread snapshots that a `write` has seen.
+    """
 
     def __init__(self, recorder, most):
         self.ahead = 0

@@ -1,4 +1,4 @@
-"""What there is on the JAX backend alone."""
+"""Tests of what only the JAX backend has, such as `BCOO` gradients, donation and strict modes."""
 
 import gc
 import re
@@ -16,7 +16,10 @@ from processes import ROOT, run_python
 
 
 def dense_and_sparse_gradient():
-    """Return the gradient of an embedding with 5 rows, one of which was looked up three times."""
+    """Return a gradient of an embedding with 5 rows twice: as a dense array, and as a `BCOO`.
+
+    The `BCOO` has one row three times.
+    """
     rows = np.random.default_rng(0).standard_normal((4, 3)).astype("float32")
     gradient = sparse.BCOO((rows, np.array([[2], [0], [2], [2]])), shape=(5, 3))
     return gradient.todense(), gradient
@@ -25,7 +28,7 @@ def dense_and_sparse_gradient():
 @pytest.mark.parametrize("in_graph", [False, True])
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}], ids=str)
 def test_sparse_gradients_train_like_dense_ones(options, in_graph):
-    """Duplicate rows are added before the norm is taken."""
+    """Duplicate rows of a sparse gradient are added up before the norm is computed."""
     trained = []
     for gradient in dense_and_sparse_gradient():
         table = keras.Variable(np.ones((5, 3)), dtype="float32")
@@ -41,6 +44,7 @@ def test_sparse_gradients_train_like_dense_ones(options, in_graph):
 
 
 def averaging_model(loss="mse", **compile_options):
+    """Return a compiled model whose optimizer keeps moving averages of the weights."""
     model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(1)])
     optimizer = SNGM(use_ema=True, ema_momentum=0.5)
     model.compile(optimizer=optimizer, loss=loss, **compile_options)
@@ -69,7 +73,10 @@ class NoMoreDataError(Exception):
 
 
 def test_the_error_of_a_later_step_is_seen_and_overcome(tmp_path):
-    """Keras has donated the state by then."""
+    """An error amid an epoch reaches the user, and the model trains again with weights from a file.
+
+    Keras has donated the state of the model to the compiled step by then.
+    """
     x, y = np.ones((8, 6), "float32"), np.ones((8, 1), "float32")
 
     def batches():
@@ -108,7 +115,10 @@ def test_a_logger_does_not_have_the_state_fetched_in_every_step(monkeypatch):
 
 @pytest.mark.parametrize("on_nonfinite", ["warn", "stop"])
 def test_a_logger_has_the_training_step_compiled_once(caplog, on_nonfinite):
-    """Keras 3.10 has it compiled twice, with a logger or without."""
+    """A logger does not change how often the training step is compiled.
+
+    Keras 3.10 compiles the step twice, with a logger or without.
+    """
     x, y = np.ones((64, 6), "float32"), np.ones((64, 1), "float32")
     counts = []
     for callbacks in ([], [GradientNormLogger(on_nonfinite=on_nonfinite)]):
@@ -147,7 +157,7 @@ ASSIGNED = [
 
 @pytest.mark.parametrize("arguments, assigned", ASSIGNED)
 def test_assigned_hyper_parameters_take_effect(arguments, assigned):
-    """They do so in a step that was compiled before as in a new one."""
+    """An assigned hyper-parameter takes effect even if the step was compiled before."""
     states = []
     for before in (2, 0):
         (variable,) = variables_of([np.ones(3)])

@@ -1,4 +1,4 @@
-"""What is learned and logged does not depend on how JAX distributes it over devices."""
+"""Tests that training and logging do not depend on how JAX distributes them over devices."""
 
 import math
 import pickle
@@ -16,6 +16,7 @@ distributed = pytest.mark.parametrize("how", [how for how in PLACES if how != "o
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
+    """Train on one device and distributed, in a new process; return results by place and job."""
     path = tmp_path_factory.mktemp("jax") / "results"
     run_python(
         "-c",
@@ -26,11 +27,13 @@ def trained(tmp_path_factory):
 
 
 def assert_close(got, expected, tolerance):
+    """Assert for each array that norm(error) <= tolerance * norm(expected array)."""
     for value, wanted in zip(got, expected, strict=True):
         assert np.linalg.norm(value - wanted) <= tolerance * np.linalg.norm(wanted)
 
 
 def assert_trained_alike(got, expected, tolerance):
+    """Assert that two outcomes agree in weights, state and skipped steps."""
     assert_close([*got.weights, *got.state], [*expected.weights, *expected.state], tolerance)
     assert len(got.norms) == EPOCHS * STEPS_PER_EPOCH
     assert got.skipped_steps == expected.skipped_steps
@@ -48,7 +51,7 @@ def test_devices_train_like_one(trained, name, how):
 @distributed
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_on_one_device_skips_the_step(trained, name, how):
-    """Nothing changes, to the bit."""
+    """A step with a bad sample on one device changes nothing on any device, to the bit."""
     got, expected = trained[how][name].outcome, trained["one device"][name].outcome
     assert_trained_alike(got, expected, FAULTS[name].tolerance)
     assert not got.changed_by_bad_batches
@@ -62,7 +65,7 @@ def test_a_fault_on_one_device_skips_the_step(trained, name, how):
 def test_momentum_is_divided_like_its_variable(trained, name):
     result = trained["ModelParallel"][name]
     assert result.momentum_shardings == result.shardings
-    # All that is trained there is the head, whose 5 rows cannot be divided.
+    # With frozen layers only the head is trained, whose 5 rows 3 devices cannot share.
     assert any("model" in axes for axes in result.shardings) == (OPTIONS[name].layers is not frozen)
 
 

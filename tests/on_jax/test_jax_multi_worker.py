@@ -1,4 +1,4 @@
-"""Several processes learn with `fit` on JAX what one would, even if one dies on the way."""
+"""Tests of several processes on JAX: they learn with `fit` what one would, even if one dies."""
 
 import signal
 
@@ -12,7 +12,7 @@ from processes import ROOT, SUPPORT, free_ports, run_python, run_together
 
 PROGRAM = ROOT / "examples" / "multi_worker_jax.py"
 DYING_PROGRAM = SUPPORT / "dying_jax_process.py"
-STEPS = 12  # three epochs of four
+STEPS = 12  # There are three epochs of four steps.
 ARGUMENTS = ["--quick", "--epochs", "3"]
 
 
@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(folder):
-    """Return the model that one process trains."""
+    """Return the weights and the optimizer state that one process trains."""
     output = folder / "alone"
     printed = start(output, "--processes", "1")
     assert "Test accuracy" in printed
@@ -32,12 +32,13 @@ def alone(folder):
 
 
 def start(output, *arguments):
+    """Run the example, in two processes unless the arguments say otherwise; return its output."""
     home = str(output.parent / "keras")
     return run_python(PROGRAM, *ARGUMENTS, "--output", output, *arguments, KERAS_HOME=home)
 
 
 def start_each(programs, output):
-    """Start each process by its own command, as on several machines."""
+    """Run each program by its own command, as on several machines; return how each ended."""
     (port,) = free_ports(1)
     shared = {
         "KERAS_HOME": str(output.parent / "keras"),
@@ -57,6 +58,7 @@ def start_each(programs, output):
 
 
 def values_of(output):
+    """Check the files of a finished job; return its weights and its optimizer state."""
     assert sorted(path.name for path in output.iterdir()) == ["model.keras", "norms.csv"]
     steps = [line.split(",")[0] for line in (output / "norms.csv").read_text().splitlines()[1:]]
     assert steps == [str(step) for step in range(1, STEPS + 1)]
@@ -66,6 +68,7 @@ def values_of(output):
 
 
 def assert_equal(values, expected):
+    """Assert that arrays are equal up to a relative error of 1e-5."""
     for value, wanted in zip(values, expected, strict=True):
         assert np.linalg.norm(value - wanted) <= 1e-5 * np.linalg.norm(wanted)
 
@@ -91,7 +94,7 @@ def test_a_job_goes_on_after_a_process_died(folder, alone):
 
 
 def batches_of(epochs):
-    """Return the sample numbers of each batch, and the labels."""
+    """Return the sample numbers of each batch of some epochs, and the labels."""
     samples = tf.data.Dataset.range(43)
     pairs = tf.data.Dataset.zip(samples, samples.map(lambda i: 100 + i))
     batches = [(x.numpy(), y.numpy()) for x, y in multi_worker_jax.batches(pairs, 12, epochs)]

@@ -1,4 +1,4 @@
-"""Random trainings agree with the reference in JAX's transformations of a step."""
+"""Tests that random trainings agree with the reference under `jax.lax.scan` and `jax.vmap`."""
 
 import pytest
 
@@ -10,6 +10,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Gradients do not exist")
 
 
 def gradients_of(case: Case) -> list[list[Given]]:
+    """Return the gradients of each call of a case, given its initial weights."""
     start = [
         value.astype(numpy_dtype(weight.dtype))
         for value, weight in zip(start_of(case), case.weights)

@@ -1,4 +1,4 @@
-"""Steps as functions, on backends where an optimizer can be one."""
+"""Test of `stateless_apply`, on the backends on which an optimizer has it."""
 
 import keras
 import numpy as np
@@ -26,7 +26,7 @@ def test_stateless_steps_train_like_others_and_assign_to_no_variable(options):
     optimizer = SNGM(**options)
     optimizer.build(variables)
     before = values_of([*variables, *optimizer.variables])
-    # Copies, as PyTorch's optimizers write to what they are given.
+    # The tensors are copies, because PyTorch's optimizers overwrite the tensors they are given.
     weights, own = ([keras.ops.copy(v) for v in of] for of in (variables, optimizer.variables))
     for gradient in gradients:
         weights, own = optimizer.stateless_apply(own, tensors_of(gradient, variables), weights)

@@ -1,4 +1,4 @@
-"""The step is compiled by XLA where it should be, and only once."""
+"""Tests of compilation: XLA compiles the step where it should, and only once."""
 
 import gc
 
@@ -14,16 +14,19 @@ from selection import whole
 
 
 def function_names():
+    """Return the names of all functions that TensorFlow holds."""
     gc.collect()
     return set(context.context().list_function_names())
 
 
 def compiled_by_xla(names):
+    """Return those of the named functions that XLA compiles."""
     definitions = {name: context.context().get_function_def(name) for name in names}
     return [name for name in names if definitions[name].attr["_XlaMustCompile"].b]
 
 
 def step(optimizer, variables, seed, shapes=SHAPES):
+    """Take an eager step with random gradients."""
     (gradients,) = random_gradients(shapes, steps=1, seed=seed)
     optimizer.apply(tensors_of(gradients, variables), variables)
 
@@ -84,7 +87,7 @@ def test_later_steps_add_no_trace(monkeypatch, jit_compile, sparse):
     for i in range(100):
         gradient = tf.ones((9, 2))
         if sparse:
-            # Another number of rows each time, as with a last, smaller batch.
+            # The number of rows changes, as it does with a last, smaller batch.
             rows = 1 + i % 9
             gradient = tf.IndexedSlices(tf.ones((rows, 2)), tf.range(rows), (9, 2))
         optimizer.apply([gradient], variables)
@@ -96,7 +99,10 @@ def test_later_steps_add_no_trace(monkeypatch, jit_compile, sparse):
 
 @whole
 def test_later_steps_compile_nothing(tmp_path):
-    """XLA writes one file per compiled module; 100 steps make as many as 1."""
+    """XLA compiles one module in 100 steps, as in one step.
+
+    XLA writes a file for each module that it compiles.
+    """
     program = """
 import sys
 import tensorflow as tf
@@ -143,7 +149,7 @@ def test_auto_does_not_compile_on_macos_gpus(monkeypatch):
 
 
 def test_auto_does_not_compile_over_several_devices():
-    """An embedding on the CPU beside a model on the GPU is such a case."""
+    """Variables on two devices train, as with an embedding on the CPU and layers on the GPU."""
     run_python(
         "-c",
         """

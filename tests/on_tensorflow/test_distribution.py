@@ -1,4 +1,4 @@
-"""The number of replicas does not change what is learned, whatever the options."""
+"""Tests that the number of replicas does not change what is learned, whatever the options."""
 
 import functools
 import pickle
@@ -15,9 +15,11 @@ replicas = pytest.mark.parametrize("replicas", quick_only([1, 2, 4], quick=[2]))
 
 @pytest.fixture(scope="module")
 def trained(request, tmp_path_factory):
-    """A function that returns what training gave on some replicas, "0" for no strategy.
+    """Return a function that trains on replicas and returns the results by name of the option.
 
-    Only options that a test was selected for are trained.
+    The argument of the function is the number of replicas as a string, "0" for no strategy. With
+    "2-sngm-in-replicas" two replicas must not enter the cross-replica context. Only options of
+    selected tests are trained.
     """
     folder = tmp_path_factory.mktemp("replicas")
     names = [name for (name,) in cases_asked_for(request, "name")]
@@ -33,6 +35,7 @@ def trained(request, tmp_path_factory):
 
 
 def assert_same(got, expected, option):
+    """Assert that an outcome agrees with the expected one, and that all its replicas agree."""
     assert got.replicas_agree
     assert len(got.norms) == EPOCHS * STEPS_PER_EPOCH
     for value, wanted in zip(
@@ -54,7 +57,10 @@ def test_replicas_train_like_one_device(trained, name, replicas):
 @whole
 @pytest.mark.parametrize("name", [n for n in OPTIONS if OPTIONS[n].runs_in_replicas])
 def test_replicas_that_cannot_be_left_train_like_one_device(trained, name):
-    """TensorFlow forbids `merge_call` in XLA-compiled functions on GPUs."""
+    """Replicas that must not enter the cross-replica context train like one device.
+
+    TensorFlow forbids `merge_call`, which enters this context, in XLA-compiled functions on GPUs.
+    """
     got, expected = trained("2-sngm-in-replicas")[name], trained("0")[name]
     assert_same(got, expected, OPTIONS[name])
     np.testing.assert_allclose(got.norms, expected.norms, rtol=OPTIONS[name].tolerance)
@@ -73,7 +79,7 @@ def test_replicas_that_cannot_be_left_train_like_one_device(trained, name):
     ),
 )
 def test_a_fault_on_one_replica_skips_the_step(trained, name, how):
-    """All replicas skip it, and nothing changes, to the bit."""
+    """All replicas skip a step with a bad sample on one of them; nothing changes, to the bit."""
     got, expected = trained(how)[name], trained("0")[name]
     assert_same(got, expected, FAULTS[name])
     assert not got.changed_by_bad_batches
@@ -102,7 +108,10 @@ def test_cpus_of_one_machine_send_nothing_to_each_other(trained):
 @whole
 @pytest.mark.parametrize("name", [n for n in OPTIONS if n.startswith("embeddings")])
 def test_rows_of_embeddings_travel_as_slices(trained, name):
-    """Accumulated gradients do not, as they fill the whole table."""
+    """Replicas reduce gradients of embeddings as slices, but accumulated gradients as tensors.
+
+    Accumulated gradients fill the whole table.
+    """
     accumulates = "gradient_accumulation_steps" in OPTIONS[name].arguments
     assert bool(trained("4")[name].sparse_reductions) is not accumulates
 
@@ -128,7 +137,10 @@ def test_a_model_compiled_on_several_devices_says_what_to_set_instead(trained):
 
 @whole
 def test_replicas_that_could_disagree_are_refused(trained):
-    """Otherwise they would wait for each other."""
+    """A `LossScaleOptimizer` is refused where replicas would decide about a step one by one.
+
+    Replicas that decide differently would wait for each other.
+    """
     message = trained("2-sngm-in-replicas")["loss_scale_error"]
     assert "`LossScaleOptimizer` is such a condition. Set `SNGM(loss_scale_factor=" in message
 

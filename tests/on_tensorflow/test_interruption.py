@@ -1,4 +1,4 @@
-"""A training process may be killed at any moment."""
+"""Test of a training process that is killed at any moment."""
 
 import signal
 import subprocess
@@ -13,7 +13,7 @@ SCRIPT = SUPPORT / "killed_training.py"
 
 
 def train(*arguments):
-    """Run a training program, and return its exit status."""
+    """Run `killed_training.py`, and return its exit status."""
     process = subprocess.run(
         [sys.executable, SCRIPT, *map(str, arguments)],
         env=importing_project(),
@@ -27,7 +27,10 @@ def train(*arguments):
 
 @whole
 def test_killed_training_resumes_to_the_same_weights(tmp_path):
-    """It is killed in the first epoch, inside a later accumulation cycle, and at the end."""
+    """Training that is killed three times and resumed ends with the same weights.
+
+    The process is killed in the first epoch, inside a later accumulation cycle, and at the end.
+    """
     backup, undisturbed, resumed = (tmp_path / name for name in ("backup", "0.npz", "1.npz"))
     assert train(tmp_path / "other", undisturbed) == 0
     for batch in (3, 6, 17):

@@ -1,7 +1,7 @@
-"""Small variables take their step through TensorFlow's kernel, large ones through XLA.
+"""Tests of steps in which TensorFlow's kernel updates small variables, and XLA large ones.
 
-Here a limit is set between the two so that both work on the same model, and
-every shape occurs twice, so that some gradients are stacked.
+The tests lower the limit between the two, so that both work on the same model. Every shape occurs
+twice, so that some gradients are stacked.
 """
 
 import keras
@@ -33,9 +33,9 @@ in_graph = pytest.mark.parametrize("outer", [None, False], ids=["eager", "functi
 
 @pytest.fixture(autouse=True)
 def limits(monkeypatch):
-    """Lower the limits, so that of the shapes in use the last two go to XLA.
+    """Lower the size limits of the kernel, so that XLA updates the last two of the shapes in use.
 
-    Where averages are kept, the third does so, too.
+    Where moving averages are kept, XLA updates the third shape, too.
     """
     monkeypatch.setattr(tensorflow_kernel, "_LARGEST", 23)
     monkeypatch.setattr(tensorflow_kernel, "_LARGEST_AVERAGED", 19)
@@ -44,6 +44,7 @@ def limits(monkeypatch):
 
 @pytest.fixture
 def kernel_calls(monkeypatch):
+    """Return a list that grows with each call of TensorFlow's kernel for momentum."""
     calls = []
     kernel = tf.raw_ops.ResourceApplyMomentum
     monkeypatch.setattr(
@@ -53,6 +54,7 @@ def kernel_calls(monkeypatch):
 
 
 def apply_to_some(optimizer, gradients, variables, positions):
+    """Take a step with gradients for the variables at these positions only."""
     some = [variables[i] for i in positions]
     optimizer.apply(tensors_of([gradients[i] for i in positions], some), some)
 
@@ -119,7 +121,10 @@ def test_both_ways_agree_with_the_reference(jit_compile, outer, options):
 @in_graph
 @pytest.mark.parametrize("frequency", [None, 3])
 def test_averages_are_the_same_both_ways(jit_compile, outer, frequency):
-    """In the fifth step some variables have no gradient, but their averages still move."""
+    """The kernel and XLA update moving averages alike.
+
+    In the fifth step some variables have no gradient, but their averages still move.
+    """
     options = {"use_ema": True, "ema_momentum": 0.8, "ema_overwrite_frequency": frequency}
     trained = []
     for compiled in (jit_compile, True):
@@ -140,6 +145,7 @@ def test_averages_are_the_same_both_ways(jit_compile, outer, frequency):
 @in_graph
 @pytest.mark.parametrize("options", [{"clipvalue": 0.3}, {"clipnorm": 1.5}], ids=str)
 def test_small_variables_alone_need_no_xla(kernel_calls, outer, options):
+    """The kernel updates all variables if all of them are small."""
     gradients = random_gradients(SHAPES[1:3] * 2, 12)
     options = {**COUPLED, **options}
     assert_follows_the_reference(FAR_FROM_ZERO[1:3] * 2, gradients, outer, **options)
@@ -157,7 +163,7 @@ def test_gradients_of_any_magnitude_are_normalized(jit_compile, outer, scale, op
 
 @pytest.mark.parametrize("jit_compile", ["auto", True, False])
 def test_a_norm_beyond_float32_is_divided_by(jit_compile):
-    """No element overflows, but the norm does: 200 elements of 3e38."""
+    """No element of the gradient overflows, but its norm of 200 times 3e38 does."""
     variables = variables_of([np.zeros(20_000), np.zeros((2, 3, 4)), np.zeros(20_000)])
     gradients = [[np.full(v.shape, 3e38) for v in variables]]
     optimizer = SNGM(1.0, jit_compile=jit_compile)
@@ -211,7 +217,7 @@ def test_norms_are_in_the_order_of_the_variables():
 
 
 def test_a_gradient_that_is_its_own_variable():
-    """The kernel writes to a buffer that the gradient is read from."""
+    """The gradient may be read from the buffer of its variable, to which the kernel writes."""
     variables = variables_of(FAR_FROM_ZERO)
     optimizer = SNGM(0.1)
     optimizer.build(variables)

@@ -1,4 +1,4 @@
-"""Sums of squares, taken in whichever way is quick where they are taken."""
+"""Tests of sums of squares, which TensorFlow's kernels and XLA compute in different ways."""
 
 import functools
 
@@ -20,7 +20,7 @@ from problems import (
 from reference import ReferenceSNGM
 from selection import quick_only, whole
 
-# Below and above the sizes that are added up in 16 lanes, with and without a rest.
+# XLA adds up tensors of at least 4,096 elements in 16 lanes, some of these with a remainder.
 SIZES = [(), (1,), (4095,), (4096,), (4111,), (129, 33)]
 RANGES = [("float32", 10.0**k) for k in (-35, -20, -15, 0, 15, 20, 35)]
 RANGES += [("float64", 10.0**k) for k in (-300, -150, 0, 150, 300)]
@@ -29,6 +29,7 @@ LARGE = [(3,), (129, 33), (600, 600)]
 
 @pytest.mark.parametrize("jit_compile", [True, False])
 def test_lanes_add_up_to_the_whole(jit_compile):
+    """Sums of squares that are added up in lanes are those of NumPy, and so are all others."""
     arrays = random_arrays(SIZES)
     tensors = [tf.constant(array, "float32") for array in arrays]
     expected = [np.sum(array**2) for array in arrays]
@@ -41,7 +42,7 @@ def test_lanes_add_up_to_the_whole(jit_compile):
 
 @pytest.mark.parametrize("dtype, scale", quick_only(RANGES, [RANGES[0], RANGES[-1]]))
 def test_squares_of_any_magnitude(monkeypatch, dtype, scale):
-    """TensorFlow's kernel and XLA both compute them."""
+    """TensorFlow's kernels and XLA compute norms of gradients of any magnitude."""
     arrays = [scale * array for array in random_arrays(SIZES)]
     tensors = [tf.constant(array, dtype) for array in arrays]
     sizes = [array.size for array in arrays]
@@ -76,6 +77,7 @@ def test_no_magnitude_hides_what_is_not_finite(size, scale, bad):
 
 
 def test_rows_of_a_stack_are_variables():
+    """Each row of a stacked tensor has its own sum of squares."""
     arrays = random_arrays([(7,), (2, 3, 4)])
     stack = tf.constant(np.stack(random_arrays([(3, 2)] * 4)), "float32")
     tensors = [*(tf.constant(array, "float32") for array in arrays), stack]
@@ -106,6 +108,7 @@ def test_large_variables_follow_the_reference(jit_compile, outer, options, scale
     "options", [{}, {"weight_decay": 0.05, "decoupled_weight_decay": False}], ids=str
 )
 def test_accumulated_gradients_are_taken_as_a_sum(options):
+    """The norm of an update is that of the mean of its micro-batches' gradients."""
     start = random_arrays(LARGE)
     micro = random_gradients(LARGE, 9)
     variables = variables_of(start)

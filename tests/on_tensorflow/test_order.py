@@ -1,4 +1,4 @@
-"""Large variables go through XLA in chunks; here chunks are small."""
+"""Tests of the chunks in which XLA updates large variables; here chunks are small."""
 
 import itertools
 import re
@@ -25,6 +25,7 @@ from selection import whole
 
 @pytest.fixture(autouse=True)
 def chunk(monkeypatch):
+    """Lower the least size of a chunk to 24 elements."""
     monkeypatch.setattr(tensorflow_order, "_CHUNK_SIZE", 24)
 
 
@@ -35,6 +36,7 @@ def test_chunks_are_as_small_as_may_be():
 
 @pytest.mark.parametrize("sizes", [[], [0], [1], [24], [0, 24, 0], [24] * 5, [5] * 100], ids=str)
 def test_chunks_have_all_variables(sizes):
+    """Chunks contain each variable once, in order, and all but the last have the least size."""
     slices = tensorflow_order.chunks(sizes)
     assert list(itertools.chain(*(sizes[chunk] for chunk in slices))) == sizes
     assert all(sum(sizes[chunk]) >= 24 for chunk in slices[:-1])
@@ -68,7 +70,7 @@ def test_mixed_dtypes_are_updated_in_chunks(monkeypatch, use_ema):
 @whole
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 0.0, -0.0])
 def test_what_a_chunk_waits_for_may_be_any_number(value):
-    """A weight that is not finite must not spoil the weights after it."""
+    """A weight that is not finite does not spoil the weights of later chunks."""
     start = [np.full_like(array, value) for array in FAR_FROM_ZERO[:5]] + FAR_FROM_ZERO[5:]
     variables = variables_of(start)
     others = variables_of(FAR_FROM_ZERO)
@@ -91,7 +93,7 @@ def test_a_skipped_step_in_chunks_changes_no_bit():
 
 
 def test_xla_keeps_the_order(tmp_path):
-    """Momentum and weight of a variable are computed before the next but one begins."""
+    """XLA computes momentum and weight of a variable before it begins the one after the next."""
     shapes = [(1000, 1000 + i) for i in range(6)]
     run_python(
         "-c",

@@ -1,4 +1,4 @@
-"""Where no step can be taken, the error says what to do instead."""
+"""Tests of errors that say what to do instead where no step can be taken."""
 
 import keras
 import pytest
@@ -9,6 +9,7 @@ from keras_sngm import SNGM
 
 @pytest.fixture(scope="module")
 def mirrored():
+    """Return a `MirroredStrategy` with one CPU."""
     return tf.distribute.MirroredStrategy(["CPU:0"])
 
 

@@ -1,4 +1,4 @@
-"""What there is on the TensorFlow backend alone."""
+"""Tests of what only the TensorFlow backend has, such as slices, AutoGraph and exported models."""
 
 import logging
 
@@ -26,13 +26,13 @@ from selection import whole
     ids=str,
 )
 def test_the_step_of_accelerators_agrees_with_the_reference(monkeypatch, options):
-    """On accelerators XLA compiles norm and update together. That runs on a CPU, too."""
+    """The step of accelerators, which XLA compiles together with the norm, is right on a CPU."""
     monkeypatch.setattr(tensorflow_step, "is_accelerator", lambda device: True)
     compare_with_reference("eager-xla", **options)
 
 
 def test_sparse_gradients_train_like_dense_ones():
-    """Duplicate rows are added before the norm is taken."""
+    """Duplicate rows of a sparse gradient are added up before the norm is computed."""
     indices = tf.constant([2, 0, 2, 2])
     rows = tf.constant(np.random.default_rng(0).standard_normal((4, 3)), "float32")
     sparse = tf.IndexedSlices(rows, indices, dense_shape=(5, 3))
@@ -50,7 +50,7 @@ def test_plain_tf_variables_can_be_trained():
 @pytest.mark.parametrize("make", [SNGM, keras.optimizers.SGD])
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}], ids=str)
 def test_a_function_of_the_user_does_not_warn(make, options):
-    """AutoGraph would tell of code that it cannot transform, and ask to report it."""
+    """AutoGraph does not warn of code of the optimizer that it cannot transform."""
     printed = []
     handler = logging.Handler()
     handler.emit = lambda record: printed.append(record.getMessage())
@@ -78,9 +78,10 @@ OF_UNKNOWN_LENGTH = {
 @pytest.mark.parametrize("jit_compile", ["auto", False])
 @pytest.mark.parametrize("make", OF_UNKNOWN_LENGTH.values(), ids=OF_UNKNOWN_LENGTH)
 def test_the_end_of_a_dataset_is_no_step(tmp_path, make, jit_compile):
-    """TensorFlow calls the training function once more if the length is unknown.
+    """A call of the training function without a batch is no step.
 
-    Keras' own optimizers count that as a step.
+    TensorFlow makes such a call at the end of a dataset of unknown length. Keras' own optimizers
+    count it as a step.
     """
     x = np.random.default_rng(0).standard_normal((48, 6)).astype("float32")
     data = tf.data.Dataset.from_generator(

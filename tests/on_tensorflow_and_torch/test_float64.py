@@ -1,4 +1,4 @@
-"""What holds for every gradient that float64 can hold, on backends that have it."""
+"""Tests with gradients of any magnitude that float64 can hold, on backends that have float64."""
 
 import keras
 import numpy as np
@@ -22,7 +22,7 @@ def test_float64_variables_get_a_float64_norm(jit_compile, outer, scale):
 @mode
 @pytest.mark.parametrize("scale", [1e200, 1e-200, 1e50, 1e-50])
 def test_float32_variables_beside_float64_ones(jit_compile, outer, scale):
-    """Gradients far outside of float32 in one variable leave the other one sound."""
+    """A float64 gradient far outside of float32 leaves a float32 variable sound."""
     variables = variables_of([np.zeros(4), np.zeros(2)], ["float64", "float32"])
     gradients = [[np.full(4, scale), np.zeros(2)]]
     train(SNGM(0.5, jit_compile=jit_compile), variables, gradients, outer)
@@ -33,6 +33,7 @@ def test_float32_variables_beside_float64_ones(jit_compile, outer, scale):
 @mode
 @pytest.mark.parametrize("scale", [1e-50, 1.0, 1e60])
 def test_clipping_is_as_precise(jit_compile, outer, scale):
+    """`clipnorm` has the precision of float64."""
     variables = variables_of([np.zeros(4), np.zeros(1)], "float64")
     gradients = [[np.full(4, scale), np.full(1, 3 * scale)]]
     train(SNGM(1.0, clipnorm=scale, jit_compile=jit_compile), variables, gradients, outer)

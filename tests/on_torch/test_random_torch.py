@@ -1,4 +1,4 @@
-"""Random trainings agree with the reference in the steps that accelerators take, on CPUs."""
+"""Test that random trainings agree with the reference in the steps of accelerators, on CPUs."""
 
 import numpy as np
 import pytest

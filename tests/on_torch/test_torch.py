@@ -1,4 +1,4 @@
-"""What only PyTorch has: its compiler, its accelerators, its way to several processes."""
+"""Tests of what only PyTorch has: its compiler, its accelerators, its distributed training."""
 
 import pickle
 
@@ -36,7 +36,10 @@ AVERAGED = {"use_ema": True, "ema_momentum": 0.8, "ema_overwrite_frequency": 7}
 
 @pytest.fixture(params=["CUDA", "others"])
 def accelerator(request, monkeypatch):
-    """Take the steps of accelerators, which run on CPUs, too."""
+    """Let steps on CPUs take the code path of CUDA, or of other accelerators.
+
+    The fused kernel is replaced by one that checks its arguments.
+    """
     if request.param == "CUDA":
         for module in (torch_kernel, torch_norm, torch_step):
             monkeypatch.setattr(module, "host_decides", lambda tensor: False)
@@ -44,7 +47,7 @@ def accelerator(request, monkeypatch):
     kernel = torch._fused_sgd_
 
     def strict(weights, gradients, momentums, **how):
-        """Check what the kernels of accelerators demand, before the kernel of CPUs is called."""
+        """Assert what the kernels of accelerators demand, then call the kernel of CPUs."""
         assert len({tensor.dtype for tensor in [*weights, *gradients, *momentums]}) == 1
         for tensors in (gradients, momentums or weights):
             assert [t.stride() for t in tensors] == [w.stride() for w in weights]
@@ -62,6 +65,7 @@ def accelerator(request, monkeypatch):
 
 
 def fitted(optimizer, *callbacks, **compile_options):
+    """Return a new model after two epochs; its initial weights are the same at every call."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(5), keras.layers.Dense(1)])
     model.compile(optimizer, "mse", **compile_options)
@@ -107,7 +111,7 @@ def test_accelerators_skip_steps_to_the_bit(options):
 
 
 class Waits(TorchDispatchMode):
-    """Dispatch mode that counts how often the host asks for a number or copies one to a tensor."""
+    """Dispatch mode that counts how often the host reads a scalar or makes a tensor of numbers."""
 
     def __init__(self):
         super().__init__()
@@ -120,6 +124,8 @@ class Waits(TorchDispatchMode):
 
 
 def counted_by(waits, function):
+    """Return a function that calls the given one in a `with waits` statement."""
+
     def counted(*args, **kwargs):
         with waits:
             return function(*args, **kwargs)
@@ -136,7 +142,7 @@ ON_CUDA = pytest.mark.parametrize("accelerator", ["CUDA"], indirect=True)
 @pytest.mark.parametrize("dtypes", [("float32",) * 2, ("float64", "float32")], ids=str)
 @pytest.mark.parametrize("magnitude", [3e38, 1e60, 1e-60, 1e-42])
 def test_norms_out_of_range_do_no_harm_on_cuda(magnitude, dtypes, options):
-    """The step is right, or skipped and counted."""
+    """A step whose norm is out of range is right, or is skipped and counted."""
     variables = variables_of([np.zeros(4), np.zeros(4)], dtypes)
     wide = torch.full((4,), magnitude, dtype=torch.float64)
     gradients = [wide.to(variable.value.dtype) for variable in variables]
@@ -178,13 +184,14 @@ def test_the_host_does_not_wait_for_cuda(options, dtypes):
     with Waits() as waits:
         for _ in range(4):
             optimizer.apply(gradients, variables)
-        for _ in range(2):  # one variable has no gradient
+        for _ in range(2):  # The first variable has no gradient.
             optimizer.apply(gradients[1:], variables[1:])
     assert waits.count == 0
 
 
 @pytest.mark.parametrize("make", [SNGM, lambda: keras.optimizers.SGD(0.05)], ids=["SNGM", "SGD"])
 def test_nor_does_it_for_a_logger(monkeypatch, tmp_path, make):
+    """The host does not wait for the device to record an update."""
     waits = Waits()
     monkeypatch.setattr(Recorder, "record", counted_by(waits, Recorder.record))
     logger = GradientNormLogger(tmp_path, log_every=2, update_ratio=True, histogram_every=3)
@@ -197,6 +204,10 @@ def test_nor_does_it_for_a_logger(monkeypatch, tmp_path, make):
 @pytest.mark.parametrize("on_nonfinite", ["warn", "stop"])
 @pytest.mark.parametrize("make", [SNGM, lambda: keras.optimizers.SGD(0.05)], ids=["SNGM", "SGD"])
 def test_nor_does_it_for_a_logger_between_steps(monkeypatch, make, on_nonfinite):
+    """A logger makes the host wait for the device only with Keras' own optimizers.
+
+    The host then waits once, and with `on_nonfinite="stop"` once more in each step.
+    """
     totals = []
     for callbacks in ([], [GradientNormLogger(on_nonfinite=on_nonfinite)]):
         waits = Waits()
@@ -205,19 +216,24 @@ def test_nor_does_it_for_a_logger_between_steps(monkeypatch, make, on_nonfinite)
                 patch.setattr(of, name, counted_by(waits, getattr(of, name)))
             fitted(make(), *callbacks)
         totals.append(waits.count)
-    # With an optimizer of Keras once for the number of the first step, and to stop it in each.
+    # With Keras' SGD the host reads the number of the first step. To stop, it must also know in
+    # each step whether the gradient is finite.
     expected = 0 if make is SNGM else {"warn": 1, "stop": 1 + 12}[on_nonfinite]
     assert totals[1] - totals[0] == expected
 
 
 def test_histograms_count_further_than_float32_does():
-    """Keras' `segment_sum` counts by adding ones in float32."""
+    """Histograms count more than 2^24 elements.
+
+    Keras' `segment_sum`, which adds ones in float32, cannot.
+    """
     size = 2**24 + 2**10
     assert histogram(torch.zeros(size), segment_sum)[2:].tolist() == [size] + [0] * 29
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.0}, {"use_ema": True}], ids=str)
 def test_a_backward_pass_through_weights_that_have_changed_is_noticed(options):
+    """PyTorch refuses a backward pass through weights that a step has changed."""
     weight = keras.Variable(np.ones(3))
     loss = torch.square(weight.value).sum()
     optimizer = SNGM(**options)
@@ -228,6 +244,7 @@ def test_a_backward_pass_through_weights_that_have_changed_is_noticed(options):
 
 
 def test_gradients_stay_as_they_are_on_cpus():
+    """A step on a CPU does not overwrite the gradients that it is given."""
     variables = variables_of(random_arrays())
     gradients = tensors_of(random_gradients(steps=1)[0], variables)
     before = [gradient.clone() for gradient in gradients]
@@ -241,7 +258,7 @@ def test_gradients_stay_as_they_are_on_cpus():
 
 @pytest.mark.parametrize("size", [2**14, 2**14 + 1, 2**18, 2**18 + 1, 5_000_000])
 def test_norms_of_long_tensors_are_precise(size):
-    """PyTorch's own norm is off by 2e-4 where all elements are equal."""
+    """Norms of long tensors are precise. PyTorch's own is off by 2e-4 if all elements are equal."""
     numbers = np.random.default_rng(0).standard_normal(size).astype("float32")
     for tensor in (torch.from_numpy(numbers), torch.full((size,), 0.7)):
         measured = torch_norm.normalized_by(PLAIN_RULE, [tensor, torch.ones(3)])
@@ -265,7 +282,7 @@ OPTIONS = [
 
 
 def trained_in(weight_layout, gradient_layout, options):
-    """Return the variables after three steps, and all of the optimizer's state."""
+    """Return variables and optimizer state after four steps with tensors in these layouts."""
     generator = torch.Generator().manual_seed(0)
     start, *gradients = torch.randn((5, 4, 3, 2, 6), generator=generator)
     variables = [keras.Variable(weight_layout(start)), keras.Variable(np.ones(3))]
@@ -278,6 +295,7 @@ def trained_in(weight_layout, gradient_layout, options):
 
 
 def assert_layouts_do_not_matter(weights, gradients, options):
+    """Assert that training with tensors in these layouts is like training with contiguous ones."""
     got = trained_in(LAYOUTS[weights], LAYOUTS[gradients], options)
     for value, expected in zip(got, trained_in(LAYOUTS["row by row"], lambda g: g, options)):
         np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-6)
@@ -297,12 +315,13 @@ def test_how_tensors_lie_in_memory_does_not_matter(weights, gradients, options):
 @pytest.mark.parametrize("gradients", LAYOUTS)
 @pytest.mark.usefixtures("accelerator")
 def test_nor_does_it_on_accelerators(weights, gradients):
+    """The memory layout of tensors does not change a step of accelerators."""
     assert_layouts_do_not_matter(weights, gradients, {})
 
 
 @pytest.mark.usefixtures("accelerator")
 def test_strides_that_mean_nothing_do_not_matter_on_accelerators():
-    """Strides of dimensions of size 1 mean nothing."""
+    """Tensors may have any stride in a dimension of size 1."""
     column = torch.arange(1.0, 7.0).reshape(6, 1)
     odd = column.reshape(1, 6).t()
     assert column.stride() != odd.stride()
@@ -319,15 +338,16 @@ def test_strides_that_mean_nothing_do_not_matter_on_accelerators():
 
 
 def test_a_gradient_may_be_one_number_many_times():
+    """A gradient may be an expanded tensor, which stores one number for all elements."""
     tables = [trained_table(g) for g in (torch.ones(()).expand(5, 3), torch.ones(5, 3))]
     np.testing.assert_allclose(*tables, rtol=1e-6)
 
 
 def alike(way):
-    """Return two equal gradients."""
+    """Return two equal gradients, which share all, a part or nothing of their memory."""
     if way == "one tensor":
         return [torch.full((3,), 2.0)] * 2
-    if way == "one memory in part":  # as gradients of the parts of concatenations are
+    if way == "one memory in part":  # Gradients of the parts of a concatenation are like this.
         memory = torch.full((5,), 2.0)
         return [memory[:3], memory[2:]]
     return [torch.full((3,), 2.0) for _ in range(2)]
@@ -348,6 +368,7 @@ def test_weights_may_share_a_gradient_on_accelerators(options, way):
 
 
 def test_the_host_knows_when_a_count_was_assigned():
+    """HostCount returns the value of a variable also after others have assigned to it."""
     variable = keras.Variable(3, dtype="int64", trainable=False)
     count = HostCount()
     assert count.of(variable) == 3
@@ -360,7 +381,7 @@ def test_the_host_knows_when_a_count_was_assigned():
 
 
 def test_sparse_gradients_train_like_dense_ones():
-    """Duplicate rows are added before the norm is taken."""
+    """Duplicate rows of a sparse gradient are added up before the norm is computed."""
     rows = torch.from_numpy(np.random.default_rng(0).standard_normal((4, 3)).astype("float32"))
     sparse = torch.sparse_coo_tensor(torch.tensor([[2, 0, 2, 2]]), rows, (5, 3))
     trained = [trained_table(gradient) for gradient in (sparse, sparse.to_dense())]
@@ -377,7 +398,7 @@ def test_sparse_gradients_train_like_dense_ones():
     ids=["SNGM", "SNGM, options", "SGD"],
 )
 def test_a_compiled_training_step_trains_the_same(make):
-    """It is logged the same, too."""
+    """A training step compiled by PyTorch trains, and is logged, like one that is not compiled."""
     compiled, plain = fitted(make(), jit_compile=True), fitted(make())
     assert_close(compiled.weights, values_of(plain.weights), 1e-5)
     compiled.fit(X, Y, 8, shuffle=False, verbose=0, callbacks=[GradientNormLogger()])
@@ -388,7 +409,7 @@ def test_a_compiled_training_step_trains_the_same(make):
 
 
 def test_the_host_is_asked_once():
-    """It is not asked for the number of every step, unless others have changed it."""
+    """The host reads the number of steps once, and again only after others have assigned to it."""
     optimizer = SNGM(gradient_accumulation_steps=2)
     variables = variables_of(random_arrays())
     optimizer.build(variables)
@@ -406,7 +427,7 @@ def test_the_host_is_asked_once():
 
 
 def test_two_processes_train_like_one(tmp_path):
-    """They use a custom loop with DistributedDataParallel."""
+    """Two processes with DistributedDataParallel and a custom loop train like one."""
     run_python(SUPPORT / "torch_processes.py", tmp_path / "one", 1)
     run_python(SUPPORT / "torch_processes.py", tmp_path / "two", 2)
     one, two = (pickle.loads((tmp_path / name).read_bytes()) for name in ("one", "two"))

@@ -1,4 +1,4 @@
-"""Every option trains alike on every backend, and goes on with files of other ones."""
+"""Tests that all options train alike on all backends, and resume from files of other backends."""
 
 import itertools
 import pickle
@@ -12,8 +12,9 @@ from replica_options import FAULTS, OPTIONS, QUICK_OPTIONS
 JOBS = {**OPTIONS, **FAULTS}
 BACKENDS = ("tensorflow", "jax", "torch")
 PAIRS = list(itertools.permutations(BACKENDS, 2))
-# What a file says does not depend on who reads it. So with most options each backend goes on
-# with files of one other, and with options that have what most others have with files of both.
+# The content of a file does not depend on the backend that reads it. So each backend resumes from
+# files of one other backend with every option, and from files of both with `QUICK_OPTIONS`, which
+# together have what most others have.
 OF_EVERY_OPTION = (("tensorflow", "jax"), ("jax", "torch"), ("torch", "tensorflow"))
 RESUMED = [
     (name, *pair) for pair in PAIRS for name in (JOBS if pair in OF_EVERY_OPTION else QUICK_OPTIONS)
@@ -22,7 +23,10 @@ RESUMED = [
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Return the results of each backend, and of each pair: one wrote the files, one went on."""
+    """Train on each backend; return the results of each backend, and of each pair of backends.
+
+    The first backend of a pair has saved the models midway, the second has loaded and trained them.
+    """
     folders = {backend: tmp_path_factory.mktemp(backend) for backend in BACKENDS}
     results = {}
     for backend, folder in folders.items():
@@ -37,10 +41,12 @@ def trained(tmp_path_factory):
 
 
 def run(backend, call):
+    """Call a function of `backend_training` in a process with this backend."""
     run_python("-c", f"import backend_training; backend_training.{call}", KERAS_BACKEND=backend)
 
 
 def assert_alike(got, expected, tolerance):
+    """Assert for each array that norm(error) <= tolerance * norm(expected array)."""
     for value, wanted in zip(got, expected, strict=True):
         assert np.linalg.norm(value - wanted) <= tolerance * np.linalg.norm(wanted)
 

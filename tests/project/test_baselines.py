@@ -1,4 +1,4 @@
-"""The baselines of the examples: Keras' own optimizers with coupled weight decay, and LARS."""
+"""Tests of the examples' baselines: Keras' optimizers with coupled weight decay, and LARS."""
 
 import jax
 import keras
@@ -31,6 +31,7 @@ def test_weight_decay_is_added_to_the_gradient():
 
 
 def test_without_decay_they_train_like_those_of_keras():
+    """Without coupled weight decay, MomentumSGD and Lamb train like Keras' SGD and Lamb."""
     for coupled, plain in (
         (MomentumSGD(0.1, momentum=0.9), keras.optimizers.SGD(0.1, momentum=0.9)),
         (Lamb(0.1), keras.optimizers.Lamb(0.1)),
@@ -64,7 +65,10 @@ def test_without_decay_sparse_gradients_stay_sparse():
     ids=str,
 )
 def test_lars_is_that_of_optax_at_every_step(options, nesterov):
-    """One of the variables starts at zero, as biases do."""
+    """LARS takes the same steps as the LARS of Optax.
+
+    One of the variables starts at zero, as biases do.
+    """
     start = [*random_arrays(), np.zeros(4)]
     gradients = random_gradients([*SHAPES, (4,)], STEPS)
     gradients[7][1][:] = 0.0
@@ -86,6 +90,7 @@ def test_lars_is_that_of_optax_at_every_step(options, nesterov):
 
 
 def rate_at(step):
+    """Return the learning rate of a step for Optax, the same as that of `SCHEDULE`."""
     return 8.0 * (1.0 - step / STEPS) ** 1.1
 
 
@@ -104,12 +109,13 @@ def test_lars_trains_and_is_saved(tmp_path):
 
 
 def test_lars_leaves_out_what_is_excluded_from_decay():
+    """LARS does not decay a variable that is excluded from weight decay."""
     variables = variables_of([np.ones(2), np.ones(2)])
     optimizer = LARS(1.0, weight_decay=0.5, trust_coefficient=1.0)
     optimizer.exclude_from_weight_decay(var_list=variables[1:])
     gradient = np.array([1.0, 0.0])
     train(optimizer, variables, [[gradient, gradient]])
-    # norm(w) is sqrt(2); the decayed gradient is (1.5, 0.5).
+    # The norm of w is sqrt(2), and the decayed gradient is (1.5, 0.5).
     decayed = np.array([1.5, 0.5]) * np.sqrt(2.0 / 2.5)
     np.testing.assert_allclose(variables[0], 1.0 - decayed, rtol=1e-6)
     np.testing.assert_allclose(variables[1], [1.0 - np.sqrt(2.0), 1.0], rtol=1e-6)

@@ -1,4 +1,7 @@
-"""Benchmarks run, and the README's figures are those they have measured. No time is asserted."""
+"""Tests that benchmarks run, and that the figures of the README are those they have measured.
+
+No test asserts a time.
+"""
 
 import json
 import pathlib
@@ -17,6 +20,7 @@ STEP_TIMES = [f"step_time_{backend}" for backend in BACKENDS]
 
 @pytest.fixture
 def report(monkeypatch):
+    """Return the module `report` of the benchmarks, imported anew for each test."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import report
 
@@ -55,7 +59,7 @@ def test_the_readme_shows_what_logging_costs():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_contestant_of_a_backend_takes_steps_and_imports_no_other(backend):
-    """What Keras imports by itself does not count."""
+    """Contestants import no backend but their own. Imports of Keras itself do not count."""
     run_python(
         "-c",
         """

@@ -1,4 +1,4 @@
-"""The examples run, and say what they measured."""
+"""Tests that the examples run, and report what they measured."""
 
 import json
 import re
@@ -21,15 +21,18 @@ SCRIPT = EXAMPLES / "large_batch.py"
 
 @pytest.fixture(autouse=True)
 def keras_home(tmp_path, monkeypatch):
+    """Keep Keras' files in a temporary folder, and let Matplotlib draw without a display."""
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
     monkeypatch.setenv("MPLBACKEND", "agg")
 
 
 def saved_runs(path):
+    """Return the runs in a JSON file that `large_batch.py` has written."""
     return json.loads(path.read_text())["runs"]
 
 
 def test_the_main_job_from_the_command_line(tmp_path):
+    """`large_batch.py` prints a table of its runs, and writes them to a JSON file and a picture."""
     printed = run_python(SCRIPT, "--quick", "--strategy", "mirrored", "--output", tmp_path)
     for row in (
         "| SNGM | 100 |",
@@ -38,7 +41,7 @@ def test_the_main_job_from_the_command_line(tmp_path):
         "| momentum SGD | 32 |",
     ):
         assert row in printed
-    assert "±" not in printed  # one seed
+    assert "±" not in printed  # There is one seed, so there is no deviation.
     assert str(tmp_path / "compare.json") in printed
     assert str(tmp_path / "compare.png") in printed
     assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
@@ -55,7 +58,7 @@ def test_the_main_job_from_the_command_line(tmp_path):
 
 
 def test_quick_runs_of_methods_differ_only_in_the_optimizer(tmp_path):
-    """With the same seed and batch the first epoch starts at the same gradient."""
+    """Runs with the same seed and batches start at the same gradient, whatever the method."""
     arguments = ["--quick", "--epochs", "1", "--batch-size", "400", "--small-batch-size", "400"]
     large_batch.main([*arguments, "--output", str(tmp_path)])
     norms = [run["grad_norm"][0] for run in saved_runs(tmp_path / "compare.json")]
@@ -110,6 +113,7 @@ def test_splits_do_not_overlap(available, tested_on):
 
 
 def test_the_main_job_on_images(tmp_path, capsys):
+    """`large_batch.py` trains on a dataset of images."""
     with tfds.testing.mock_data(num_examples=1600):
         sizes = ["--epochs", "1", "--batch-size", "8", "--small-batch-size", "4"]
         large_batch.main(
@@ -121,6 +125,7 @@ def test_the_main_job_on_images(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def gradient_norms(tmp_path_factory):
+    """Run the example `gradient_norms.py`; return the folder that it has written to."""
     output = tmp_path_factory.mktemp("gradient_norms")
     home = {"KERAS_HOME": str(output / "keras"), "MPLBACKEND": "agg"}
     printed = run_python(EXAMPLES / "gradient_norms.py", "--quick", "--output", output, **home)
@@ -208,7 +213,7 @@ def test_other_depths_of_resnets_are_refused(depth):
 
 
 def cifar(output, *arguments):
-    """Train on 16 made-up images, in batches of 8."""
+    """Run the example `cifar10_resnet.py` on 16 made-up images, in batches of 8."""
     with tfds.testing.mock_data(num_examples=1600):
         quick = ["--quick", "--depth", "8", "--batch-size", "8", "--verbose", "0"]
         cifar10_resnet.main([*quick, *arguments, "--output", str(output)])
@@ -223,7 +228,7 @@ def test_cifar10_resnet_trains_with_all_it_writes(tmp_path, capsys, options):
     cifar(tmp_path, "--epochs", "2", *options)
     assert "Test accuracy" in capsys.readouterr().out
     norms = (tmp_path / "norms.csv").read_text().splitlines()
-    assert len(norms) == 1 + 4  # two updates in each epoch
+    assert len(norms) == 1 + 4  # Each epoch has two updates.
     events = EventAccumulator(str(tmp_path / "logs")).Reload()
     assert "grad_norm" in events.Tags()["tensors"]
     model = keras.saving.load_model(tmp_path / "model.keras")

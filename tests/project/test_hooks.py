@@ -1,7 +1,7 @@
-"""A canary for the private parts of Keras, TensorFlow and PyTorch that the backend stands on.
+"""Tests for private names of Keras, TensorFlow and PyTorch on which `keras_sngm.backend` relies.
 
-When one is renamed, this says what no longer works, before anything else fails
-in a way that is hard to read.
+When one of these names is changed, its test says what no longer works. Other failures would be
+harder to read.
 """
 
 import ast
@@ -86,6 +86,7 @@ OF_TORCH = {
 
 
 def built_optimizer():
+    """Return a built SGD of Keras with moving averages and gradient accumulators."""
     optimizer = keras.optimizers.SGD(use_ema=True, gradient_accumulation_steps=2)
     optimizer.build([keras.Variable([0.0])])
     return optimizer
@@ -110,7 +111,10 @@ def test_a_strategy_still_has_its_reduction():
 
 @pytest.fixture(scope="module")
 def names_of_torch():
-    """Return the names in `torch`, from another process: beside TensorFlow PyTorch can crash."""
+    """Return the names in the module `torch`, read in another process.
+
+    In a process that has imported TensorFlow, PyTorch can crash.
+    """
     return run_python("-c", "import torch; print(*dir(torch))").split()
 
 
@@ -132,6 +136,7 @@ def test_a_tensor_still_knows_its_version():
 
 
 def nodes_of(kind):
+    """Return all syntax nodes of a type in the modules of `keras_sngm.backend`."""
     trees = [ast.parse(path.read_text()) for path in BACKEND.rglob("*.py")]
     return [node for tree in trees for node in ast.walk(tree) if isinstance(node, kind)]
 

@@ -1,4 +1,4 @@
-"""Several workers learn what one would, even if one of them dies on the way."""
+"""Tests of several workers: they learn what one would, even if one of them dies on the way."""
 
 import itertools
 import json
@@ -15,14 +15,14 @@ from processes import ROOT, SUPPORT, free_ports, run_together
 
 WORKER = ROOT / "examples" / "multi_worker.py"
 DYING_WORKER = SUPPORT / "dying_worker.py"
-# Three epochs of four steps: the checkpoint is inside the second one. Many more
-# steps would blow up the rounding errors in which the runs do differ.
+# There are three epochs of four steps, so that the checkpoint is inside the second epoch. Many
+# more steps would amplify the rounding errors by which the runs differ.
 STEPS, CHECKPOINT = 12, 5
 ARGUMENTS = ["--quick", "--epochs", "3", "--checkpoint-every", str(CHECKPOINT)]
 
 
 def run_job(programs, output, keras_home):
-    """Run one worker per program until all have ended; return how they ended."""
+    """Run one worker per program until all have ended; return how each has ended."""
     arguments = [*ARGUMENTS, "--output", output]
     environment = {"KERAS_HOME": str(keras_home), "TMPDIR": str(output.parent)}
     configs = tf_configs(len(programs))
@@ -35,7 +35,7 @@ def run_job(programs, output, keras_home):
 
 
 def tf_configs(workers):
-    """Return the TF_CONFIG of each worker on this machine; that of a single one names no others."""
+    """Return the TF_CONFIG of each worker on this machine; that of a single worker is empty."""
     if workers == 1:
         return ["{}"]
     cluster = {"worker": [f"localhost:{port}" for port in free_ports(workers)]}
@@ -46,6 +46,7 @@ def tf_configs(workers):
 
 
 def state_of(output):
+    """Return the weights and the optimizer state of the model that a finished job has saved."""
     model = keras.saving.load_model(output / "model.keras")
     assert model.optimizer.iterations.numpy() == STEPS
     return [v.numpy() for v in [*model.trainable_variables, *model.optimizer.variables]]
@@ -74,7 +75,14 @@ def test_a_job_outlives_a_worker(tmp_path):
 
 
 def batches_of(worker, workers, replicas, done):
-    """Return the sample numbers of a worker's batches, its replicas' parts put together."""
+    """Return the numbers of the samples in a worker's batches, one row per batch.
+
+    Args:
+        worker: the index of the worker.
+        workers: the number of workers.
+        replicas: the number of replicas of each worker, whose parts of a batch are joined.
+        done: the number of batches to leave out.
+    """
     context = tf.distribute.InputContext(workers, worker, workers * replicas)
     strategy = types.SimpleNamespace(distribute_datasets_from_function=lambda f: f(context))
     parts = multi_worker.batches(strategy, tf.data.Dataset.range(43), 12, epochs=3, done=done)

@@ -1,4 +1,4 @@
-"""The rooms of the house, its programs, and what the README promises of the package."""
+"""Tests of the imports in the package, of its programs, and of promises of the README."""
 
 import ast
 import graphlib
@@ -30,8 +30,8 @@ ARITHMETIC = {
     f"keras_sngm.{name}" for name in ("update_rule", "normalization", "noise_scale", "measurements")
 }
 BACKENDS = {f"keras_sngm.backend.{name}" for name in ("tensorflow", "jax", "torch")}
-# What the modules of each room may import of this package, besides those of the same room:
-# arrows point one way, and no backend knows another.
+# The modules of each part of the package may import those of the same part and of the parts that
+# are listed here. Imports between parts go one way, and no backend imports another.
 ARROWS = {
     "keras_sngm": {"keras_sngm.monitoring", "keras_sngm.sngm", "keras_sngm.version"},
     "keras_sngm.sngm": {"keras_sngm.backend", "keras_sngm.update_rule", "keras_sngm.weight_decay"},
@@ -43,12 +43,12 @@ ARROWS = {
     "keras_sngm.noise_scale": {"keras_sngm.update_rule"},
     **{f"keras_sngm.{name}": set() for name in ("update_rule", "measurements", "version")},
     "keras_sngm.weight_decay": set(),
-    # Where pickles of earlier versions look.
+    # Pickles of earlier versions name these modules.
     "keras_sngm.callbacks": {"keras_sngm.monitoring"},
     "keras_sngm.outputs": {"keras_sngm.monitoring"},
 }
 
-# The backend that each program needs, and the arguments that it must have.
+# Each program has a backend that it needs, or none, and arguments that it must be given.
 PROGRAMS = {
     "benchmarks/logging_cost.py": ("tensorflow",),
     "benchmarks/logging_memory.py": (None,),
@@ -76,22 +76,24 @@ def imports_of(path):
 
 
 def room_of(module):
-    """Return the room that a module of the package belongs to."""
+    """Return the part of the package, a key of `ARROWS`, that a module belongs to."""
     return max((room for room in ARROWS if f"{module}.".startswith(f"{room}.")), key=len)
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_arrows_between_rooms_point_one_way(module):
+    """A module imports only from its own part of the package and from those in `ARROWS`."""
     rooms = {room_of(name) for name in imports_of(MODULES[module]) if name in MODULES}
     assert rooms <= {room_of(module), *ARROWS[room_of(module)]}
 
 
 def test_no_two_modules_import_each_other():
     imports = {name: set(imports_of(path)) & set(MODULES) for name, path in MODULES.items()}
-    graphlib.TopologicalSorter(imports).prepare()  # raises a CycleError
+    graphlib.TopologicalSorter(imports).prepare()  # It raises an error if there is a cycle.
 
 
 def test_no_room_is_left_over():
+    """Every part of the package in `ARROWS` has modules."""
     assert {room_of(module) for module in MODULES} == set(ARROWS)
 
 
@@ -103,7 +105,7 @@ def test_pickles_of_earlier_versions_find_their_names(module, name):
 
 
 def test_long_modules_say_why():
-    """Modules above 300 lines give a reason in their first docstring."""
+    """A module of more than 300 lines says in its docstring why it is one file."""
     for path in MODULES.values():
         text = path.read_text()
         assert text.count("\n") <= 300 or "in one file" in ast.get_docstring(ast.parse(text)), path

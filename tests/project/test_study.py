@@ -1,4 +1,4 @@
-"""The large-batch study: what it searches, that it can be interrupted, and what it reports."""
+"""Tests of the large-batch study: its searches, its resumption when killed, and its reports."""
 
 import dataclasses
 import gzip
@@ -33,18 +33,22 @@ NO_SETTING = Setting("four", {"samples": 8}, {}, epochs=3, weight_decay=0.0)
 
 @pytest.fixture(autouse=True)
 def keras_home(tmp_path, monkeypatch):
+    """Keep Keras' files in a temporary folder."""
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
 
 
 def study_of(*searches, rates=7):
+    """Return a study that has these searches."""
     return Study("any", "accuracy", rates, (100, 101), (0, 1, 2), searches)
 
 
 def search_of(method="SNGM", batch_size=4, start=0):
+    """Return a search with the setting `NO_SETTING`, which is never trained."""
     return Search(NO_SETTING, batch_size, method, start)
 
 
 def run_of(method="SNGM", exponent=0, seed=0, final=True, score=0.5, **changes):
+    """Return a run with made-up results; `changes` are fields of the run to replace."""
     run = Run(
         setting="four",
         fingerprint=NO_SETTING.fingerprint,
@@ -66,7 +70,13 @@ def run_of(method="SNGM", exponent=0, seed=0, final=True, score=0.5, **changes):
 
 
 def carried_out(study, one, score_of):
-    """Return all runs that a search asks for, in the order in which it asks for them."""
+    """Return all runs that a search asks for, in order, with made-up results.
+
+    Args:
+        study: the study.
+        one: the search.
+        score_of: a function of a run's exponent and seed that returns the score of the run.
+    """
     runs = []
     while wanted := search.wanted(study, one, runs):
         now = wanted[0]
@@ -100,7 +110,7 @@ def test_a_search_ends_where_all_rates_up_to_some_are_as_good(end):
 
 
 def test_rates_are_judged_by_the_mean_of_the_seeds():
-    """One lucky seed at a rate where the other fails does not choose the rate."""
+    """A learning rate is not chosen for one lucky seed if another seed fails at it."""
     scores = {(3, 100): 1.0, (3, 101): 0.1}
     runs = carried_out(
         study_of(search_of()), search_of(), lambda k, seed: scores.get((k, seed), 0.8 - abs(k) / 50)
@@ -153,6 +163,14 @@ def test_schedules_warm_up_and_decay():
 
 
 def small_search(method, quick="mnist1d", batch_size=100, **changes):
+    """Return the search of a method in a quick study, changed.
+
+    Args:
+        method: the method.
+        quick: the name of the study.
+        batch_size: the batch size.
+        **changes: fields of the setting to replace.
+    """
     study = config.load(quick, quick=True)
     (one,) = (each for each in study.searches if each.method == method)
     setting = dataclasses.replace(one.setting, **changes)
@@ -161,7 +179,7 @@ def small_search(method, quick="mnist1d", batch_size=100, **changes):
 
 @pytest.mark.parametrize("method", ["SNGM", "LARS, warm-up", "AdamW"])
 def test_a_trainer_that_is_used_again_trains_as_a_fresh_one(method):
-    """A run leaves nothing for the next: no weights, optimizer or learning rate."""
+    """A run of a trainer leaves no weights, optimizer state or learning rate to the next run."""
     wanted = Wanted(exponent=-4, seed=3, final=True)
     used = Trainer(small_search(method, epochs=2))
     used.run(Wanted(exponent=2, seed=5, final=False))
@@ -174,7 +192,7 @@ def test_a_trainer_that_is_used_again_trains_as_a_fresh_one(method):
 
 
 def test_a_run_is_that_of_plain_keras():
-    """The same weights, batches and schedule by hand give the same losses."""
+    """Plain Keras with the same weights, batches and schedule gives the losses of a run."""
     one = small_search("SNGM", epochs=2)
     trainer = Trainer(one)
     run = trainer.run(Wanted(exponent=-2, seed=7, final=False))
@@ -257,11 +275,12 @@ def test_generated_clicks_can_be_predicted_from_pairs_of_fields():
 
 
 def lines_of(path):
+    """Return the lines of a file; none if the file does not exist."""
     return path.read_text().splitlines() if path.exists() else []
 
 
 def write_all_but(count, study, path):
-    """Write runs with invented scores for all searches of a quick study but the last ones."""
+    """Write runs with made-up scores for all searches of a quick study but the last `count`."""
     for each in study.searches[:-count]:
         for run in carried_out(study, each, lambda k, seed: 0.5 - abs(k) / 100):
             changes = {
@@ -277,7 +296,7 @@ def write_all_but(count, study, path):
 
 
 def test_a_killed_study_goes_on_and_runs_nothing_twice(tmp_path):
-    """The study is killed with half a line written; a second start does the rest."""
+    """A study that is killed with half a line written does the rest when it is started again."""
     path = tmp_path / "mnist1d.jsonl"
     study = config.load("mnist1d", quick=True)
     write_all_but(2, study, path)
@@ -324,7 +343,7 @@ def test_a_killed_study_goes_on_and_runs_nothing_twice(tmp_path):
 
 
 def outcome_of(*arguments):
-    """Run a program that may fail; return what it printed and its exit status."""
+    """Run a Python program that may fail; return its output and its exit status."""
     return subprocess.run(
         [sys.executable, *arguments],
         env=importing_project(),
@@ -343,7 +362,10 @@ def test_results_of_another_configuration_are_refused(tmp_path):
 
 
 def test_data_is_there_before_processes_ask_for_it(tmp_path, monkeypatch):
-    """Processes would download the data side by side, into the same files."""
+    """Data is downloaded before the processes of a study start.
+
+    The processes would otherwise download it side by side, into the same files.
+    """
     found = []
 
     def run_all(*arguments):
@@ -377,7 +399,7 @@ def test_results_can_be_compressed(tmp_path):
 
 
 def summaries_of(**scores):
-    """Return summaries of methods with known test scores of three seeds."""
+    """Return the summary of each method, given its test scores of three seeds."""
     runs = []
     for method, values in scores.items():
         for k, score in {-4: 0.55, -2: 0.56, -1: 0.595, 0: 0.6, 1: 0.592, 2: 0.3}.items():
@@ -401,11 +423,11 @@ def test_summaries_have_mean_deviation_and_range():
 
 
 def test_leads_are_paired_by_seed():
-    """The same small lead with every seed is significant, whatever the seeds do."""
+    """The p-value of a lead comes from the differences of runs with the same seed."""
     ours, theirs = summaries_of(SNGM=[0.51, 0.62, 0.73], LAMB=[0.5, 0.6, 0.7])
     lead, p_value = summary.difference(ours, theirs)
     assert lead == pytest.approx(2.0)
-    # t = 2 / (1 / sqrt(3)) with 2 degrees of freedom
+    # The statistic is t = 2 / (1 / sqrt(3)), with 2 degrees of freedom.
     assert p_value == pytest.approx(1 - math.sqrt(12 / 14), rel=1e-6)
     assert tables.lead(ours, theirs) == "+2.0 (p = 0.074)"
     assert tables.lead(theirs, ours) == "-2.0 (p = 0.074)"
@@ -418,7 +440,10 @@ def test_searches_that_are_not_done_are_left_out():
 
 
 def test_a_report_of_a_study_that_has_only_begun(tmp_path):
-    """The first search done is not of SNGM, and of another task none is done."""
+    """A report has finished searches only.
+
+    Here the first finished search is not one of SNGM, and another task has no finished search.
+    """
     others = [run_of("LAMB", 0, 100, final=False), *(run_of("LAMB", seed=i) for i in range(3))]
     for run in [*others, run_of("AdamW", 0, 100, final=False)]:
         results.append(tmp_path / "mnist1d.jsonl", run)
@@ -457,7 +482,7 @@ def test_failed_runs_keep_their_last_score():
 
 
 def test_a_report_may_be_written_anywhere(tmp_path):
-    """Its pictures stay beside the results, and its links lead there."""
+    """The links of a report lead to its pictures, which stay beside the results."""
     folder = tmp_path / "runs"
     folder.mkdir()
     for run in [run_of(exponent=0, seed=100, final=False), *(run_of(seed=i) for i in range(3))]:

@@ -1,4 +1,4 @@
-"""What is published about the study comes from the runs that are committed."""
+"""Tests that what is published about the study comes from the runs in the repository."""
 
 import re
 
@@ -10,12 +10,13 @@ from study.page import Report
 
 FOLDER = ROOT / "docs" / "study"
 TASKS = ["mnist1d", "images", "text", "clicks"]
-# Digits that are part of a name.
+# The digits of these names are not results.
 NAMES = r"MNIST-1D|1-D|ResNet-\d+|CIFAR-10|MovieLens \dM|Keras 3|[βη√]\S*"
 
 
 @pytest.fixture(scope="module")
 def report():
+    """Return the report on the runs in the repository."""
     return Report(FOLDER)
 
 
