@@ -152,9 +152,11 @@ def rows_from(table: np.ndarray, keeps_noise_scale: bool) -> Rows:
     """Split a table of what one optimizer has recorded into named measurements.
 
     Args:
-        table: one row per update: the norm, the averages behind the noise scale if there are
-            any, and each variable's norm if these are kept.
-        keeps_noise_scale: whether the rows have the averages behind the noise scale.
+        table: one row per update: the norm of the whole gradient; then, if
+            `keeps_noise_scale`, the `NOISE_MOMENTS` averages behind the gradient noise scale;
+            then each variable's norm, if these are kept.
+        keeps_noise_scale: whether the rows have these averages. Without them the noise scale
+            is NaN.
     """
     table = table.astype("float64")
     end = 1 + NOISE_MOMENTS * keeps_noise_scale

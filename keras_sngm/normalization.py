@@ -196,6 +196,11 @@ def _clipped_each(limit: float, norms: Tensor, squares: Tensor) -> tuple[Tensor,
 
     Norms of gradients with elements that are not finite stay as they are, to be visible.
 
+    Args:
+        limit: the value of `clipnorm`.
+        norms: vector, the norm of each variable's gradient.
+        squares: vector of sums of squares, finite where all elements of a gradient are.
+
     Returns:
         A boolean vector that says which norms were clipped; all norms afterwards; and the norm
         of the whole gradient afterwards.

@@ -8,7 +8,7 @@ from keras_sngm.measurements import Plan
 
 
 class BackendOptimizer(keras.optimizers.Optimizer):
-    """Optimizer that cannot be constructed, for want of a step on this backend."""
+    """Optimizer whose constructor raises a `NotImplementedError`: there is no step for it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         raise _not_yet(type(self).__name__)

@@ -38,7 +38,6 @@ class Fault(NamedTuple):
 
     step: int
     variables: list[str]
-    """Paths of those that it belongs to."""
 
 
 class Recording:

@@ -24,7 +24,7 @@ class Sink(Protocol):
     """A place that the values of one step after another are written to."""
 
     def begin(self, columns: Sequence[str]) -> None:
-        """Take the names of the values, before the first of them."""
+        """Take the names of the values that `write` will get, before its first call."""
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Write the values of a step, by name."""

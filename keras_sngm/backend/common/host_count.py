@@ -34,7 +34,10 @@ class HostCount:
         return known() is value and version == _version(value)
 
     def set(self, variable: keras.Variable, count: int) -> None:
-        """Cache `count` as the value that the caller has just assigned to the variable."""
+        """Cache `count` as the value that the caller has just assigned to the variable.
+
+        The variable's tensor and its version are kept, to notice assignments by others.
+        """
         value = variable.value
         self._count, self._mark = count, (weakref.ref(value), _version(value))
 

@@ -42,7 +42,11 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
         self._cycle = AccumulationCycle()
 
     def build(self, variables: Sequence[Any]) -> None:
-        """Create Keras' own optimizer variables, and those in which gradients accumulate."""
+        """Create Keras' own optimizer variables, and those in which gradients accumulate.
+
+        With `gradient_accumulation_steps` there is one accumulator per variable, at least float32,
+        and with `noise_scale_batch_size` a scalar for the sum of their squares.
+        """
         # Keras' accumulators would have the dtype of the variables, and under a
         # strategy be saved from the first replica alone.
         steps = self.gradient_accumulation_steps

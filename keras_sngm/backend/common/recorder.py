@@ -226,12 +226,16 @@ class RecorderBase:
         return Progress(*(ring.end() for ring in snapshot[: len(self._rings)]))
 
     def new_rows(self, progress: Progress, snapshot: Sequence[Any]) -> NewRows:
-        """Return what was recorded between `progress` and `snapshot`. Waits for the device.
+        """Return what was recorded between an earlier time and a snapshot. Waits for the device.
 
         May be called in any thread.
 
+        Args:
+            progress: the number of rows in each ring buffer at the earlier time.
+            snapshot: copies of the recorder's variables, as the method `snapshot` returns them.
+
         Raises:
-            RowsLostError: if there were more rows than can be kept.
+            RowsLostError: if more rows were written than can be kept.
         """
         *of_rings, nonfinite_step, nonfinite = snapshot
         steps, rows = zip(

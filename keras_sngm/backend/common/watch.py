@@ -54,12 +54,24 @@ class Attachment:
             container.build.wait(self.fit_params, lambda: self._attach_inside(make, wrap))
 
     def _attach_inside(self, make: Callable[[Any], Any], wrap: Wrap) -> None:
-        """Attach recorders to the optimizers in a `MultiOptimizer`, unless that is done."""
+        """Attach recorders to the optimizers in a `MultiOptimizer`, unless that is done.
+
+        Args:
+            make: makes the recorder of an optimizer.
+            wrap: makes the replacement of the `apply` of an optimizer other than SNGM.
+        """
         if not self.recorders:
             self._attach(updating_optimizers(self.root), make, wrap)
 
     def _attach(self, optimizers: Sequence[Any], make: Callable[[Any], Any], wrap: Wrap) -> None:
-        """Attach a recorder to each of the optimizers, and wrap `apply` where that is needed."""
+        """Attach a recorder to each optimizer; it creates its variables if the optimizer is built.
+
+        Args:
+            optimizers: the optimizers that update variables.
+            make: makes the recorder of an optimizer.
+            wrap: makes the replacement of the `apply` of an optimizer other than SNGM, which does
+                not call its recorders itself.
+        """
         for optimizer in optimizers:
             recorder = make(optimizer)
             recorder.fit_params = self.fit_params

@@ -120,7 +120,11 @@ class Recorder(RecorderBase):
     # Methods to be called in a training step, while it is traced.
 
     def may_step(self) -> jax.Array:
-        """Return whether a step may be taken: not during a halt. Asked only if the plan `stops`."""
+        """Return a boolean scalar: whether the optimizer may take its next step.
+
+        It may not once a gradient was not finite, for as many updates as `limit_halt` has set.
+        To be asked only if the plan `stops`.
+        """
         return jnp.logical_not(self._is_halted.value & (self._halt_updates_left.value > 0))
 
     def record(
@@ -198,7 +202,7 @@ def _write(ring: Ring, step: jax.Array, values: jax.Array) -> None:
 
 
 def _write_computed(ring: Ring, step: jax.Array, row: Callable[[], jax.Array]) -> None:
-    """Append the row that `row` computes to a ring buffer."""
+    """Append a row to a ring buffer, in place: the step and the values that `row` computes."""
     _write(ring, step, row())
 
 

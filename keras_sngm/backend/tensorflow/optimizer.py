@@ -206,7 +206,10 @@ class BackendOptimizer(WholeModelOptimizer):
             add_to_means(replicas, [self._accumulated_squares], squares, 1)
 
     def _update_with_accumulated(self, replicas: Replicas, active: tuple[int, ...]) -> None:
-        """Update the variables with the accumulated means, and reset these to zero."""
+        """Update the variables with the accumulated means, then reset these to zero.
+
+        The means of all replicas are summed up: each loss was divided by the number of replicas.
+        """
         gradients = values_of(replicas, [self._accumulated_gradients[i] for i in active])
         totals = []
         if self.noise_scale_batch_size is not None:

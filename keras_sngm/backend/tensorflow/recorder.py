@@ -63,7 +63,11 @@ class Recorder(RecorderBase):
             )
 
     def may_step(self, local: Local) -> tf.Tensor:
-        """Return whether a step may be taken: not during a halt. Asked only if the plan `stops`."""
+        """Return a boolean scalar: whether the optimizer may take its next step.
+
+        It may not once a gradient was not finite, for as many updates as `limit_halt` has set.
+        To be asked only if the plan `stops`. `local` maps a variable to the first replica's copy.
+        """
         return tf.logical_not(
             tf.logical_and(local(self._is_halted), local(self._halt_updates_left) > 0)
         )

@@ -38,13 +38,16 @@ from keras_sngm.normalization import Normalization
 def attach(model: keras.Model, plan: Plan, fit_params: Any) -> watch.Attachment:
     """Attach recorders to a model's optimizers; they record from the next training step on.
 
-    The training function is made anew, and traced by its next call, unless it already
-    calls such recorders from an earlier `fit`.
+    Recorders that another `fit` has left attached are detached first. The training function
+    is made anew, and traced by its next call, unless it already calls such recorders.
 
     Args:
         model: a compiled model.
         plan: what to record.
         fit_params: the `callback.params` of this `fit()` call.
+
+    Returns:
+        The attachment, to be passed to `detach`. It has the recorders.
     """
     for recorder in watch.recorders_of_other_fits(model, fit_params):
         watch.detach(recorder)

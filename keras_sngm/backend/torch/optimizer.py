@@ -29,7 +29,10 @@ from keras_sngm.normalization import Normalization
 
 
 class BackendOptimizer(WholeModelOptimizer):
-    """Optimizer that takes its step on PyTorch. On CUDA the host does not wait for the device."""
+    """Optimizer that takes the step of SNGM on PyTorch, in place, by kernels for lists of tensors.
+
+    On CUDA the host does not wait for the device.
+    """
 
     @torch.compiler.disable
     @torch.no_grad()

@@ -52,7 +52,11 @@ class Recorder(RecorderBase):
             self._halt_updates_left.value.fill_(updates)
 
     def may_step(self) -> torch.Tensor:
-        """Return whether a step may be taken: not during a halt. Asked only if the plan `stops`."""
+        """Return a boolean scalar: whether the optimizer may take its next step.
+
+        It may not once a gradient was not finite, for as many updates as `limit_halt` has set.
+        To be asked only if the plan `stops`.
+        """
         return torch.logical_not(self._is_halted.value & (self._halt_updates_left.value > 0))
 
     def is_due(self, step: int) -> bool:

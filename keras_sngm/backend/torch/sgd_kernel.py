@@ -75,7 +75,7 @@ def update(
 
 
 def is_on_cpu(tensor: torch.Tensor) -> bool:
-    """Return whether a tensor is on a CPU, whose kernel takes 1 - `dampening` in float64."""
+    """Return whether a tensor is on a CPU: PyTorch's kernel there takes numbers of the host."""
     return tensor.device.type == "cpu"
 
 

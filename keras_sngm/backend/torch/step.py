@@ -21,6 +21,7 @@ class StepScalars(NamedTuple):
     first_average: torch.Tensor | None
     """Boolean, whether the moving averages begin with this step. `None` if none are kept."""
     overwrites_with_average: bool
+    """Whether weights are overwritten by their averages in this step."""
     may_step: torch.Tensor | None
     """Boolean, whether a step may be taken: recorders can forbid it. `None` if none does."""
 

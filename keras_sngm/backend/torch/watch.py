@@ -20,10 +20,15 @@ from keras_sngm.measurements import Plan
 def attach(model: keras.Model, plan: Plan, fit_params: Any) -> watch.Attachment:
     """Attach recorders to a model's optimizers; they record from the next training step on.
 
+    Recorders that another `fit` has left attached are detached first.
+
     Args:
         model: a compiled model.
         plan: what to record.
         fit_params: the `callback.params` of this `fit()` call.
+
+    Returns:
+        The attachment, to be passed to `detach`. It has the recorders.
     """
     for recorder in watch.recorders_of_other_fits(model, fit_params):
         watch.detach(recorder)
