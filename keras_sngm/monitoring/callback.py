@@ -199,13 +199,11 @@ class GradientNormLogger(keras.callbacks.Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Return the state that copies begin with: the arguments, nothing of a running `fit`."""
         state = vars(self) | vars(keras.callbacks.Callback())
-        nothing: dict[str, Any] = {
-            "_attachment": None,
-            "_watched_model": None,
-            "_recording": None,
-            "_sinks": [],
-        }
-        return state | nothing | {"_has_warned": False}
+        return state | _nothing_of_a_fit()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Set the state of a copy. Pickles of earlier versions lack some attributes."""
+        self.__dict__.update(_nothing_of_a_fit() | state)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Attach recorders to the model's optimizers, and open the files."""
@@ -407,6 +405,18 @@ class GradientNormLogger(keras.callbacks.Callback):
             warnings.warn(
                 f"What an interrupted `fit` had not written yet is lost: {error}", stacklevel=2
             )
+
+
+def _nothing_of_a_fit() -> dict[str, Any]:
+    """Return the attributes that change while a model is trained, as they are before."""
+    return {
+        "_attachment": None,
+        "_watched_model": None,
+        "_recording": None,
+        "_sinks": [],
+        "_must_open": True,
+        "_has_warned": False,
+    }
 
 
 def _check_boolean(name: str, value: Any) -> None:

@@ -60,6 +60,23 @@ def pickled(logger):
     return pickle.loads(pickle.dumps(logger))
 
 
+def test_a_logger_pickled_by_an_earlier_version_logs(tmp_path):
+    """Its state has only the arguments and the numbers of its files."""
+    state = GradientNormLogger(filename=tmp_path / "log.jsonl").__getstate__()
+    temporary = (
+        "_attachment",
+        "_watched_model",
+        "_recording",
+        "_sinks",
+        "_must_open",
+        "_has_warned",
+    )
+    logger = GradientNormLogger.__new__(GradientNormLogger)
+    logger.__setstate__({name: value for name, value in state.items() if name not in temporary})
+    fit(sequential(SNGM()), logger)
+    assert steps_in(tmp_path / "log.jsonl") == list(range(1, UPDATES + 1))
+
+
 @whole
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickled])
 @pytest.mark.parametrize("make", [SNGM, keras.optimizers.Adam])
