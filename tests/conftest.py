@@ -42,10 +42,12 @@ def pytest_collection_modifyitems(config, items):
     """Deselect the tests that the option `--run` leaves out."""
     if _run(config) == "whole":
         return
+    parts = {True: [], False: []}
+    for item in items:
+        parts[is_quick(item)].append(item)
     wants_quick = _run(config) == "quick"
-    left_out = [item for item in items if is_quick(item) != wants_quick]
-    items[:] = [item for item in items if is_quick(item) == wants_quick]
-    config.hook.pytest_deselected(items=left_out)
+    items[:] = parts[wants_quick]
+    config.hook.pytest_deselected(items=parts[not wants_quick])
 
 
 def is_run_on(folder, backend):

@@ -14,18 +14,11 @@ class BackendOptimizer(keras.optimizers.Optimizer):
         raise _not_yet(type(self).__name__)
 
 
-def attach(model: keras.Model, plan: Plan, fit_params: Any) -> Any:
-    """Raise a `NotImplementedError`: nothing can be recorded on this backend."""
-    raise _not_yet("GradientNormLogger")
+class Attachment:
+    """Attachment whose constructor raises a `NotImplementedError`: nothing can be recorded."""
 
-
-def detach(attachment: Any) -> None:
-    """Do nothing: on this backend `attach` always raises."""
-
-
-def is_current(attachment: Any, model: keras.Model) -> bool:
-    """Return `False`: no model is recorded on this backend."""
-    return False
+    def __init__(self, model: keras.Model, plan: Plan, fit_params: Any) -> None:
+        raise _not_yet("GradientNormLogger")
 
 
 def _not_yet(name: str) -> NotImplementedError:

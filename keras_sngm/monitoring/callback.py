@@ -13,7 +13,7 @@ from typing import Any
 
 import keras
 
-from keras_sngm.backend import attach, detach, is_current
+from keras_sngm.backend import Attachment
 from keras_sngm.measurements import Plan
 from keras_sngm.monitoring.outputs import (
     claim_file,
@@ -146,6 +146,15 @@ class GradientNormLogger(keras.callbacks.Callback):
     async_safe = True
     """Attribute that Keras reads: without it Keras would wait for the loss after every batch."""
 
+    # What changes while a model is trained, as it is before. Copies fall back to these values,
+    # and so do pickles of earlier versions, which lack some of the attributes.
+    _attachment: Any = None
+    _watched_model: Any = None
+    _recording: Any = None
+    _sinks: Sequence[ResilientSink] = ()
+    _must_open = True
+    _has_warned = False
+
     def __init__(
         self,
         log_dir: str | os.PathLike | None = None,
@@ -189,21 +198,12 @@ class GradientNormLogger(keras.callbacks.Callback):
         self.on_nonfinite = on_nonfinite
         self.append = append
         self._outputs = new_outputs()
-        self._attachment: Any = None
-        self._watched_model: Any = None
-        self._recording: Any = None
-        self._sinks: list[ResilientSink] = []
-        self._must_open = True
-        self._has_warned = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state that copies begin with: the arguments, nothing of a running `fit`."""
         state = vars(self) | vars(keras.callbacks.Callback())
-        return state | _nothing_of_a_fit()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Set the state of a copy. Pickles of earlier versions lack some attributes."""
-        self.__dict__.update(_nothing_of_a_fit() | state)
+        of_a_fit = vars(GradientNormLogger)
+        return {name: value for name, value in state.items() if name not in of_a_fit}
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Attach recorders to the model's optimizers, and open the files."""
@@ -264,7 +264,7 @@ class GradientNormLogger(keras.callbacks.Callback):
 
     def _restart_if_recompiled(self) -> bool:
         """Log the new optimizer of a model that was compiled anew. Returns whether it was."""
-        if is_current(self._attachment, self._watched_model):
+        if self._attachment.is_current(self._watched_model):
             return False
         model = self._watched_model
         self._close()
@@ -286,7 +286,7 @@ class GradientNormLogger(keras.callbacks.Callback):
         self._has_warned = False
         plan = self._plan(model)
         self._watched_model = model
-        self._attachment = attach(model, plan, self.params)
+        self._attachment = Attachment(model, plan, self.params)
         self._must_open = must_open
         self._recording = Recording(
             model, self._attachment, plan, self._begin_output, self.log_every
@@ -327,7 +327,7 @@ class GradientNormLogger(keras.callbacks.Callback):
 
     def _open_sink(self, make: Callable[[], Sink], name: str) -> None:
         """Add the sink that `make` makes; `name` names it in warnings."""
-        self._sinks.append(ResilientSink(make, name, self._must_open))
+        self._sinks = [*self._sinks, ResilientSink(make, name, self._must_open)]
 
     def _begin_output(self, recorders: Sequence[Any]) -> tuple[LoggedValues, Sequence[Sink]]:
         """Tell the sinks the names of the values, once the optimizers are built.
@@ -384,14 +384,14 @@ class GradientNormLogger(keras.callbacks.Callback):
         self._watched_model = None
         with contextlib.ExitStack() as ends:
             if attachment is not None:
-                ends.callback(detach, attachment)
+                ends.callback(attachment.detach)
             ends.callback(self._close_sinks)
             if recording is not None:
                 recording.close()
 
     def _close_sinks(self) -> None:
         """Close the files, and warn of those that could not be written."""
-        sinks, self._sinks = self._sinks, []
+        sinks, self._sinks = self._sinks, ()
         with contextlib.ExitStack() as ends:
             for sink in sinks:
                 ends.callback(sink.warn)
@@ -405,18 +405,6 @@ class GradientNormLogger(keras.callbacks.Callback):
             warnings.warn(
                 f"What an interrupted `fit` had not written yet is lost: {error}", stacklevel=2
             )
-
-
-def _nothing_of_a_fit() -> dict[str, Any]:
-    """Return the attributes that change while a model is trained, as they are before."""
-    return {
-        "_attachment": None,
-        "_watched_model": None,
-        "_recording": None,
-        "_sinks": [],
-        "_must_open": True,
-        "_has_warned": False,
-    }
 
 
 def _check_boolean(name: str, value: Any) -> None:

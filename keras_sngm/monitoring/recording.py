@@ -45,7 +45,7 @@ class Recording:
 
     Args:
         model: the model in training. It is told to stop if the plan says so.
-        attachment: the recorders of its optimizers, as `attach` has returned them.
+        attachment: the recorders of its optimizers, an `Attachment` of the backend.
         plan: what the recorders keep.
         begin_output: called with the recorders once the optimizers are built; returns the
             names of the values to log, and the sinks to write them to.

@@ -37,13 +37,8 @@ OPTIMIZERS = {
     "SGD, loss scaled": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.05)),
 }
 every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-every_optimizer_if_whole = pytest.mark.parametrize(
-    "make",
-    [
-        pytest.param(make, marks=() if name == "SNGM" else whole)
-        for name, make in OPTIMIZERS.items()
-    ],
-    ids=OPTIMIZERS,
+every_optimizer_in_whole_run = pytest.mark.parametrize(
+    "make", quick_only(OPTIMIZERS.values(), [SNGM]), ids=OPTIMIZERS
 )
 
 # Not every backend of Keras has these arguments of `compile`.
@@ -278,7 +273,7 @@ def test_other_callbacks_see_the_norm(tmp_path, capsys):
 
 if SEVERAL_STEPS:
 
-    @every_optimizer_if_whole
+    @every_optimizer_in_whole_run
     def test_steps_within_an_execution_count(tmp_path, make):
         lines, histories = [], []
         for steps in (1, 3):
@@ -582,7 +577,7 @@ def counted_traces(model):
 
 if BACKEND != "torch":  # PyTorch does not trace.
 
-    @every_optimizer_if_whole
+    @every_optimizer_in_whole_run
     def test_only_a_first_logger_costs_a_trace(make, tmp_path):
         """The training step is traced once for all loggers with the same arguments, not for each.
 
@@ -621,7 +616,7 @@ def test_what_was_traced_without_a_logger_is_traced_again(make, tmp_path):
     assert len((tmp_path / "log.csv").read_text().splitlines()) == 1 + len(X) // 5
 
 
-@every_optimizer_if_whole
+@every_optimizer_in_whole_run
 @pytest.mark.parametrize("kwargs", [{}, {"run_eagerly": True}, *XLA])
 def test_training_is_not_changed(tmp_path, make, kwargs):
     plain, logged = build_model(make(), **kwargs), build_model(make(), **kwargs)
@@ -766,7 +761,7 @@ def test_faults_can_be_ignored():
         fit(build_model(), GradientNormLogger(on_nonfinite="ignore"), x=with_nan(3))
 
 
-@every_optimizer_if_whole
+@every_optimizer_in_whole_run
 @pytest.mark.parametrize("kwargs", [{}, {"run_eagerly": True}, *SEVERAL_STEPS])
 def test_stopping_leaves_the_last_good_model(tmp_path, make, kwargs):
     """A stop leaves the weights as before the bad step, however late the host notices the step.

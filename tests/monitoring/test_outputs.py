@@ -72,7 +72,7 @@ def test_a_logger_pickled_by_an_earlier_version_logs(tmp_path):
         "_has_warned",
     )
     logger = GradientNormLogger.__new__(GradientNormLogger)
-    logger.__setstate__({name: value for name, value in state.items() if name not in temporary})
+    vars(logger).update({name: value for name, value in state.items() if name not in temporary})
     fit(sequential(SNGM()), logger)
     assert steps_in(tmp_path / "log.jsonl") == list(range(1, UPDATES + 1))
 
@@ -134,7 +134,7 @@ class Inner(keras.layers.Layer):
         return self.parts[1](self.parts[0](inputs))
 
 
-class Outer(keras.Model):
+class NestedModel(keras.Model):
     """Model with layers in a list, a weight of its own, and another model inside."""
 
     def __init__(self):
@@ -152,9 +152,9 @@ class Outer(keras.Model):
         return self.model(x) + keras.ops.mean(self.all[1](self.all[0](x)), axis=-1, keepdims=True)
 
 
-def outer():
-    """Return a built and compiled `Outer`."""
-    model = Outer()
+def nested_model():
+    """Return a built and compiled `NestedModel`."""
+    model = NestedModel()
     model.build((None, 6))
     model.compile(SNGM(), "mse")
     return model
@@ -165,7 +165,7 @@ def outer():
     [
         (lambda: functional(SNGM()), {"hidden", "normalized", "head"}),
         (lambda: sequential(SNGM()), {"net/hidden", "net/normalized", "net/head"}),
-        (outer, {"outer", "outer/list", "outer/inner", "hidden", "normalized", "head"}),
+        (nested_model, {"outer", "outer/list", "outer/inner", "hidden", "normalized", "head"}),
     ],
     ids=["functional", "Sequential", "subclassed"],
 )

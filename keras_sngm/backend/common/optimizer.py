@@ -121,6 +121,9 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
         """
         raise NotImplementedError
 
+    def drop_steps_with(self, recorder: Any) -> None:
+        """Drop compiled steps that call a recorder, on backends that keep such steps."""
+
     def finalize_variable_values(self, var_list: Sequence[Any]) -> None:
         """Replace the weights by their averages, unless no step has been taken yet."""
         if self.averaged_updates is not None and self.averaged_updates.numpy() > 0:

@@ -124,7 +124,7 @@ class RecorderBase:
 
     @property
     def is_ready(self) -> bool:
-        """Whether an update can be recorded by the code that asks, which may be traced."""
+        """Return whether the code that asks, which may be traced, can record an update."""
         return self.is_open
 
     def _make_variables(self, optimizer: Any) -> None:
@@ -197,7 +197,7 @@ class RecorderBase:
 
     @property
     def has_other_processes(self) -> bool:
-        """Whether other processes take part in each step, so that all must take the same steps."""
+        """Return whether other processes take part in each step, and so must take the same ones."""
         return False
 
     def limit_halt(self, updates: int) -> None:

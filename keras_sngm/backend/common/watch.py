@@ -14,119 +14,96 @@ from keras_sngm.backend.common.optimizer import WholeModelOptimizer
 from keras_sngm.backend.common.recorder import attached_recorders
 from keras_sngm.measurements import Plan
 
-Wrap = Callable[[Any], Callable[..., None]]
-"""A function from an optimizer other than SNGM to the replacement of its `apply`."""
-
 
 class Attachment:
-    """Attachment of one logger to the optimizers of a model, for one `fit`.
+    """Attachment of one logger's recorders to the optimizers of a model, for one `fit`.
+
+    They record from the next training step on. Recorders that another `fit` has left attached
+    are detached first. For a `MultiOptimizer` that is not built recorders are attached when it is.
+    A backend supplies `recorder_type` and `apply_type`.
+
+    Args:
+        model: a compiled model, built or not. Its weights that are not trainable are restored
+            after a gradient that stops training.
+        plan: what to record.
+        fit_params: the `callback.params` of this `fit()` call, an object that no other has.
 
     Attributes:
+        recorder_type: class of recorders, which are made for an optimizer.
+        apply_type: class of what replaces the `apply` of optimizers other than SNGM, which do
+            not call their recorders themselves.
         recorders: one for each optimizer that updates variables. More are added when a
             `MultiOptimizer` is built.
         root: the model's optimizer, which may wrap those that are recorded.
-        fit_params: the `callback.params` of this `fit()` call, an object that no other has.
+        fit_params: as given.
+
+    Raises:
+        ValueError: if the optimizers do not accumulate over the same number of steps.
     """
 
-    def __init__(self, model: keras.Model, fit_params: Any) -> None:
+    recorder_type: Callable[..., Any]
+    apply_type: Callable[[Any], Callable[..., None]]
+
+    def __init__(self, model: keras.Model, plan: Plan, fit_params: Any) -> None:
+        for recorder in recorders_of(model.optimizer):
+            if recorder.fit_params is not fit_params:
+                _detach(recorder)
         self.recorders: list[Any] = []
         self.root = model.optimizer
         self.fit_params = fit_params
+        self._plan = plan
+        self._model: Callable[[], Any] = weakref.ref(model)
+        self._begin(model)
 
-    def begin(self, make: Callable[[Any], Any], wrap: Wrap) -> None:
-        """Attach a recorder to each optimizer that updates variables.
-
-        For a `MultiOptimizer` that is not built this happens when it is.
-
-        Args:
-            make: makes the recorder of an optimizer.
-            wrap: makes the replacement of the `apply` of an optimizer other than SNGM.
-
-        Raises:
-            ValueError: if the optimizers do not accumulate over the same number of steps.
-        """
-        container = _unbuilt_container(self.root)
-        if container is None:
-            self._attach(updating_optimizers(self.root), make, wrap)
-        else:
-            if "build" not in vars(container):
-                container.build = _Build(container)
-            container.build.wait(self.fit_params, lambda: self._attach_inside(make, wrap))
-
-    def _attach_inside(self, make: Callable[[Any], Any], wrap: Wrap) -> None:
-        """Attach recorders to the optimizers in a `MultiOptimizer`, unless that is done.
-
-        Args:
-            make: makes the recorder of an optimizer.
-            wrap: makes the replacement of the `apply` of an optimizer other than SNGM.
-        """
-        if not self.recorders:
-            self._attach(updating_optimizers(self.root), make, wrap)
-
-    def _attach(self, optimizers: Sequence[Any], make: Callable[[Any], Any], wrap: Wrap) -> None:
-        """Attach a recorder to each optimizer; it creates its variables if the optimizer is built.
-
-        Args:
-            optimizers: the optimizers that update variables.
-            make: makes the recorder of an optimizer.
-            wrap: makes the replacement of the `apply` of an optimizer other than SNGM, which does
-                not call its recorders itself.
-        """
-        for optimizer in optimizers:
-            recorder = make(optimizer)
-            recorder.fit_params = self.fit_params
-            attached_recorders(optimizer).append(recorder)
-            if not isinstance(optimizer, WholeModelOptimizer) and "apply" not in vars(optimizer):
-                optimizer.apply = wrap(optimizer)
-            self.recorders.append(recorder)
-            recorder.open()
-
-    def end(self) -> None:
+    def detach(self) -> None:
         """Detach all recorders."""
         container = _container(self.root)
         if container is not None:
             vars(container).pop("build", None)
         for recorder in self.recorders:
-            detach(recorder)
+            _detach(recorder)
+
+    def is_current(self, model: keras.Model) -> bool:
+        """Return whether the model's next training step is recorded: it was not compiled anew."""
+        return self.root is model.optimizer
+
+    def _begin(self, model: keras.Model) -> None:
+        """Attach recorders to the optimizers, now or when a `MultiOptimizer` is built."""
+        container = _unbuilt_container(self.root)
+        if container is None:
+            self._attach()
+        else:
+            if "build" not in vars(container):
+                container.build = _Build(container)
+            container.build.wait(self.fit_params, self._attach)
+
+    def _attach(self) -> None:
+        """Attach a recorder to each optimizer that updates variables, unless that is done."""
+        for optimizer in () if self.recorders else updating_optimizers(self.root):
+            recorder = self._recorder_of(optimizer)
+            recorder.fit_params = self.fit_params
+            attached_recorders(optimizer).append(recorder)
+            if not isinstance(optimizer, WholeModelOptimizer) and "apply" not in vars(optimizer):
+                optimizer.apply = self.apply_type(optimizer)
+            self.recorders.append(recorder)
+            recorder.open()
+
+    def _recorder_of(self, optimizer: Any) -> Any:
+        """Return a recorder for an optimizer of the model."""
+        model = self._model
+        return self.recorder_type(optimizer, self._plan, lambda: model().non_trainable_weights)
 
 
-def detach(recorder: Any) -> bool:
-    """Detach one recorder from its optimizer. Returns whether it was attached."""
+def _detach(recorder: Any) -> None:
+    """Detach one recorder from its optimizer, unless that is done."""
     optimizer = recorder.optimizer()
     if optimizer is None or recorder not in attached_recorders(optimizer):
-        return False
+        return
     attached_recorders(optimizer).remove(recorder)
     if not attached_recorders(optimizer):
         vars(optimizer).pop("apply", None)
-    return True
-
-
-def recorder_factory(
-    model: keras.Model, plan: Plan, recorder: Callable[..., Any]
-) -> Callable[[Any], Any]:
-    """Return a function that makes the recorder of an optimizer of the model.
-
-    Args:
-        model: its weights that are not trainable are restored after a halt.
-        plan: what to record.
-        recorder: the backend's class of recorders.
-    """
-    owner: Callable[[], Any] = weakref.ref(model)
-    return lambda optimizer: recorder(optimizer, plan, lambda: owner().non_trainable_weights)
-
-
-def recorders_of_other_fits(model: keras.Model, fit_params: Any) -> list[Any]:
-    """Return the recorders that another `fit` than this one has not detached.
-
-    Args:
-        model: the model in training.
-        fit_params: the `callback.params` of this `fit()` call.
-    """
-    return [
-        recorder
-        for recorder in recorders_of(model.optimizer)
-        if recorder.fit_params is not fit_params
-    ]
+    if isinstance(optimizer, WholeModelOptimizer):
+        optimizer.drop_steps_with(recorder)
 
 
 def recorders_of(optimizer: Any) -> list[Any]:

@@ -20,52 +20,8 @@ from keras_sngm.backend.common.measured import Measured
 from keras_sngm.backend.common.recorder import conditions_of_step, ready_recorders
 from keras_sngm.backend.jax.gradients import dense, unscaled
 from keras_sngm.backend.jax.norm import normalized_by
-from keras_sngm.backend.jax.optimizer import BackendOptimizer
 from keras_sngm.backend.jax.recorder import Change, Recorder
 from keras_sngm.backend.jax.state import at_least_float32, do_if
-from keras_sngm.measurements import Plan
-
-
-def attach(model: keras.Model, plan: Plan, fit_params: Any) -> watch.Attachment:
-    """Attach recorders to a model's optimizers; they record from the next training step on.
-
-    Recorders that another `fit` has left attached are detached first.
-
-    Args:
-        model: a compiled model.
-        plan: what to record.
-        fit_params: the `callback.params` of this `fit()` call.
-
-    Returns:
-        The attachment, to be passed to `detach`. It has the recorders.
-    """
-    for recorder in watch.recorders_of_other_fits(model, fit_params):
-        _detach(recorder)
-    attachment = watch.Attachment(model, fit_params)
-    attachment.begin(watch.recorder_factory(model, plan, Recorder), _RecordedApply)
-    model.make_train_function()
-    if not isinstance(model.train_function, _TrainFunction):
-        model.train_function = _TrainFunction(model)
-    return attachment
-
-
-def detach(attachment: watch.Attachment) -> None:
-    """Detach all recorders that `attach` has attached."""
-    for recorder in attachment.recorders:
-        _detach(recorder)
-    attachment.end()
-
-
-def _detach(recorder: Recorder) -> None:
-    """Detach one recorder, and let its optimizer forget it."""
-    optimizer = recorder.optimizer()
-    if watch.detach(recorder) and isinstance(optimizer, BackendOptimizer):
-        optimizer.drop_steps_with(recorder)
-
-
-def is_current(attachment: watch.Attachment, model: keras.Model) -> bool:
-    """Return whether the model's next training step is recorded: it was not compiled anew."""
-    return attachment.root is model.optimizer and isinstance(model.train_function, _TrainFunction)
 
 
 def _recorders_of(model: keras.Model) -> list[Recorder]:
@@ -297,3 +253,24 @@ class _RecordedApply(recorded_apply.RecordedApply):
             lambda: self._apply(gradients, variables),
             [*optimizer._trainable_variables, *optimizer.variables],
         )
+
+
+class Attachment(watch.Attachment):
+    """Attachment of one logger's recorders to the optimizers of a model, on JAX.
+
+    The model's training function is replaced by one that records.
+    """
+
+    recorder_type = Recorder
+    apply_type = _RecordedApply
+
+    def _begin(self, model: keras.Model) -> None:
+        """Attach recorders, and replace the training function unless that is done."""
+        super()._begin(model)
+        model.make_train_function()
+        if not isinstance(model.train_function, _TrainFunction):
+            model.train_function = _TrainFunction(model)
+
+    def is_current(self, model: keras.Model) -> bool:
+        """Return whether the model's next training step is recorded: it was not compiled anew."""
+        return super().is_current(model) and isinstance(model.train_function, _TrainFunction)

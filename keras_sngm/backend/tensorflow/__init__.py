@@ -1,6 +1,6 @@
 """Steps of SNGM on TensorFlow, and their recording."""
 
 from keras_sngm.backend.tensorflow.optimizer import BackendOptimizer
-from keras_sngm.backend.tensorflow.watch import attach, detach, is_current
+from keras_sngm.backend.tensorflow.watch import Attachment
 
-__all__ = ["BackendOptimizer", "attach", "detach", "is_current"]
+__all__ = ["Attachment", "BackendOptimizer"]

@@ -28,7 +28,7 @@ _LARGEST_STACKED = 4096
 
 
 class Bundle(NamedTuple):
-    """One variable, or several small ones of the same shape, dtype and device.
+    """Variables that one call updates: one, or several small ones of one shape, dtype and device.
 
     Attributes:
         indices: the index of each variable among those that have a gradient.

@@ -44,7 +44,7 @@ class Replicas(Protocol):
 
 
 class AllReplicas:
-    """All replicas of this machine, seen from the cross-replica context."""
+    """Replicas of this machine, all of them, seen from the cross-replica context."""
 
     def __init__(self, strategy: tf.distribute.Strategy) -> None:
         self._strategy = strategy
@@ -89,7 +89,7 @@ class AllReplicas:
 
 
 class OwnReplica:
-    """One replica, seen from its own context."""
+    """Replica that acts for itself alone, seen from its own context."""
 
     def __init__(self, context: tf.distribute.ReplicaContext) -> None:
         self._context = context
@@ -140,13 +140,13 @@ class Agreement:
         calls = self._calls.setdefault(_outermost_function(get_default_graph()), {})
         own_calls = calls.setdefault(get_current_replica_id_as_int(), [])
         own_calls.append(has_gradient)
+        call = len(own_calls) - 1
         for others in calls.values():
-            if len(others) >= len(own_calls) and others[len(own_calls) - 1] != has_gradient:
-                other = others[len(own_calls) - 1]
+            if len(others) > call and others[call] != has_gradient:
                 raise ValueError(
                     "All replicas must have gradients for the same variables where XLA compiles "
                     "what each of them does. Give zeros for a variable that a replica does not "
-                    f"use. Received: {other} and {has_gradient} (whether there is "
+                    f"use. Received: {others[call]} and {has_gradient} (whether there is "
                     "a gradient, for each variable)"
                 )
 

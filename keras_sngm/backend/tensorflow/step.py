@@ -41,7 +41,7 @@ class Readings(NamedTuple):
 
 
 class LocalStep:
-    """One SNGM step: applies all-reduced gradients to the variables of one device, in place.
+    """Step of SNGM on one device: applies all-reduced gradients to its variables, in place.
 
     Called eagerly it is one function call; called while a graph is traced, it
     becomes part of that graph. Some variables may be left to TensorFlow's kernel
@@ -91,10 +91,8 @@ class LocalStep:
             active: the index of each of these among all variables.
             by_kernel: which of these are left to the kernel.
         """
-        together = [k for k, updated_by_kernel in enumerate(by_kernel) if not updated_by_kernel]
-        self._bundles = kernel.bundled(
-            slots, [k for k, updated_by_kernel in enumerate(by_kernel) if updated_by_kernel]
-        )
+        together = [k for k in range(len(slots)) if not by_kernel[k]]
+        self._bundles = kernel.bundled(slots, [k for k in range(len(slots)) if by_kernel[k]])
         self._order = [*together, *(k for bundle in self._bundles for k in bundle.indices)]
         self._count_without_kernel = len(together)
         ends = itertools.accumulate((len(b.slots) for b in self._bundles), initial=len(together))

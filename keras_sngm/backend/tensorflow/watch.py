@@ -31,51 +31,7 @@ from keras_sngm.backend.tensorflow.tensors import (
     of_known_shape,
     widest,
 )
-from keras_sngm.measurements import Plan
 from keras_sngm.normalization import Normalization
-
-
-def attach(model: keras.Model, plan: Plan, fit_params: Any) -> watch.Attachment:
-    """Attach recorders to a model's optimizers; they record from the next training step on.
-
-    Recorders that another `fit` has left attached are detached first. The training function
-    is made anew, and traced by its next call, unless it already calls such recorders.
-
-    Args:
-        model: a compiled model.
-        plan: what to record.
-        fit_params: the `callback.params` of this `fit()` call.
-
-    Returns:
-        The attachment, to be passed to `detach`. It has the recorders.
-    """
-    for recorder in watch.recorders_of_other_fits(model, fit_params):
-        watch.detach(recorder)
-    model.make_train_function()
-    attachment = watch.Attachment(model, fit_params)
-    spare = [
-        recorder
-        for recorder in _recorders_known_to(model.train_function)
-        if recorder.plan == plan and not _is_attached(recorder)
-    ]
-    make = watch.recorder_factory(model, plan, Recorder)
-    used = {recorder.optimizer(): recorder for recorder in spare}
-    attachment.begin(lambda optimizer: used.get(optimizer) or make(optimizer), _RecordedApply)
-    is_known = attachment.recorders and all(recorder in spare for recorder in attachment.recorders)
-    if not is_known and not _is_new(model.train_function):
-        model.make_train_function(force=True)
-        model.train_function = _TrainFunction(model)
-    return attachment
-
-
-def detach(attachment: watch.Attachment) -> None:
-    """Detach all recorders that `attach` has attached."""
-    attachment.end()
-
-
-def is_current(attachment: watch.Attachment, model: keras.Model) -> bool:
-    """Return whether the model's next training step is recorded: it was not compiled anew."""
-    return attachment.root is model.optimizer
 
 
 class _TrainFunction:
@@ -247,3 +203,33 @@ def _run_if(condition: tf.Tensor | None, action: Callable[[], Any]) -> None:
         act()
     else:
         tf.cond(condition, act, lambda: None)
+
+
+class Attachment(watch.Attachment):
+    """Attachment of one logger's recorders to the optimizers of a model, on TensorFlow.
+
+    Recorders that the training function calls already are used again. Without any it is made
+    anew, and traced by its next call.
+    """
+
+    recorder_type = Recorder
+    apply_type = _RecordedApply
+
+    def _begin(self, model: keras.Model) -> None:
+        """Attach recorders, and make a training function that calls them unless there is one."""
+        model.make_train_function()
+        self._spare = {
+            recorder.optimizer(): recorder
+            for recorder in _recorders_known_to(model.train_function)
+            if recorder.plan == self._plan and not _is_attached(recorder)
+        }
+        super()._begin(model)
+        spare = self._spare.values()
+        is_known = self.recorders and all(recorder in spare for recorder in self.recorders)
+        if not is_known and not _is_new(model.train_function):
+            model.make_train_function(force=True)
+            model.train_function = _TrainFunction(model)
+
+    def _recorder_of(self, optimizer: Any) -> Recorder:
+        """Return a recorder for an optimizer, if possible one that is traced already."""
+        return self._spare.get(optimizer) or super()._recorder_of(optimizer)

@@ -14,7 +14,7 @@ from keras_sngm.measurements import HISTOGRAM, details, histogram
 
 
 class Change(NamedTuple):
-    """What is kept from before an update to see what it changes.
+    """Weights before an update, and its directions, to measure afterwards what it has changed.
 
     Attributes:
         before: copies of the weights before it.

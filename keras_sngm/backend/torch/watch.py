@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import keras
 import torch
 
 from keras_sngm.backend.common import recorded_apply, watch
@@ -14,37 +13,6 @@ from keras_sngm.backend.torch.lists import at_least_float32, dense
 from keras_sngm.backend.torch.norm import normalized_by
 from keras_sngm.backend.torch.optimizer import unscaled
 from keras_sngm.backend.torch.recorder import Change, Recorder
-from keras_sngm.measurements import Plan
-
-
-def attach(model: keras.Model, plan: Plan, fit_params: Any) -> watch.Attachment:
-    """Attach recorders to a model's optimizers; they record from the next training step on.
-
-    Recorders that another `fit` has left attached are detached first.
-
-    Args:
-        model: a compiled model.
-        plan: what to record.
-        fit_params: the `callback.params` of this `fit()` call.
-
-    Returns:
-        The attachment, to be passed to `detach`. It has the recorders.
-    """
-    for recorder in watch.recorders_of_other_fits(model, fit_params):
-        watch.detach(recorder)
-    attachment = watch.Attachment(model, fit_params)
-    attachment.begin(watch.recorder_factory(model, plan, Recorder), _RecordedApply)
-    return attachment
-
-
-def detach(attachment: watch.Attachment) -> None:
-    """Detach all recorders that `attach` has attached."""
-    attachment.end()
-
-
-def is_current(attachment: watch.Attachment, model: keras.Model) -> bool:
-    """Return whether the model's next training step is recorded: it was not compiled anew."""
-    return attachment.root is model.optimizer
 
 
 class _RecordedApply(recorded_apply.RecordedApply):
@@ -99,3 +67,10 @@ class _RecordedApply(recorded_apply.RecordedApply):
         if not conditions:
             return True
         return bool(torch.stack([*conditions, measured.is_finite]).all())
+
+
+class Attachment(watch.Attachment):
+    """Attachment of one logger's recorders to the optimizers of a model, on PyTorch."""
+
+    recorder_type = Recorder
+    apply_type = _RecordedApply
