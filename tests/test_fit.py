@@ -34,7 +34,7 @@ def fit(model, epochs=2, **kwargs):
     return model.fit(X, Y, batch_size=8, epochs=epochs, shuffle=False, verbose=0, **kwargs)
 
 
-def trained(optimizer=None, model=None, epochs=2, callbacks=None, **compile_options):
+def trained_model(optimizer=None, model=None, epochs=2, callbacks=None, **compile_options):
     """Train a model on `X` and `Y`, a new model with a new SNGM by default; return the model."""
     model = model or build_model()
     model.compile(optimizer=optimizer or SNGM(), loss="mse", **compile_options)
@@ -49,7 +49,7 @@ def assert_same_weights(model, other, tolerance=1e-5):
 @pytest.fixture(scope="module")
 def expected():
     """Return a model trained with the defaults, with which other ways of training must agree."""
-    return trained()
+    return trained_model()
 
 
 WAYS_TO_COMPILE = [{"run_eagerly": True}, {"jit_compile": False}]
@@ -64,7 +64,7 @@ if BACKEND != "torch":
 @pytest.mark.parametrize("options", WAYS_TO_COMPILE, ids=str)
 @pytest.mark.parametrize("jit_compile", [True, False])
 def test_ways_to_compile_a_model(expected, options, jit_compile):
-    assert_same_weights(trained(SNGM(jit_compile=jit_compile), **options), expected)
+    assert_same_weights(trained_model(SNGM(jit_compile=jit_compile), **options), expected)
 
 
 def test_training_lowers_the_loss():
@@ -75,7 +75,7 @@ def test_training_lowers_the_loss():
 
 
 def test_custom_train_step(expected):
-    assert_same_weights(trained(model=build_model(model_class=CustomModel)), expected)
+    assert_same_weights(trained_model(model=build_model(model_class=CustomModel)), expected)
 
 
 CUSTOM_LOOPS = [(False, False), (False, True)]
@@ -132,15 +132,15 @@ def test_learning_rates_that_change(learning_rate, callbacks):
     else:
         rates = [0.1, 0.05, 0.025]
     schedule = keras.optimizers.schedules.PiecewiseConstantDecay([5, 11], rates)
-    model = trained(SNGM(learning_rate), epochs=3, callbacks=callbacks)
-    assert_same_weights(model, trained(SNGM(schedule), epochs=3))
+    model = trained_model(SNGM(learning_rate), epochs=3, callbacks=callbacks)
+    assert_same_weights(model, trained_model(SNGM(schedule), epochs=3))
 
 
 def test_callable_learning_rate():
     rate = keras.Variable(0.1)
     # A step that JAX has compiled keeps the learning rate that it was traced with.
-    model = trained(SNGM(lambda: rate), run_eagerly=BACKEND == "jax")
-    assert_same_weights(model, trained(SNGM(0.1)))
+    model = trained_model(SNGM(lambda: rate), run_eagerly=BACKEND == "jax")
+    assert_same_weights(model, trained_model(SNGM(0.1)))
     rate.assign(0.0)
     before = values_of(model.weights)
     fit(model)
@@ -151,7 +151,7 @@ def test_frozen_layers_stay_as_they_are():
     model = build_model()
     model.layers[1].trainable = False
     before = values_of(model.layers[1].weights)
-    trained(model=model)
+    trained_model(model=model)
     for value, expected in zip(values_of(model.layers[1].weights), before, strict=True):
         np.testing.assert_array_equal(value, expected)
     assert model.optimizer.gradient_norms.shape == (2,)
@@ -191,13 +191,13 @@ def test_mixed_precision(expected, policy, tolerance):
         model = build_model()
     finally:
         keras.mixed_precision.set_dtype_policy("float32")
-    trained(model=model, callbacks=[GradientNormLogger()])
+    trained_model(model=model, callbacks=[GradientNormLogger()])
     assert_same_weights(model, expected, tolerance)
 
 
 @pytest.mark.parametrize("factor", [2.0**-20, 3.0, 2.0**20])
 def test_the_loss_scale_changes_nothing(expected, factor):
-    model = trained(SNGM(loss_scale_factor=factor))
+    model = trained_model(SNGM(loss_scale_factor=factor))
     assert_same_weights(model, expected)
     np.testing.assert_allclose(
         model.optimizer.gradient_norm, expected.optimizer.gradient_norm, rtol=1e-4
@@ -205,7 +205,9 @@ def test_the_loss_scale_changes_nothing(expected, factor):
 
 
 def test_constraints_hold():
-    model = trained(model=build_model(kernel_constraint=keras.constraints.MaxNorm(0.5, axis=0)))
+    model = trained_model(
+        model=build_model(kernel_constraint=keras.constraints.MaxNorm(0.5, axis=0))
+    )
     norms = np.linalg.norm(model.layers[1].kernel.numpy(), axis=0)
     assert (norms <= 0.5 + 1e-6).all()
     assert np.isclose(norms, 0.5).any()
@@ -230,10 +232,10 @@ class DenseEmbedding(keras.layers.Embedding):
 def test_sparse_gradients_of_embeddings_train_like_dense_ones(other, options):
     tokens = np.random.default_rng(0).integers(0, 11, (48, 5))
     models = []
-    for layer, how in ((keras.layers.Embedding, {}), (other, options)):
+    for layer, compile_options in ((keras.layers.Embedding, {}), (other, options)):
         keras.utils.set_random_seed(0)
         model = keras.Sequential([layer(11, 4), keras.layers.Flatten(), keras.layers.Dense(1)])
-        model.compile(optimizer=SNGM(clipnorm=0.1), loss="mse", **how)
+        model.compile(optimizer=SNGM(clipnorm=0.1), loss="mse", **compile_options)
         model.fit(tokens, Y, batch_size=8, epochs=2, shuffle=False, verbose=0)
         models.append(model)
     assert_same_weights(*models)
@@ -317,7 +319,7 @@ def test_a_schedule_gets_what_keras_gives_it_under_accumulation(options):
     """A schedule is called with the number of the first micro-batch of each accumulation cycle."""
     rates = keras.optimizers.schedules.PiecewiseConstantDecay([1, 3, 5], [0.1, 0.12, 0.14, 0.16])
     models = [
-        trained(SNGM(rate, gradient_accumulation_steps=2), epochs=1, **options)
+        trained_model(SNGM(rate, gradient_accumulation_steps=2), epochs=1, **options)
         for rate in (Linear(), rates)
     ]
     assert_same_weights(*models)

@@ -41,7 +41,7 @@ def assert_same(value, expected):
         np.testing.assert_array_equal(value, expected)
 
 
-class Witness(keras.callbacks.Callback):
+class StateRecord(keras.callbacks.Callback):
     """Callback that keeps the paths of optimizer variables and the state tree after each epoch."""
 
     def __init__(self):
@@ -60,8 +60,8 @@ def fit(model, x, *callbacks, epochs=2):
     return model.fit(x, Y, 8, epochs, shuffle=False, verbose=0, callbacks=list(callbacks)).history
 
 
-def trained(foreign, make, folder, *loggers):
-    """Train a new model; return the model, its `Witness`, and its history.
+def train(foreign, make, folder, *loggers):
+    """Train a new model; return the model, its `StateRecord`, and its history.
 
     Args:
         foreign: a `Foreign` model.
@@ -72,10 +72,10 @@ def trained(foreign, make, folder, *loggers):
     keras.utils.clear_session()  # Layers and optimizers then get the same names.
     keras.utils.set_random_seed(0)
     model = foreign.make(make())
-    witness = Witness()
+    record = StateRecord()
     save = keras.callbacks.ModelCheckpoint(folder / "{epoch}.weights.h5", save_weights_only=True)
-    history = fit(model, foreign.x, *loggers, witness, save)
-    return model, witness, history
+    history = fit(model, foreign.x, *loggers, record, save)
+    return model, record, history
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
@@ -94,8 +94,8 @@ def test_nothing_changes(tmp_path, name, optimizer):
     folders = tmp_path / "plain", tmp_path / "logged"
     for folder in folders:
         folder.mkdir()
-    plain, before, _ = trained(foreign, make, folders[0])
-    model, after, history = trained(
+    plain, before, _ = train(foreign, make, folders[0])
+    model, after, history = train(
         foreign, make, folders[1], everything, GradientNormLogger(per_variable="layer")
     )
     assert np.isfinite(history["grad_norm"]).all()

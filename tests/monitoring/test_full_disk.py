@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 
-from full_disk_training import MOST_BYTES, UPDATES, trained
+from full_disk_training import MOST_BYTES, UPDATES, history_of_training
 from keras_sngm import SNGM, GradientNormLogger
 from keras_sngm.monitoring.sinks import FileSink, TensorBoardSink
 from processes import SUPPORT, run_python
@@ -63,7 +63,7 @@ def limited(tmp_path_factory):
 
 def test_training_and_epoch_logs_go_on(limited, tmp_path):
     _, history, _ = limited
-    expected = trained(tmp_path)
+    expected = history_of_training(tmp_path)
     assert set(history) == set(expected)
     for key, values in expected.items():
         np.testing.assert_allclose(history[key], values, rtol=1e-6, err_msg=key)
@@ -132,13 +132,13 @@ def test_a_full_disk_is_told_in_the_training_thread_and_while_it_trains(tmp_path
 
     keras_is_training = True
 
-    class Witness(keras.callbacks.Callback):
+    class EndOfTraining(keras.callbacks.Callback):
         def on_train_end(self, logs=None):
             nonlocal keras_is_training
             keras_is_training = False
 
     monkeypatch.setattr("keras_sngm.monitoring.resilient_sink.warnings.warn", note)
-    fit(Witness(), logger_of(tmp_path, "log.csv"))
+    fit(EndOfTraining(), logger_of(tmp_path, "log.csv"))
     assert told == [(threading.get_ident(), True)]
 
 

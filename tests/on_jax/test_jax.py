@@ -29,7 +29,7 @@ def dense_and_sparse_gradient():
 @pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 2}], ids=str)
 def test_sparse_gradients_train_like_dense_ones(options, in_graph):
     """Duplicate rows of a sparse gradient are added up before the norm is computed."""
-    trained = []
+    tables = []
     for gradient in dense_and_sparse_gradient():
         table = keras.Variable(np.ones((5, 3)), dtype="float32")
         optimizer = SNGM(**options)
@@ -38,9 +38,9 @@ def test_sparse_gradients_train_like_dense_ones(options, in_graph):
         state = [table.value], [v.value for v in optimizer.variables]
         for _ in range(6):
             state = step(state[1], [gradient], state[0])
-        trained.append(np.array(state[0][0]))
-    assert not np.array_equal(trained[0], np.ones((5, 3)))
-    np.testing.assert_allclose(*trained, rtol=1e-6)
+        tables.append(np.array(state[0][0]))
+    assert not np.array_equal(tables[0], np.ones((5, 3)))
+    np.testing.assert_allclose(*tables, rtol=1e-6)
 
 
 def averaging_model(loss="mse", **compile_options):

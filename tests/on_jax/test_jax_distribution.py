@@ -11,11 +11,13 @@ from processes import run_python
 from replica_options import EPOCHS, FAULTS, OPTIONS, STEPS_PER_EPOCH, frozen
 
 DEVICES = max(DATA_PARALLEL, math.prod(MODEL_PARALLEL))
-distributed = pytest.mark.parametrize("how", [how for how in PLACES if how != "one device"])
+distributed = pytest.mark.parametrize(
+    "placement", [place for place in PLACES if place != "one device"]
+)
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def results(tmp_path_factory):
     """Train on one device and distributed, in a new process; return results by place and job."""
     path = tmp_path_factory.mktemp("jax") / "results"
     run_python(
@@ -41,8 +43,8 @@ def assert_trained_alike(got, expected, tolerance):
 
 @distributed
 @pytest.mark.parametrize("name", OPTIONS)
-def test_devices_train_like_one(trained, name, how):
-    got, expected = trained[how][name].outcome, trained["one device"][name].outcome
+def test_devices_train_like_one(results, name, placement):
+    got, expected = results[placement][name].outcome, results["one device"][name].outcome
     assert_trained_alike(got, expected, OPTIONS[name].tolerance)
     np.testing.assert_allclose(got.norms, expected.norms, rtol=OPTIONS[name].tolerance)
     assert got.skipped_steps == 0
@@ -50,9 +52,9 @@ def test_devices_train_like_one(trained, name, how):
 
 @distributed
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_on_one_device_skips_the_step(trained, name, how):
+def test_a_fault_on_one_device_skips_the_step(results, name, placement):
     """A step with a bad sample on one device changes nothing on any device, to the bit."""
-    got, expected = trained[how][name].outcome, trained["one device"][name].outcome
+    got, expected = results[placement][name].outcome, results["one device"][name].outcome
     assert_trained_alike(got, expected, FAULTS[name].tolerance)
     assert not got.changed_by_bad_batches
     assert not expected.changed_by_bad_batches
@@ -62,24 +64,24 @@ def test_a_fault_on_one_device_skips_the_step(trained, name, how):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_momentum_is_divided_like_its_variable(trained, name):
-    result = trained["ModelParallel"][name]
+def test_momentum_is_divided_like_its_variable(results, name):
+    result = results["ModelParallel"][name]
     assert result.momentum_shardings == result.shardings
     # With frozen layers only the head is trained, whose 5 rows 3 devices cannot share.
     assert any("model" in axes for axes in result.shardings) == (OPTIONS[name].layers is not frozen)
 
 
-def test_data_parallel_variables_are_on_every_device(trained):
+def test_data_parallel_variables_are_on_every_device(results):
     for name in OPTIONS:
-        result = trained["DataParallel"][name]
+        result = results["DataParallel"][name]
         assert result.momentum_shardings == result.shardings
         assert not any(axis for axes in result.shardings for axis in axes)
 
 
 @distributed
 @pytest.mark.parametrize("name", LOGGED)
-def test_the_logger_logs_what_it_logs_on_one_device(trained, name, how):
-    got, expected = (trained[place][f"{name}, logged"] for place in (how, "one device"))
+def test_the_logger_logs_what_it_logs_on_one_device(results, name, placement):
+    got, expected = (results[place][f"{name}, logged"] for place in (placement, "one device"))
     assert list(got.history) == list(expected.history)
     for key, values in expected.history.items():
         assert got.history[key] == pytest.approx(values, rel=1e-4)
@@ -97,10 +99,10 @@ def test_the_logger_logs_what_it_logs_on_one_device(trained, name, how):
             )
 
 
-@pytest.mark.parametrize("how", PLACES)
+@pytest.mark.parametrize("placement", PLACES)
 @pytest.mark.parametrize("optimizer", STOPPED)
-def test_the_logger_stops_at_a_nan_with_the_weights_from_before(trained, optimizer, how):
-    stopped = trained[how][f"{optimizer}, stopped"]
+def test_the_logger_stops_at_a_nan_with_the_weights_from_before(results, optimizer, placement):
+    stopped = results[placement][f"{optimizer}, stopped"]
     (message,) = (text for text in stopped.warnings if "not finite" in text)
     assert f"step {STEPS_BEFORE_STOP + 1} is not finite" in message
     assert_close(stopped.weights, stopped.weights_before, 1e-6)

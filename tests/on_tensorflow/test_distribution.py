@@ -14,7 +14,7 @@ replicas = pytest.mark.parametrize("replicas", quick_only([1, 2, 4], quick=[2]))
 
 
 @pytest.fixture(scope="module")
-def trained(request, tmp_path_factory):
+def results(request, tmp_path_factory):
     """Return a function that trains on replicas and returns the results by name of the option.
 
     The argument of the function is the number of replicas as a string, "0" for no strategy. With
@@ -25,13 +25,13 @@ def trained(request, tmp_path_factory):
     names = [name for (name,) in cases_asked_for(request, "name")]
 
     @functools.cache
-    def results_of(how):
-        count, _, optimizer = how.partition("-")
-        arguments = count, folder / how, optimizer or "sngm", *names
+    def train_on(placement):
+        count, _, optimizer = placement.partition("-")
+        arguments = count, folder / placement, optimizer or "sngm", *names
         run_python(SUPPORT / "replica_training.py", *arguments)
-        return pickle.loads((folder / how).read_bytes())
+        return pickle.loads((folder / placement).read_bytes())
 
-    return results_of
+    return train_on
 
 
 def assert_same(got, expected, option):
@@ -46,8 +46,8 @@ def assert_same(got, expected, option):
 
 @replicas
 @pytest.mark.parametrize("name", quick_only(OPTIONS, QUICK_OPTIONS))
-def test_replicas_train_like_one_device(trained, name, replicas):
-    got, expected = trained(str(replicas))[name], trained("0")[name]
+def test_replicas_train_like_one_device(results, name, replicas):
+    got, expected = results(str(replicas))[name], results("0")[name]
     assert got.replicas == replicas
     assert_same(got, expected, OPTIONS[name])
     np.testing.assert_allclose(got.norms, expected.norms, rtol=OPTIONS[name].tolerance)
@@ -56,31 +56,31 @@ def test_replicas_train_like_one_device(trained, name, replicas):
 
 @whole
 @pytest.mark.parametrize("name", [n for n in OPTIONS if OPTIONS[n].runs_in_replicas])
-def test_replicas_that_cannot_be_left_train_like_one_device(trained, name):
+def test_replicas_that_cannot_be_left_train_like_one_device(results, name):
     """Replicas that must not enter the cross-replica context train like one device.
 
     TensorFlow forbids `merge_call`, which enters this context, in XLA-compiled functions on GPUs.
     """
-    got, expected = trained("2-sngm-in-replicas")[name], trained("0")[name]
+    got, expected = results("2-sngm-in-replicas")[name], results("0")[name]
     assert_same(got, expected, OPTIONS[name])
     np.testing.assert_allclose(got.norms, expected.norms, rtol=OPTIONS[name].tolerance)
 
 
 @pytest.mark.parametrize(
-    "name, how",
+    "name, placement",
     quick_only(
         [
-            (name, how)
+            (name, placement)
             for name in FAULTS
-            for how in ("1", "2", "4", "2-sngm-in-replicas")
-            if FAULTS[name].runs_in_replicas or "in-replicas" not in how
+            for placement in ("1", "2", "4", "2-sngm-in-replicas")
+            if FAULTS[name].runs_in_replicas or "in-replicas" not in placement
         ],
         quick=[(next(iter(FAULTS)), "2")],
     ),
 )
-def test_a_fault_on_one_replica_skips_the_step(trained, name, how):
+def test_a_fault_on_one_replica_skips_the_step(results, name, placement):
     """All replicas skip a step with a bad sample on one of them; nothing changes, to the bit."""
-    got, expected = trained(how)[name], trained("0")[name]
+    got, expected = results(placement)[name], results("0")[name]
     assert_same(got, expected, FAULTS[name])
     assert not got.changed_by_bad_batches
     assert not expected.changed_by_bad_batches
@@ -91,35 +91,35 @@ def test_a_fault_on_one_replica_skips_the_step(trained, name, how):
 
 @whole
 @pytest.mark.parametrize("name", OPTIONS)
-def test_replicas_communicate_once_per_update(trained, name):
+def test_replicas_communicate_once_per_update(results, name):
     updates = (
         EPOCHS * STEPS_PER_EPOCH // OPTIONS[name].arguments.get("gradient_accumulation_steps", 1)
     )
-    assert trained("4")[name].reductions == updates
+    assert results("4")[name].reductions == updates
 
 
 @whole
-def test_cpus_of_one_machine_send_nothing_to_each_other(trained):
+def test_cpus_of_one_machine_send_nothing_to_each_other(results):
     """Gradients are added up in memory, unless the cross-replica context is forbidden."""
-    assert not trained("2")["collectives"]
-    assert trained("2-sngm-in-replicas")["collectives"]
+    assert not results("2")["collectives"]
+    assert results("2-sngm-in-replicas")["collectives"]
 
 
 @whole
 @pytest.mark.parametrize("name", [n for n in OPTIONS if n.startswith("embeddings")])
-def test_rows_of_embeddings_travel_as_slices(trained, name):
+def test_rows_of_embeddings_travel_as_slices(results, name):
     """Replicas reduce gradients of embeddings as slices, but accumulated gradients as tensors.
 
     Accumulated gradients fill the whole table.
     """
     accumulates = "gradient_accumulation_steps" in OPTIONS[name].arguments
-    assert bool(trained("4")[name].sparse_reductions) is not accumulates
+    assert bool(results("4")[name].sparse_reductions) is not accumulates
 
 
 @replicas
-def test_every_replica_runs_an_xla_program(trained, replicas):
+def test_every_replica_runs_an_xla_program(results, replicas):
     devices = [f"/job:localhost/replica:0/task:0/device:CPU:{i}" for i in range(replicas)]
-    assert trained(str(replicas))["xla_calls"] == devices
+    assert results(str(replicas))["xla_calls"] == devices
 
 
 @whole
@@ -128,20 +128,20 @@ def test_a_logger_changes_nothing_in_models_of_others():
 
 
 @whole
-def test_a_model_compiled_on_several_devices_says_what_to_set_instead(trained):
-    assert not trained("1")["jit_error"]
+def test_a_model_compiled_on_several_devices_says_what_to_set_instead(results):
+    assert not results("1")["jit_error"]
     for replicas in ("2", "4"):
-        assert 'Set `model.compile(jit_compile="auto")`' in trained(replicas)["jit_error"]
-        assert "Received: jit_compile=True under MirroredStrategy" in trained(replicas)["jit_error"]
+        assert 'Set `model.compile(jit_compile="auto")`' in results(replicas)["jit_error"]
+        assert "Received: jit_compile=True under MirroredStrategy" in results(replicas)["jit_error"]
 
 
 @whole
-def test_replicas_that_could_disagree_are_refused(trained):
+def test_replicas_that_could_disagree_are_refused(results):
     """A `LossScaleOptimizer` is refused where replicas would decide about a step one by one.
 
     Replicas that decide differently would wait for each other.
     """
-    message = trained("2-sngm-in-replicas")["loss_scale_error"]
+    message = results("2-sngm-in-replicas")["loss_scale_error"]
     assert "`LossScaleOptimizer` is such a condition. Set `SNGM(loss_scale_factor=" in message
 
 

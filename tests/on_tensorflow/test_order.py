@@ -54,16 +54,16 @@ def test_a_step_in_chunks_agrees_with_the_reference(options):
 
 @pytest.mark.parametrize("use_ema", [False, True])
 def test_mixed_dtypes_are_updated_in_chunks(monkeypatch, use_ema):
-    def trained():
+    def trained_values():
         dtypes = ["float32", "float64", "bfloat16", "float16", "float32"] * 2
         variables = variables_of(FAR_FROM_ZERO, dtypes)
         optimizer = SNGM(0.1, use_ema=use_ema, jit_compile=True)
         train(optimizer, variables, random_gradients(TWICE, 5))
         return values_of(variables) + values_of(optimizer.momentums)
 
-    in_chunks = trained()
+    in_chunks = trained_values()
     monkeypatch.setattr(tensorflow_order, "_CHUNK_SIZE", 10**9)
-    for value, expected in zip(in_chunks, trained(), strict=True):
+    for value, expected in zip(in_chunks, trained_values(), strict=True):
         np.testing.assert_array_equal(value, expected)
 
 

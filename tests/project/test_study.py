@@ -69,7 +69,7 @@ def run_of(method="SNGM", exponent=0, seed=0, final=True, score=0.5, **changes):
     return dataclasses.replace(run, **changes)
 
 
-def carried_out(study, one, score_of):
+def runs_with_scores(study, one, score_of):
     """Return all runs that a search asks for, in order, with made-up results.
 
     Args:
@@ -88,7 +88,7 @@ def carried_out(study, one, score_of):
 @pytest.mark.parametrize("peak", [-9, -4, -3, -1, 0, 1, 2, 5, 11])
 def test_the_best_rate_is_found_and_never_lies_at_an_edge(peak):
     study = study_of(search_of())
-    runs = carried_out(study, search_of(), lambda k, seed: 1.0 - abs(k - peak) / 100)
+    runs = runs_with_scores(study, search_of(), lambda k, seed: 1.0 - abs(k - peak) / 100)
     tried = {run.exponent for run in runs if not run.final}
     assert {peak - 1, peak, peak + 1} <= tried
     assert len(tried) >= study.rates
@@ -104,7 +104,7 @@ def test_the_best_rate_is_found_and_never_lies_at_an_edge(peak):
 
 @pytest.mark.parametrize("end", [-math.inf, 0, 4, math.inf])
 def test_a_search_ends_where_all_rates_up_to_some_are_as_good(end):
-    runs = carried_out(study_of(search_of()), search_of(), lambda k, seed: float(k >= end))
+    runs = runs_with_scores(study_of(search_of()), search_of(), lambda k, seed: float(k >= end))
     assert len({run.exponent for run in runs}) < 15
     assert len([run for run in runs if run.final]) == 3
 
@@ -112,7 +112,7 @@ def test_a_search_ends_where_all_rates_up_to_some_are_as_good(end):
 def test_rates_are_judged_by_the_mean_of_the_seeds():
     """A learning rate is not chosen for one lucky seed if another seed fails at it."""
     scores = {(3, 100): 1.0, (3, 101): 0.1}
-    runs = carried_out(
+    runs = runs_with_scores(
         study_of(search_of()), search_of(), lambda k, seed: scores.get((k, seed), 0.8 - abs(k) / 50)
     )
     assert {run.exponent for run in runs if run.final} == {0}
@@ -282,7 +282,7 @@ def lines_of(path):
 def write_all_but(count, study, path):
     """Write runs with made-up scores for all searches of a quick study but the last `count`."""
     for each in study.searches[:-count]:
-        for run in carried_out(study, each, lambda k, seed: 0.5 - abs(k) / 100):
+        for run in runs_with_scores(study, each, lambda k, seed: 0.5 - abs(k) / 100):
             changes = {
                 "setting": each.setting.name,
                 "fingerprint": each.setting.fingerprint,

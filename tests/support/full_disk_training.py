@@ -24,7 +24,7 @@ UPDATES = 150
 MOST_BYTES = 3_000
 
 
-def trained(folder: pathlib.Path) -> dict[str, list[float]]:
+def history_of_training(folder: pathlib.Path) -> dict[str, list[float]]:
     """Train with three loggers that write to a folder, and return the history."""
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
@@ -44,7 +44,7 @@ def main(folder: str) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (MOST_BYTES, hard))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        history = trained(pathlib.Path(folder))
+        history = history_of_training(pathlib.Path(folder))
     print(json.dumps([history, [str(warning.message) for warning in caught]]))
 
 
