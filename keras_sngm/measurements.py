@@ -63,7 +63,7 @@ class Plan(NamedTuple):
 def details(
     before: Tensor, after: Tensor, momentum: Tensor | None, direction: Tensor | None
 ) -> Tensor:
-    """Measure one variable around an update: a vector of the values named in `DETAILS`.
+    """Measure one variable around an update.
 
     A value that the variable does not have is 0.
 
@@ -71,7 +71,12 @@ def details(
         before: the variable before the update.
         after: the variable after it.
         momentum: u after the update, or `None`.
-        direction: g / norm(g), or `None` if there was no gradient.
+        direction: the variable's part of g / norm(g), the whole gradient divided by its norm, or
+            `None` if it had no gradient.
+
+    Returns:
+        A float32 vector in the order of `DETAILS`: norms of the weight, of its change and of its
+        momentum, the inner product of momentum and direction, and the norm of the direction.
     """
     none = ops.zeros_like(before)
     momentum = none if momentum is None else momentum
@@ -166,9 +171,13 @@ def rows_from(table: np.ndarray, keeps_noise_scale: bool) -> Rows:
 def _noise_scale(moments: np.ndarray) -> np.ndarray:
     """Divide the averages behind the noise scale, one row per update.
 
+    Args:
+        moments: matrix with the columns average of tr(Sigma), average of norm(G)^2 and average of
+            1, which is 0 as long as nothing has been averaged; no columns if none are kept.
+
     Returns:
-        A vector: NaN where nothing has been averaged yet, infinity where the average of
-        norm(G)^2 is not positive.
+        A vector: NaN where nothing has been averaged yet or none are kept, infinity where the
+        average of norm(G)^2 is not positive.
     """
     scale = np.full(len(moments), np.nan)
     if moments.shape[1]:
@@ -180,7 +189,12 @@ def _noise_scale(moments: np.ndarray) -> np.ndarray:
 
 
 def joined_rows(parts: Sequence[Rows]) -> Rows:
-    """Combine what the optimizers of one model have recorded of the same updates."""
+    """Combine what the optimizers of one model have recorded of the same updates.
+
+    Each has some of the variables: norms are those of all of these together, the columns of the
+    variables follow each other. At most one optimizer measures the noise scale as a rule, the
+    others have NaN; of several the greatest is taken.
+    """
     return Rows(
         np.sqrt(np.sum([part.norm**2 for part in parts], axis=0)),
         np.fmax.reduce([part.noise_scale for part in parts]),
@@ -189,10 +203,15 @@ def joined_rows(parts: Sequence[Rows]) -> Rows:
 
 
 def named_details(table: np.ndarray, has_momentum: np.ndarray) -> dict[str, float]:
-    """Combine the `DETAILS` of several variables into values for all of them together, by name.
+    """Combine details of several variables into values for all of them together, by name.
+
+    Norms are those of all variables together. The momentum's cosine is the sum of inner products
+    of momentum and direction, divided by both norms. A quotient by 0 is NaN.
 
     Args:
-        table: matrix, the `DETAILS` of each variable in a row.
+        table: matrix with a row of `DETAILS` for each variable: norms of the weight, of its
+            update and of its momentum, inner product of momentum and direction, norm of the
+            direction. 0 for what a variable does not have.
         has_momentum: boolean vector, which variables have a momentum. Values about the
             momentum are left out if none has.
     """

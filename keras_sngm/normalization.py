@@ -93,6 +93,8 @@ def safe_normalization(
 def squares_are_in_range(rule: Rule, squares: Tensor, least: Tensor) -> Tensor:
     """Return a boolean: whether sums of squares are exact enough as they are, each and in total.
 
+    `False` also if `clipnorm` is so small that the squares of norms clipped to it are out of range.
+
     Args:
         rule: the hyper-parameters.
         squares: vector, one sum per variable.
@@ -202,8 +204,9 @@ def _clipped_each(limit: float, norms: Tensor, squares: Tensor) -> tuple[Tensor,
         squares: vector of sums of squares, finite where all elements of a gradient are.
 
     Returns:
-        A boolean vector that says which norms were clipped; all norms afterwards; and the norm
-        of the whole gradient afterwards.
+        A boolean vector that says which norms were clipped; all norms afterwards; and, as a
+        `_Whole`, the norm of the whole gradient afterwards with those that it consists of, times
+        a power of two.
     """
     highest = filled(_in_range(limit, norms), norms)
     over = ops.logical_and(norms > highest, ops.isfinite(squares))

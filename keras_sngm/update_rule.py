@@ -21,7 +21,23 @@ Tensor = Any
 
 
 class Rule(NamedTuple):
-    """Hyper-parameters of SNGM that stay constant while a compiled step is used."""
+    """Hyper-parameters of SNGM that stay constant while a compiled step is used.
+
+    They are named like the arguments of `SNGM`, and `None` where one of these is not set.
+
+    Attributes:
+        momentum: coefficient of the momentum, 0 for none.
+        nesterov: whether to apply Nesterov momentum.
+        blockwise: whether each variable's gradient is divided by its own norm instead of by that
+            of the whole gradient.
+        weight_decay: coefficient of weight decay.
+        decoupled_weight_decay: whether the decay multiplies the weights instead of being added to
+            the gradient.
+        clipnorm: greatest norm of each variable's gradient.
+        clipvalue: greatest magnitude of an element.
+        global_clipnorm: greatest norm of the whole gradient.
+        ema_momentum: weight of the past in the moving averages of the weights.
+    """
 
     momentum: float
     nesterov: bool
@@ -75,15 +91,17 @@ def scatter(values: Tensor, indices: Sequence[int], count: int) -> Tensor:
 class Coefficients(NamedTuple):
     """Factors that one step multiplies by, scalars on the device.
 
-    In a step that is skipped they leave weights, momentum and averages as they are.
+    In a step that is skipped they leave weights, momentum and averages as they are; where
+    `is_taken` is `False` the gradient is left out, too.
     Selecting between old and new tensors would do the same, but would cost XLA
     the update in place: measured, several times the time of a step.
 
     Attributes:
         is_taken: boolean, `False` if the step is skipped.
         learning_rate: 0 if the step is skipped.
-        momentum: 1 if the step is skipped.
-        ema_momentum: weight of the past in the moving averages of the weights.
+        momentum: factor of the momentum before it; 1 if the step is skipped.
+        ema_momentum: weight of the past in the moving averages of the weights; 1 if the step is
+            skipped.
     """
 
     is_taken: Tensor

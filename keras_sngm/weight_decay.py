@@ -27,8 +27,14 @@ class Exclusions:
     def decays(self, variables: Sequence[Any]) -> tuple[bool, ...]:
         """Return for each of the variables whether weight decay applies to it.
 
+        It does not if the variable was excluded itself, or if one of the excluded names, a regular
+        expression, is found in its path or its name.
+
+        Args:
+            variables: Keras or TensorFlow variables.
+
         Raises:
-            ValueError: if a saved exclusion does not fit exactly one variable.
+            ValueError: if an exclusion that was saved as a path does not fit exactly one variable.
         """
         if not self:
             return (True,) * len(variables)
@@ -39,10 +45,15 @@ class Exclusions:
         )
 
     def located_in(self, variables: Sequence[Any]) -> "Exclusions":
-        """Return the same exclusions, as indices into `variables`.
+        """Return the same exclusions, those of single variables as indices into `variables`.
+
+        Exclusions by name stay names.
+
+        Args:
+            variables: the variables that the optimizer is built with.
 
         Raises:
-            ValueError: if a saved exclusion does not fit exactly one variable.
+            ValueError: if an exclusion that was saved as a path does not fit exactly one variable.
         """
         return Exclusions(self._positions_in(variables), self._names)
 
@@ -70,7 +81,14 @@ class Exclusions:
             )
 
     def _positions_in(self, variables: Sequence[Any]) -> list[int]:
-        """Return the indices of the variables that are excluded one by one, not by name."""
+        """Return the indices of the variables that are excluded one by one, not by name.
+
+        Args:
+            variables: the variables to look in.
+
+        Raises:
+            ValueError: if an exclusion that was saved as a path does not fit exactly one variable.
+        """
         positions: list[int] = []
         for entry in self._entries:
             if isinstance(entry, int):

@@ -200,7 +200,10 @@ class GradientNormLogger(keras.callbacks.Callback):
         self._outputs = new_outputs()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state that copies begin with: the arguments, nothing of a running `fit`."""
+        """Return the state that copies begin with: the arguments, nothing of a running `fit`.
+
+        What a running `fit` sets has a default in the class, by which it is known here.
+        """
         state = vars(self) | vars(keras.callbacks.Callback())
         of_a_fit = vars(GradientNormLogger)
         return {name: value for name, value in state.items() if name not in of_a_fit}
@@ -231,7 +234,7 @@ class GradientNormLogger(keras.callbacks.Callback):
         self._warn()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Put the norm of the newest update into the `logs` of the batch."""
+        """Put the norm of the newest update, over all optimizers, into the `logs` of the batch."""
         if logs is not None:
             logs["grad_norm"] = _latest_norm(self._attachment.recorders)
 
@@ -326,16 +329,29 @@ class GradientNormLogger(keras.callbacks.Callback):
             self._open_sink(lambda: TensorBoardSink(log_dir, DESCRIPTIONS), f"`log_dir` {log_dir}")
 
     def _open_sink(self, make: Callable[[], Sink], name: str) -> None:
-        """Add the sink that `make` makes; `name` names it in warnings."""
+        """Open a file or a directory, and add it to the sinks.
+
+        Its errors become a warning, but an error in opening it is raised if `_must_open` is set.
+
+        Args:
+            make: opens it.
+            name: its name for warnings.
+        """
         self._sinks = [*self._sinks, ResilientSink(make, name, self._must_open)]
 
     def _begin_output(self, recorders: Sequence[Any]) -> tuple[LoggedValues, Sequence[Sink]]:
         """Tell the sinks the names of the values, once the optimizers are built.
 
-        A CSV file that has other columns is left, and one with another number begun.
+        If a CSV file has other columns, files with another number in their names are begun.
+
+        Args:
+            recorders: the recorders of the optimizers.
 
         Returns:
             The values to log, and the sinks.
+
+        Raises:
+            ColumnsError: if a CSV file has other columns, and `append` is set.
         """
         values = LoggedValues(recorders, self.per_variable, self._watched_model)
         try:
@@ -420,7 +436,11 @@ def _check_count(name: str, value: Any) -> None:
 
 
 def _latest_norm(recorders: list[Any]) -> Any:
-    """Return the norm of the newest update, over the optimizers of all recorders."""
+    """Return the norm of the newest update over the variables of all optimizers; NaN without one.
+
+    Args:
+        recorders: the recorders of the optimizers.
+    """
     norms = [recorder.latest_norm() for recorder in recorders if recorder.is_open]
     if not norms:
         return math.nan

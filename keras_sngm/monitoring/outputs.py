@@ -31,13 +31,22 @@ class Outputs:
 
         Args:
             model: the model to be logged.
-            claim: tries to create the files of a number, returns `False` if there are any.
+            claim: tries to create the files of a number, returns `False` if there are any. It is
+                asked only in processes other than the logger's own, which cannot know what others
+                write.
         """
         known = [number for of, number in self._models if of() is model]
         return known[-1] if known else self.new_number(model, claim)
 
     def new_number(self, model: Any, claim: Callable[[int], bool]) -> int:
-        """Give a model another number, as if it had none, and return it."""
+        """Give a model another number, as if it had none, and return it.
+
+        Args:
+            model: the model to be logged.
+            claim: tries to create the files of a number, returns `False` if there are any. It is
+                asked only in processes other than the logger's own, which cannot know what others
+                write.
+        """
         if self._process != os.getpid():
             while not claim(self._next):
                 self._next += 1
@@ -46,7 +55,7 @@ class Outputs:
         return number
 
     def is_known(self, model: Any) -> bool:
-        """Return whether a model has a number."""
+        """Return whether a model was given a number, which its files are named after."""
         return any(of() is model for of, _ in self._models)
 
     def __reduce__(self) -> tuple[Callable[[str], "Outputs"], tuple[str]]:
@@ -58,7 +67,10 @@ _outputs_by_key: weakref.WeakValueDictionary[str, Outputs] = weakref.WeakValueDi
 
 
 def new_outputs() -> Outputs:
-    """Return an object without numbers, for a logger that is made in this process."""
+    """Return an empty register of which model's files have which number, for a new logger.
+
+    It is kept by its key, to be found by copies of the logger in this process.
+    """
     outputs = Outputs(uuid.uuid4().hex, os.getpid())
     _outputs_by_key[outputs._key] = outputs
     return outputs

@@ -217,29 +217,40 @@ class Recording:
             updates = self._progress[0].updates - last[0].updates
             per_step = math.ceil(updates / training_steps)
             self._updates_per_step = max(per_step, self._updates_per_step or 0)
-        parts = [
+        rows_by_recorder = [
             recorder.new_rows(progress, snapshot)
             for recorder, progress, snapshot in zip(self._recorders, last, snapshots, strict=True)
         ]
-        rows = joined_rows([part.rows for part in parts])
-        steps = parts[0].steps[: self._count_until_stop(parts)].tolist()
-        self._note_fault(parts)
+        rows = joined_rows([part.rows for part in rows_by_recorder])
+        steps = rows_by_recorder[0].steps[: self._count_until_stop(rows_by_recorder)].tolist()
+        self._note_fault(rows_by_recorder)
         values = {name: of[: len(steps)] for name, of in self._values.of_updates(rows).items()}
         self._epoch.add(values)
         for i, step in enumerate(steps):
-            self._log_step(step, {name: float(of[i]) for name, of in values.items()}, parts)
+            self._log_step(
+                step, {name: float(of[i]) for name, of in values.items()}, rows_by_recorder
+            )
         for sink in self._sinks:
             sink.flush()
 
-    def _count_until_stop(self, parts: Sequence[Any]) -> int:
-        """Return how many of the updates were made before the device took no more steps."""
-        steps, nonfinite = parts[0].steps, _first_nonfinite_step(parts)
+    def _count_until_stop(self, rows_by_recorder: Sequence[Any]) -> int:
+        """Return how many of the updates that were read are logged.
+
+        All of them, unless the plan stops at a gradient that is not finite: then those up to the
+        first such update, which is the last one logged.
+
+        Args:
+            rows_by_recorder: what each recorder has recorded of these updates.
+        """
+        steps, nonfinite = rows_by_recorder[0].steps, _first_nonfinite_step(rows_by_recorder)
         if not self._plan.stops or (self.fault is None and not nonfinite):
             return len(steps)
         # Steps that were not taken have the number of the update that was not finite.
         return 0 if self.fault is not None else int(np.searchsorted(steps, nonfinite)) + 1
 
-    def _log_step(self, step: int, scalars: dict[str, float], parts: Sequence[Any]) -> None:
+    def _log_step(
+        self, step: int, scalars: dict[str, float], rows_by_recorder: Sequence[Any]
+    ) -> None:
         """Write one update to the sinks, if it is due.
 
         Args:
@@ -247,34 +258,47 @@ class Recording:
             scalars: its values by name. Details are added.
             parts: what each recorder has recorded.
         """
-        if step in parts[0].details:
-            table = np.concatenate([rows.details[step] for rows in parts])
+        if step in rows_by_recorder[0].details:
+            table = np.concatenate([rows.details[step] for rows in rows_by_recorder])
             details = self._values.of_details(table)
             self._epoch.add(details)
             scalars |= details
         if step % self._log_every == 0:
             for sink in self._sinks:
                 sink.write(step, scalars)
-        if step in parts[0].histograms:
-            self._log_histograms(step, parts)
+        if step in rows_by_recorder[0].histograms:
+            self._log_histograms(step, rows_by_recorder)
 
-    def _log_histograms(self, step: int, parts: Sequence[Any]) -> None:
-        """Write the histograms of one update to the sinks."""
+    def _log_histograms(self, step: int, rows_by_recorder: Sequence[Any]) -> None:
+        """Write the histograms of one update to the sinks.
+
+        Args:
+            step: number of the update.
+            rows_by_recorder: what each recorder has recorded, with histograms of this step. Its
+                vector `nonfinite` has an element for each variable.
+        """
         first = 0
         histograms: dict[str, np.ndarray] = {}
-        for rows in parts:
+        for rows in rows_by_recorder:
             histograms |= self._values.of_histograms(rows.histograms[step], first)
             first += len(rows.nonfinite)
         for sink in self._sinks:
             sink.write_histograms(step, histograms)
 
-    def _note_fault(self, parts: Sequence[Any]) -> None:
-        """Note the first update whose gradient was not finite, and stop training if planned."""
-        step = _first_nonfinite_step(parts)
+    def _note_fault(self, rows_by_recorder: Sequence[Any]) -> None:
+        """Note the first update whose gradient was not finite, and stop training if planned.
+
+        With several processes training is stopped at the end of the epoch instead, as all of them
+        must stop at the same step.
+
+        Args:
+            rows_by_recorder: what each recorder has recorded since the last read.
+        """
+        step = _first_nonfinite_step(rows_by_recorder)
         if self.fault is not None or not step:
             return
         nonfinite = np.concatenate(
-            [rows.nonfinite & (rows.nonfinite_step == step) for rows in parts]
+            [rows.nonfinite & (rows.nonfinite_step == step) for rows in rows_by_recorder]
         )
         paths = [path for path, is_bad in zip(self._values.paths, nonfinite, strict=True) if is_bad]
         self.fault = Fault(step, paths)
@@ -282,6 +306,6 @@ class Recording:
             self._model.stop_training = True
 
 
-def _first_nonfinite_step(parts: Sequence[Any]) -> int:
+def _first_nonfinite_step(rows_by_recorder: Sequence[Any]) -> int:
     """Return the first update whose gradient was not finite, or 0."""
-    return min((rows.nonfinite_step for rows in parts if rows.nonfinite_step), default=0)
+    return min((rows.nonfinite_step for rows in rows_by_recorder if rows.nonfinite_step), default=0)

@@ -106,5 +106,5 @@ class LoggedValues:
         }
 
     def _no_rows(self) -> Rows:
-        """Return the rows of no update, from which names can be computed."""
+        """Return the rows of no update, whose values are empty but have the names of any others."""
         return Rows(np.zeros(0), np.zeros(0), np.zeros((0, len(self._has_momentum))))

@@ -63,7 +63,7 @@ class AccumulationCycle:
         return self._positions if calls == self._calls else None
 
     def add(self, calls: int, micro_batches: int, indices: frozenset[int]) -> None:
-        """Note which variables have a gradient in the next call.
+        """Note which variables have a gradient in a call, if the cycle's beginning was seen.
 
         Args:
             calls: number of calls of the optimizer before this one.

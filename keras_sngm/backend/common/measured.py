@@ -10,25 +10,29 @@ from keras_sngm.update_rule import Tensor, scatter
 
 
 class Measured(NamedTuple):
-    """Tensors that were measured on the gradient of one update."""
+    """Tensors that were measured on the gradient of one update.
+
+    Attributes:
+        norm: norm of the whole gradient.
+        norms: vector, the norm of each variable's gradient, 0 where there was none.
+        noise_moments: vector of the averages behind the noise scale: of tr(Sigma), of norm(G)^2
+            and of 1; `None` if it is not measured.
+        is_finite: boolean, whether all elements of the gradient are finite.
+        nonfinite: boolean vector, whether elements of each variable's gradient are not finite.
+    """
 
     norm: Tensor
-    """Norm of the whole gradient."""
     norms: Tensor
-    """Vector, the norm of each variable's gradient, 0 where there was none."""
     noise_moments: Tensor | None
-    """Vector, the averages behind the noise scale; `None` if it is not measured."""
     is_finite: Tensor
-    """Boolean, whether all elements of the gradient are finite."""
     nonfinite: Tensor
-    """Boolean vector, whether elements of each variable's gradient are not finite."""
 
 
 def measured_by_sngm(
     optimizer: Any,
     normalized: Normalization,
     indices: Sequence[int],
-    local: Callable[[Any], Any] = lambda variable: variable,
+    on_replica: Callable[[Any], Any] = lambda variable: variable,
 ) -> Measured:
     """Collect what SNGM has measured in the update that it has just made.
 
@@ -36,11 +40,11 @@ def measured_by_sngm(
         optimizer: an SNGM.
         normalized: how it has normalized the gradient.
         indices: the index of each variable with a gradient among the optimizer's variables.
-        local: returns this replica's copy of a variable, and `None` for `None`.
+        on_replica: maps a variable to this replica's copy of it, and `None` for `None`.
     """
     kept = (optimizer.gradient_norm, optimizer.gradient_norms, optimizer.noise_moments)
     norm, norms, moments = (
-        None if v is None else keras.ops.convert_to_tensor(local(v)) for v in kept
+        None if v is None else keras.ops.convert_to_tensor(on_replica(v)) for v in kept
     )
     nonfinite = nonfinite_mask(normalized, indices, len(optimizer._trainable_variables))
     return Measured(norm, norms, moments, normalized.is_finite, nonfinite)

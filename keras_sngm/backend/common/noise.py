@@ -12,6 +12,9 @@ from keras_sngm.update_rule import Tensor
 class NoiseMeter(NamedTuple):
     """Settings and arithmetic of the gradient noise scale of one optimizer.
 
+    That is tr(Sigma) / norm(G)^2, with the expected gradient G of the loss and the covariance Sigma
+    of the gradient of one sample.
+
     Attributes:
         batch_size: number of samples in one call of the optimizer, all replicas together.
         momentum: weight of the past in the averages.
@@ -37,6 +40,8 @@ class NoiseMeter(NamedTuple):
 
     def estimates(self, total: Tensor, large: Tensor) -> list[Tensor]:
         """Estimate tr(Sigma) and norm(G)^2, without bias, from one update.
+
+        G is the expected gradient of the loss, Sigma the covariance of the gradient of one sample.
 
         Args:
             total: scalar, the sum of the squares of the gradients of all replicas in all calls.

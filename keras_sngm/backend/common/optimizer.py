@@ -112,12 +112,12 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
         """Return for each of the variables whether weight decay applies to it."""
         raise NotImplementedError
 
-    def _step(self, gradients: Sequence[Any], active: Sequence[int]) -> None:
+    def _step(self, gradients: Sequence[Any], with_gradient: Sequence[int]) -> None:
         """Update the variables or accumulate the gradients, and count the call.
 
         Args:
             gradients: gradients of some variables.
-            active: the index of each of these among the optimizer's variables.
+            with_gradient: the index of each of these among the optimizer's variables.
         """
         raise NotImplementedError
 
@@ -156,15 +156,17 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
                 list, self._overwrite_variables_directly_with_gradients(gradients, variables)
             )
             check_shapes(gradients, variables)
-            active = [self._get_variable_index(variable) for variable in variables]
-            check_each_variable_is_given_once(active, variables)
+            with_gradient = [self._get_variable_index(variable) for variable in variables]
+            check_each_variable_is_given_once(with_gradient, variables)
             micro_batches = self.gradient_accumulation_steps
             if micro_batches is None or not self._state_is_known(gradients):
-                self._step(gradients, active)
+                self._step(gradients, with_gradient)
             else:
-                self._step_in_cycle(gradients, active, micro_batches)
+                self._step_in_cycle(gradients, with_gradient, micro_batches)
 
-    def _step_in_cycle(self, gradients: list[Any], active: list[int], micro_batches: int) -> None:
+    def _step_in_cycle(
+        self, gradients: list[Any], with_gradient: list[int], micro_batches: int
+    ) -> None:
         """Take a step within an accumulation cycle.
 
         Variables that had a gradient in earlier micro-batches of the cycle, but have none in this
@@ -172,17 +174,17 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
 
         Args:
             gradients: gradients of some variables. Zeros are appended.
-            active: the index of each of these. Indices are appended.
+            with_gradient: the index of each of these. Indices are appended.
             micro_batches: number of calls that make up an update.
         """
-        calls, with_gradient = self._calls_so_far(), frozenset(active)
-        for i in self._idle_with_gradient(calls, micro_batches, with_gradient):
+        calls, own = self._calls_so_far(), frozenset(with_gradient)
+        for i in self._idle_with_gradient(calls, micro_batches, own):
             total = ops.convert_to_tensor(self._accumulated_gradients[i])
             gradients.append(ops.zeros_like(total))
-            active.append(i)
-        self._step(gradients, active)
+            with_gradient.append(i)
+        self._step(gradients, with_gradient)
         self._calls.set(self._iterations, calls + 1)
-        self._cycle.add(calls, micro_batches, with_gradient)
+        self._cycle.add(calls, micro_batches, own)
 
     def _calls_so_far(self) -> int:
         """Return how often the optimizer was called. Not to be asked while a function is traced."""
@@ -191,23 +193,23 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
         return self._calls.of(self._iterations)
 
     def _idle_with_gradient(
-        self, calls: int, micro_batches: int, active: frozenset[int]
+        self, calls: int, micro_batches: int, with_gradient: frozenset[int]
     ) -> list[int]:
         """Return the indices of variables whose only gradients were in earlier micro-batches.
 
         Args:
             calls: number of calls of the optimizer before this one.
             micro_batches: number of calls that make up an update.
-            active: indices of the variables that have a gradient in this call.
+            with_gradient: indices of the variables that have a gradient in this call.
         """
         known = self._cycle.indices(calls, micro_batches)
         if known is not None:
-            return sorted(known - active)
-        return [i for i in self._idle(active) if self._has_accumulated(i)]
+            return sorted(known - with_gradient)
+        return [i for i in self._idle(with_gradient) if self._has_accumulated(i)]
 
-    def _idle(self, active: frozenset[int]) -> list[int]:
+    def _idle(self, with_gradient: frozenset[int]) -> list[int]:
         """Return the indices of the variables without a gradient in this call."""
-        return [i for i in range(len(self._trainable_variables)) if i not in active]
+        return [i for i in range(len(self._trainable_variables)) if i not in with_gradient]
 
     def _has_accumulated(self, index: int) -> bool:
         """Return whether a variable's accumulated gradient is not zero. Waits for the device."""
@@ -215,7 +217,13 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
         return bool(ops.any(total != 0))
 
     def _state_is_known(self, gradients: Sequence[Any]) -> bool:
-        """Return whether variables have values that can be read: not while a function is traced."""
+        """Return whether gradients and variables have values that can be read.
+
+        Here always. A backend that traces functions returns `False` while it does.
+
+        Args:
+            gradients: the gradients of a call.
+        """
         return True
 
     def _variables_of(
@@ -282,7 +290,7 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
         total: Any,
         normalized: Normalization,
         squares: Callable[[], Any],
-        local: Callable[[Any], Any] = lambda variable: variable,
+        on_replica: Callable[[Any], Any] = lambda variable: variable,
     ) -> None:
         """Update the gradient noise scale, if it is measured.
 
@@ -291,7 +299,7 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
             normalized: the normalization of the sum of these gradients.
             squares: computes the sum of the squares of the gradient of the update, for rules that
                 change the gradient before it is normalized.
-            local: returns this replica's copy of a variable.
+            on_replica: maps a variable to this replica's copy of it.
         """
         meter = self._noise_meter()
         if meter is None:
@@ -301,8 +309,8 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
         else:
             large = ops.cast(normalized.unclipped, "float32") ** 2
         meter.update(
-            local(self.noise_moments),
-            local(self.gradient_noise_scale),
+            on_replica(self.noise_moments),
+            on_replica(self.gradient_noise_scale),
             meter.estimates(total, large),
             ops.logical_and(normalized.is_taken, total >= self._least_total()),
         )

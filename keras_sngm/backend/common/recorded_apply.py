@@ -87,10 +87,11 @@ class RecordedApply:
     def _update(
         self, inputs: UpdateInputs, gradients: list[Any], variables: list[Any] | None
     ) -> None:
-        """Record the gradients, and apply them to the variables.
+        """Record the gradients if this call ends an update, and apply them to the variables.
 
         Args:
-            inputs: the gradients that are not `None`, and their variables.
+            inputs: the gradients that are not `None`, with their variables and the indices of
+                these.
             gradients: the gradients of this call.
             variables: the variables of this call, or `None` for all of the optimizer's.
         """

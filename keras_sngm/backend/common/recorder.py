@@ -39,14 +39,16 @@ def ready_recorders(optimizer: Any) -> list[Any]:
     return [recorder for recorder in recorders if recorder.is_ready]
 
 
-def conditions_of_step(recorders: Iterable[Any], *local: Callable[[Any], Any]) -> list[Any]:
+def conditions_of_step(recorders: Iterable[Any], *on_replica: Callable[[Any], Any]) -> list[Any]:
     """Return booleans on the device, all of which must be true for a step to be taken.
+
+    There is one for each recorder whose plan stops at a gradient that is not finite.
 
     Args:
         recorders: recorders attached to one optimizer.
-        local: returns this replica's copy of a variable; only on backends with replicas.
+        on_replica: maps a variable to this replica's copy of it; only on backends with replicas.
     """
-    return [recorder.may_step(*local) for recorder in recorders if recorder.plan.stops]
+    return [recorder.may_step(*on_replica) for recorder in recorders if recorder.plan.stops]
 
 
 class Progress(NamedTuple):
@@ -62,13 +64,15 @@ class NewRows(NamedTuple):
 
     Attributes:
         steps: vector, the number of each update.
-        rows: what was measured on each update.
-        details: for some steps, a matrix with a row of `DETAILS` for each variable.
-        histograms: for some steps, an array with the histograms of each variable's gradient
-            and momentum.
+        rows: the gradient norms and noise scale of each update.
+        details: for some steps, a matrix with a row for each variable: its norm, that of the
+            update, of its momentum, the inner product of momentum and direction, and the norm of
+            the direction, as `measurements.DETAILS` names them.
+        histograms: for some steps, an array [variable, kind, :] with histograms of the gradient
+            and, if there is one, of the momentum: least value, greatest value, counts.
         nonfinite_step: number of the first update whose gradient was not finite, or 0.
         nonfinite: boolean vector, which variables had a gradient in that update that was not
-            finite.
+            finite; all `False` if there was no such update.
     """
 
     steps: np.ndarray
@@ -107,9 +111,9 @@ class RecorderBase:
         self._halt_limit = 0
 
     def open(self) -> None:
-        """Create the variables and begin to record, unless that is done.
+        """Create the variables, and begin to record once those to be restored have values.
 
-        Does nothing as long as the optimizer is not built.
+        Does what is not done yet, and nothing as long as the optimizer is not built.
         """
         optimizer = self.optimizer()
         if not self.is_open and optimizer.built:
@@ -124,11 +128,18 @@ class RecorderBase:
 
     @property
     def is_ready(self) -> bool:
-        """Return whether the code that asks, which may be traced, can record an update."""
+        """Whether the code that asks, which may be traced, can record an update."""
         return self.is_open
 
     def _make_variables(self, optimizer: Any) -> None:
-        """Create the ring buffers and all other variables for an optimizer that is built."""
+        """Create the ring buffers and all other variables for an optimizer that is built.
+
+        Besides the ring buffers of updates, details and histograms there are on the device: whether
+        recording goes on; whether a halt, in which no step is taken, has begun, and how many
+        updates it may still last; the number of the first update whose gradient was not
+        finite, and which variables' gradients were not; the latest norm; and backups of what a halt
+        restores.
+        """
         # Some of Keras' optimizers have an attribute `momentums` that is something else.
         momentums = optimizer.momentums if isinstance(optimizer, WholeModelOptimizer) else ()
         plan = self.plan
@@ -160,7 +171,13 @@ class RecorderBase:
         )
 
     def _ring_every(self, every: int | None, columns: int) -> Ring:
-        """Create a ring buffer for rows that are written every `every` updates, if at all."""
+        """Create a ring buffer for rows that are written every `every` updates.
+
+        Args:
+            every: number of updates from one row to the next. `None` gives a ring that is not used,
+                with one row.
+            columns: number of values in a row.
+        """
         if every is None:
             return Ring(self._variable, 1, 0)
         return Ring(self._variable, self.updates_kept // every + 1, columns)
@@ -186,7 +203,7 @@ class RecorderBase:
             backup.assign(keras.ops.copy(variable))
 
     def end(self) -> None:
-        """Stop recording details and halting, also in compiled functions that still call this.
+        """Stop recording details and withholding steps, also in compiled functions still in use.
 
         These go on to write the rows of updates, which costs next to nothing.
         """
@@ -197,21 +214,27 @@ class RecorderBase:
 
     @property
     def has_other_processes(self) -> bool:
-        """Return whether other processes take part in each step, and so must take the same ones."""
+        """Whether other processes take part in each step, and so must take the same ones."""
         return False
 
     def limit_halt(self, updates: int) -> None:
         """Let a halt that has begun, or begins, last for at most `updates` more updates.
 
-        It must not outlive a `fit` that was interrupted: whatever is trained next with
-        the same compiled function would silently stay as it is.
+        In a halt no step is taken, as a gradient was not finite. It must not outlive a `fit` that
+        was interrupted: whatever is trained next with the same compiled function would silently
+        stay as it is.
         """
         self._halt_limit = updates
         if self.is_open and self.plan.stops:
             self._halt_updates_left.assign(updates)
 
     def snapshot(self) -> list[Any]:
-        """Return copies, on the device, of all that was recorded, for `progress` and `since`."""
+        """Return copies, on the device, of all that was recorded, for `progress` and `new_rows`.
+
+        Returns:
+            A `Snapshot` of each ring buffer; the number of the first update whose gradient was not
+            finite, 0 for none; and a boolean vector, which variables' gradients were not.
+        """
         return [
             *(ring.snapshot(self._copy) for ring in self._rings),
             self._copy(self._nonfinite_step),
@@ -260,7 +283,7 @@ class RecorderBase:
         return self._copy(self._latest)
 
     def restore(self) -> None:
-        """Restore variables to their values after the last step before a halt."""
+        """Restore variables to their values after the last step whose gradient was finite."""
         for variable, backup in zip(self._restorable, self._backups, strict=True):
             variable.assign(keras.ops.copy(backup))
 

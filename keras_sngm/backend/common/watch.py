@@ -56,7 +56,7 @@ class Attachment:
         self._begin(model)
 
     def detach(self) -> None:
-        """Detach all recorders."""
+        """Detach all recorders, and call off what waits for a `MultiOptimizer` to be built."""
         container = _container(self.root)
         if container is not None:
             vars(container).pop("build", None)
@@ -78,7 +78,10 @@ class Attachment:
             container.build.wait(self.fit_params, self._attach)
 
     def _attach(self) -> None:
-        """Attach a recorder to each optimizer that updates variables, unless that is done."""
+        """Attach a recorder to each optimizer that updates variables, unless there are recorders.
+
+        Other optimizers than SNGM get an `apply` that records.
+        """
         for optimizer in () if self.recorders else updating_optimizers(self.root):
             recorder = self._recorder_of(optimizer)
             recorder.fit_params = self.fit_params
@@ -95,7 +98,11 @@ class Attachment:
 
 
 def _detach(recorder: Any) -> None:
-    """Detach one recorder from its optimizer, unless that is done."""
+    """Detach one recorder from its optimizer, unless that is done.
+
+    The last one gives the optimizer its own `apply` back. SNGM drops the compiled steps that
+    record to it.
+    """
     optimizer = recorder.optimizer()
     if optimizer is None or recorder not in attached_recorders(optimizer):
         return
@@ -116,6 +123,9 @@ def recorders_of(optimizer: Any) -> list[Any]:
 def updating_optimizers(optimizer: Any) -> list[Any]:
     """Return the optimizers that update variables, without those that wrap them.
 
+    Args:
+        optimizer: a model's optimizer, which may be a `MultiOptimizer` or a `LossScaleOptimizer`.
+
     Raises:
         ValueError: if they do not accumulate over the same number of steps.
     """
@@ -130,7 +140,10 @@ def updating_optimizers(optimizer: Any) -> list[Any]:
 
 
 def _inner_optimizers(optimizer: Any) -> list[Any]:
-    """Return the built optimizers in a `MultiOptimizer`, or else the one that is wrapped."""
+    """Return the optimizers that update variables: the built ones in a `MultiOptimizer`, or one.
+
+    That one is the optimizer itself, or the one inside of it if it is a `LossScaleOptimizer`.
+    """
     container = _container(optimizer)
     if container is not None:
         return [one for one in container.optimizers if one.built]

@@ -22,6 +22,7 @@ def normalized_by(rule: Rule, gradients: Sequence[jax.Array]) -> Normalization:
 
     def rescaled_squares(factors: jax.Array) -> jax.Array:
         # XLA would turn (g * factor)^2 of constants into g^2 * factor^2, which overflows.
+        """Return the sum of squares of each gradient times its factor."""
         unknown = jax.lax.optimization_barrier((at_least_float32, factors))
         return sums_of_squares([g * factor for g, factor in zip(*unknown, strict=True)])
 

@@ -61,19 +61,29 @@ class BackendOptimizer(WholeModelOptimizer):
         """Drop the steps that were compiled with a recorder, and with them the recorder."""
         self._steps.drop(lambda key: id(recorder) in key[2])
 
-    def _step(self, gradients: Sequence[Any], active: Sequence[int]) -> None:
-        """Take one step, compiled by JAX unless a function is being traced already."""
-        active = tuple(active)
-        if active and (meter := self._noise_meter()) is not None:
+    def _step(self, gradients: Sequence[Any], with_gradient: Sequence[int]) -> None:
+        """Update the variables or accumulate the gradients, and count the call.
+
+        Compiled by JAX, unless a function is being traced already.
+
+        Args:
+            gradients: gradients of some variables, dense or sparse, times the loss scale.
+            with_gradient: the index of each of these among the optimizer's variables.
+
+        Raises:
+            ValueError: if the noise scale is to be measured from a single batch.
+        """
+        with_gradient = tuple(with_gradient)
+        if with_gradient and (meter := self._noise_meter()) is not None:
             meter.check()
         unscaled_gradients = [
             unscaled(dense(gradient), self.loss_scale_factor) for gradient in gradients
         ]
         rate = ops.convert_to_tensor(self._learning_rate_of_update())
         if self._state_is_known([*unscaled_gradients, rate]):
-            self._step_compiled(active, unscaled_gradients, rate)
+            self._step_compiled(with_gradient, unscaled_gradients, rate)
         else:
-            self._step_traced(active, unscaled_gradients, rate)
+            self._step_traced(with_gradient, unscaled_gradients, rate)
 
     def _state_is_known(self, gradients: Sequence[Any]) -> bool:
         """Return whether gradients and state are arrays, not tracers of a function."""
@@ -81,9 +91,15 @@ class BackendOptimizer(WholeModelOptimizer):
         return not any(isinstance(array, jax.core.Tracer) for array in state)
 
     def _step_compiled(
-        self, active: tuple[int, ...], gradients: list[jax.Array], rate: jax.Array
+        self, with_gradient: tuple[int, ...], gradients: list[jax.Array], rate: jax.Array
     ) -> None:
-        """Take one step as a compiled function of the state, and assign the new state."""
+        """Take one step as a compiled function of the state, and assign the new state.
+
+        Args:
+            with_gradient: indices of the variables that have a gradient.
+            gradients: their gradients.
+            rate: learning rate.
+        """
         variables = [*self._trainable_variables, *self.variables]
         recorders = ready_recorders(self)
         # Hyper-parameters are part of the key, so that assigning to one of them takes effect.
@@ -96,51 +112,60 @@ class BackendOptimizer(WholeModelOptimizer):
             self._noise_meter(),
         )
         step = self._steps.get_or_make(
-            (how, active, tuple(map(id, recorders)), tuple(map(id, variables))),
+            (how, with_gradient, tuple(map(id, recorders)), tuple(map(id, variables))),
             lambda: jax.jit(
-                pure(lambda gradients, rate: self._step_traced(active, gradients, rate), variables)
+                pure(
+                    lambda gradients, rate: self._step_traced(with_gradient, gradients, rate),
+                    variables,
+                )
             ),
         )
         assign(variables, step([v.value for v in variables], gradients, rate))
 
     def _step_traced(
-        self, active: tuple[int, ...], gradients: list[jax.Array], rate: jax.Array
+        self, with_gradient: tuple[int, ...], gradients: list[jax.Array], rate: jax.Array
     ) -> None:
-        """Take one step in place, or accumulate the gradients, and count the call."""
-        if not active:
+        """Take one step in place, or accumulate the gradients, and count the call.
+
+        Args:
+            with_gradient: indices of the variables that have a gradient.
+            gradients: their gradients.
+            rate: learning rate.
+        """
+        if not with_gradient:
             pass
         elif self.gradient_accumulation_steps is None:
-            self._update(active, gradients, rate, [])
+            self._update(with_gradient, gradients, rate, [])
         else:
-            self._accumulate(active, gradients)
+            self._accumulate(with_gradient, gradients)
             count = self._iterations.value + 1
             do_if(
                 count % self.gradient_accumulation_steps == 0,
-                lambda: self._update_with_accumulated(active, rate),
+                lambda: self._update_with_accumulated(with_gradient, rate),
                 [*self._trainable_variables, *self.variables],
             )
         self._iterations.assign_add(1)
 
-    def _accumulate(self, active: tuple[int, ...], gradients: list[jax.Array]) -> None:
+    def _accumulate(self, with_gradient: tuple[int, ...], gradients: list[jax.Array]) -> None:
         """Add the gradients of one micro-batch to the accumulated means."""
-        for i, gradient in zip(active, gradients, strict=True):
+        for i, gradient in zip(with_gradient, gradients, strict=True):
             accumulator = self._accumulated_gradients[i]
             mean = gradient.astype(accumulator.dtype) / self.gradient_accumulation_steps
             accumulator.assign_add(mean)
         if self.noise_scale_batch_size is not None:
             self._accumulated_squares.assign_add(sum_of_squares(gradients))
 
-    def _update_with_accumulated(self, active: tuple[int, ...], rate: jax.Array) -> None:
+    def _update_with_accumulated(self, with_gradient: tuple[int, ...], rate: jax.Array) -> None:
         """Update the variables with the accumulated means, and reset these to zero."""
         totals = [] if self.noise_scale_batch_size is None else [self._accumulated_squares]
-        means = [self._accumulated_gradients[i].value for i in active]
-        self._update(active, means, rate, [total.value for total in totals])
+        means = [self._accumulated_gradients[i].value for i in with_gradient]
+        self._update(with_gradient, means, rate, [total.value for total in totals])
         for accumulator in [*self._accumulated_gradients, *totals]:
             accumulator.assign(jnp.zeros_like(accumulator.value))
 
     def _update(
         self,
-        active: tuple[int, ...],
+        with_gradient: tuple[int, ...],
         gradients: list[jax.Array],
         rate: jax.Array,
         totals: list[jax.Array],
@@ -148,7 +173,7 @@ class BackendOptimizer(WholeModelOptimizer):
         """Update the variables, and record the update.
 
         Args:
-            active: indices of the variables that have a gradient.
+            with_gradient: indices of the variables that have a gradient.
             gradients: their gradients, averaged over micro-batches.
             rate: learning rate.
             totals: a list with the sum of the squares of all small batches, empty if the noise
@@ -156,19 +181,19 @@ class BackendOptimizer(WholeModelOptimizer):
         """
         recorders = ready_recorders(self)
         rule, weights = self._rule(), [v.value for v in self._trainable_variables]
-        final = self._final_gradients(active, gradients)
+        final = self._final_gradients(with_gradient, gradients)
         normalized = normalized_by(rule, final)
         if conditions := conditions_of_step(recorders):
             is_taken = normalized.is_finite & jnp.all(jnp.stack(conditions))
             normalized = normalized._replace(is_taken=is_taken)
-        self._descend(active, final, normalized, rate)
-        self._assign_readings(active, normalized)
+        self._descend(with_gradient, final, normalized, rate)
+        self._assign_readings(with_gradient, normalized)
         for total in totals:
             self._measure_noise(total, normalized, lambda: sum_of_squares(gradients))
         for recorder in recorders:
             recorder.record(
                 ops.convert_to_tensor(self.iterations) + 1,
-                measured_by_sngm(self, normalized, active),
+                measured_by_sngm(self, normalized, with_gradient),
                 Change(
                     weights,
                     [v.value for v in self._trainable_variables],
@@ -176,7 +201,7 @@ class BackendOptimizer(WholeModelOptimizer):
                 ),
                 lambda: dict(
                     zip(
-                        active,
+                        with_gradient,
                         normalization.directions_by_global_norm(rule, normalized, final),
                         strict=True,
                     )
@@ -184,23 +209,23 @@ class BackendOptimizer(WholeModelOptimizer):
             )
 
     def _final_gradients(
-        self, active: tuple[int, ...], gradients: list[jax.Array]
+        self, with_gradient: tuple[int, ...], gradients: list[jax.Array]
     ) -> list[jax.Array]:
         """Return the gradients to be normalized, after coupled weight decay and `clipvalue`."""
         rule = self._rule()
-        weights = [at_least_float32(self._trainable_variables[i].value) for i in active]
+        weights = [at_least_float32(self._trainable_variables[i].value) for i in with_gradient]
         gradients = [g.astype(w.dtype) for g, w in zip(gradients, weights, strict=True)]
         if not update_rule.changes_gradient(rule):
             return gradients
         decays = self._decays(self._trainable_variables)
         return [
             update_rule.final_gradient(rule, gradient, weight, decays[i])
-            for i, gradient, weight in zip(active, gradients, weights, strict=True)
+            for i, gradient, weight in zip(with_gradient, gradients, weights, strict=True)
         ]
 
     def _descend(
         self,
-        active: tuple[int, ...],
+        with_gradient: tuple[int, ...],
         final: list[jax.Array],
         normalized: Normalization,
         rate: jax.Array,
@@ -208,7 +233,7 @@ class BackendOptimizer(WholeModelOptimizer):
         """Assign new weights, momenta and moving averages, and apply constraints.
 
         Args:
-            active: indices of the variables that have a gradient.
+            with_gradient: indices of the variables that have a gradient.
             final: the gradients to be normalized.
             normalized: how to normalize them.
             rate: learning rate.
@@ -216,7 +241,9 @@ class BackendOptimizer(WholeModelOptimizer):
         rule, decays = self._rule(), self._decays(self._trainable_variables)
         coefficients = self._coefficients(rate, normalized.is_taken)
         new = [at_least_float32(v.value) for v in self._trainable_variables]
-        for i, direction in zip(active, normalization.directions(normalized, final), strict=True):
+        for i, direction in zip(
+            with_gradient, normalization.directions(normalized, final), strict=True
+        ):
             momentum = self.momentums[i].value if self.momentums else None
             new[i], velocity = update_rule.descend(
                 rule,
@@ -232,11 +259,11 @@ class BackendOptimizer(WholeModelOptimizer):
             new = self._averaged(new, coefficients, normalized.is_taken)
         for i, weight in enumerate(new):
             variable = self._trainable_variables[i]
-            constraint = getattr(variable, "constraint", None) if i in active else None
+            constraint = getattr(variable, "constraint", None) if i in with_gradient else None
             if constraint is not None:
                 stored = weight.astype(variable.dtype)
                 weight = jnp.where(normalized.is_taken, constraint(stored), stored)
-            if i in active or self.use_ema:
+            if i in with_gradient or self.use_ema:
                 variable.assign(weight)
 
     def _coefficients(self, rate: jax.Array, is_taken: jax.Array) -> dict[Any, Coefficients]:
@@ -275,9 +302,9 @@ class BackendOptimizer(WholeModelOptimizer):
                 new[i] = jnp.where(overwrite, value, new[i])
         return new
 
-    def _assign_readings(self, active: tuple[int, ...], normalized: Normalization) -> None:
+    def _assign_readings(self, with_gradient: tuple[int, ...], normalized: Normalization) -> None:
         """Assign the variables that a user may read: norms, skipped steps, averaged updates."""
-        norms = update_rule.scatter(normalized.norms, active, len(self._trainable_variables))
+        norms = update_rule.scatter(normalized.norms, with_gradient, len(self._trainable_variables))
         self.gradient_norm.assign(normalized.norm.astype("float32"))
         self.gradient_norms.assign(norms.astype("float32"))
         skipped = jnp.logical_not(normalized.is_taken)

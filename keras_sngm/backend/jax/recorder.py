@@ -40,6 +40,12 @@ class Change(NamedTuple):
 class Recorder(RecorderBase):
     """Recorder that keeps its variables' values between calls of the training function.
 
+    Within that function, while it is traced, they are the last of the optimizer's variables.
+
+    Args:
+        *what: the optimizer, the plan and a function that returns what is to be restored, as for
+            `RecorderBase`.
+
     Attributes:
         state_variables: the variables on the device that it records to.
     """
@@ -58,6 +64,7 @@ class Recorder(RecorderBase):
 
     @property
     def is_ready(self) -> bool:
+        """Whether the function that is traced has the recorder's variables in its state."""
         return self._is_tracked
 
     def _variable(self, shape: Sequence[int], dtype: str) -> keras.Variable:
@@ -75,16 +82,24 @@ class Recorder(RecorderBase):
 
     @property
     def has_other_processes(self) -> bool:
+        """Whether other processes take part in each step, and so must take the same ones."""
         return jax.process_count() > 1
 
     def limit_halt(self, updates: int) -> None:
-        """Let a halt last for at most `updates` more updates, from the next training step on."""
+        """Let a halt, in which no step is taken, last for at most `updates` more updates.
+
+        This holds from the next training step on, and for that one alone.
+        """
         self._halt_limit = updates
 
     # Methods to be called around a call of the training function.
 
     def values_for_step(self) -> list[jax.Array]:
-        """Return the values of its variables, whose buffers the training function may donate."""
+        """Return the values of its variables, whose buffers the training function may donate.
+
+        Before, it passes on to the device for how many updates a halt, in which no step is taken,
+        may last. That holds for one call of the training function.
+        """
         if self.plan.stops:
             self._halt_updates_left._value = _scalar_like(
                 self._halt_updates_left._value, self._halt_limit
@@ -162,7 +177,15 @@ class Recorder(RecorderBase):
                 )
 
     def _record_nonfinite(self, step: jax.Array, measured: Measured) -> None:
-        """Note the first update whose gradient is not finite; begin a halt if the plan `stops`."""
+        """Note the first update whose gradient is not finite; if the plan `stops`, begin a halt.
+
+        In a halt no step is taken, for as many updates as are left to it, which are counted down in
+        each update.
+
+        Args:
+            step: integer scalar, the number of the update.
+            measured: what was measured on its gradient.
+        """
         nonfinite = jnp.logical_not(measured.is_finite)
         first = nonfinite & (self._nonfinite_step.value == 0)
         self._nonfinite.assign(jnp.where(first, measured.nonfinite, self._nonfinite.value))
@@ -180,11 +203,15 @@ class Recorder(RecorderBase):
     ) -> dict[int, jax.Array]:
         """Return new values for the backups of the variables that are restored after a halt.
 
-        They are the variables' values if a good step was taken, else the backups' old ones.
+        In a halt no step is taken, as a gradient was not finite. A backup takes its variable's
+        value if the training step made an update and no halt has begun; else it keeps its own.
 
         Args:
             before: values of all variables before a training step, by the variable's id.
             after: their values after it.
+
+        Returns:
+            The values by the backup's id.
         """
         count = id(self._updates.count)
         good = (before[count] != after[count]) & ~after[id(self._is_halted)]
@@ -195,7 +222,13 @@ class Recorder(RecorderBase):
 
 
 def _write(ring: Ring, step: jax.Array, values: jax.Array) -> None:
-    """Append a row to a ring buffer."""
+    """Append a row to a ring buffer, in the place of the oldest if it is full.
+
+    Args:
+        ring: the ring buffer.
+        step: integer scalar, the number of the update, which the row begins with.
+        values: vector, the rest of the row.
+    """
     place = ring.count.value % ring.length
     ring.rows.assign(ring.rows.value.at[place].set(row_of(step, values)))
     ring.count.assign_add(1)
@@ -207,7 +240,15 @@ def _write_computed(ring: Ring, step: jax.Array, row: Callable[[], jax.Array]) -
 
 
 def _details(change: Change, directions: Mapping[int, jax.Array]) -> jax.Array:
-    """Return the `DETAILS` of all variables, one after the other in one vector."""
+    """Return the `DETAILS` of all variables, one after the other in one vector.
+
+    These are norms of the weight, of its update and of its momentum, the inner product of momentum
+    and direction, and the norm of the direction; 0 for what a variable does not have.
+
+    Args:
+        change: weights and momenta around the update.
+        directions: each variable's part of g / norm(g), by its index, if it has a gradient.
+    """
     rows = [
         details(
             at_least_float32(before),
@@ -235,10 +276,14 @@ def _scalar_like(array: jax.Array, number: int) -> jax.Array:
 def _histograms(change: Change, norm: jax.Array, directions: Mapping[int, jax.Array]) -> jax.Array:
     """Return histograms of each variable's gradient and momentum, in one vector.
 
+    Each histogram has a least value, a greatest value and counts; zeros stand for a gradient or a
+    momentum that a variable does not have.
+
     Args:
         change: weights and momenta around the update.
-        norm: scalar, the norm of the gradient.
-        directions: g / norm(g) by index, for the variables that have a gradient.
+        norm: scalar, the norm of the whole gradient.
+        directions: each variable's part of g / norm(g), by its index, if it has a gradient. Times
+            the norm these are gradients again.
     """
     rows = []
     for i in range(len(change.after)):

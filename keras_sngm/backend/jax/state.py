@@ -54,6 +54,7 @@ def do_if(
     # A loop of at most one round stands in for `lax.cond`: XLA copies what a condition
     # returns, also if it does not hold, but changes the state of a loop in place.
     def act(state: tuple[jax.Array, list[jax.Array]]) -> tuple[jax.Array, list[jax.Array]]:
+        """Call the action, as the only round of a loop: return `False`, and the new values."""
         again, values = state
         return jax.numpy.zeros_like(again), new(values)
 

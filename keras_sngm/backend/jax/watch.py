@@ -33,7 +33,9 @@ class _TrainFunction:
     """Permanent replacement of a model's training function, which records if there are recorders.
 
     Without recorders it calls the function that Keras has made. With them it calls another,
-    which may be traced with some recorders and called with others of the same plans.
+    which may be traced with some recorders and called with others of the same plans. That one
+    takes the recorders' variables among those of the optimizer: `_order` has, for each variable as
+    it takes them, the index among the optimizer's variables followed by the recorders'.
     """
 
     def __init__(self, model: keras.Model) -> None:
@@ -75,7 +77,14 @@ class _TrainFunction:
     def _recording_function(
         self, model: keras.Model, recorders: Sequence[Recorder], state: Any
     ) -> Callable[..., Any]:
-        """Return the training function that records, made anew if state or plans are others."""
+        """Return the training function that records, made anew if state or plans are others.
+
+        Args:
+            model: the model in training.
+            recorders: the recorders of its optimizers, each with a plan of what to record.
+            state: the values of the model's trainable and other variables, of the optimizer's
+                variables and of the metrics' variables.
+        """
         made_for = (len(state[2]), [recorder.plan for recorder in recorders])
         if self._recording is None or self._recording_key != made_for:
             with _with_values(model, state):
@@ -84,7 +93,11 @@ class _TrainFunction:
         return self._recording
 
     def _make_recording_function(self, model: keras.Model, recorders: Sequence[Recorder]) -> None:
-        """Make the training function that records, by Keras' own `make_train_function`."""
+        """Make the training function that records, by Keras' own `make_train_function`.
+
+        While Keras makes it the recorders' variables are among the optimizer's. `_order` notes, for
+        each of these, its index among the optimizer's own followed by the recorders'.
+        """
         added = [variable for recorder in recorders for variable in recorder.state_variables]
         places = {id(v): i for i, v in enumerate([*model.optimizer.variables, *added])}
         step, is_instance_attribute = model.train_step, "train_step" in vars(model)
@@ -190,7 +203,14 @@ class _RecordedApply(recorded_apply.RecordedApply):
     def _update(
         self, inputs: recorded_apply.UpdateInputs, gradients: list[Any], variables: list[Any] | None
     ) -> None:
-        """Record `inputs` if this call ends an update, and apply gradients to variables."""
+        """Record the gradients if this call ends an update, and apply them to the variables.
+
+        Args:
+            inputs: the gradients that are not `None`, with their variables and the indices of
+                these.
+            gradients: the gradients of this call.
+            variables: the variables of this call, or `None` for all of the optimizer's.
+        """
         optimizer = self._optimizer
         weights = optimizer._trainable_variables
         indices = inputs.indices
@@ -213,7 +233,14 @@ class _RecordedApply(recorded_apply.RecordedApply):
                 do_if(is_due, record, recorder.state_variables)
 
     def _gradient_of_update(self, gradient: Any, index: int) -> jax.Array:
-        """Return the gradient of one variable that the next update is made with."""
+        """Return the gradient of the next update: unscaled, averaged over micro-batches.
+
+        The average takes this call for the last micro-batch of the update.
+
+        Args:
+            gradient: the gradient of one variable in this call.
+            index: the index of the variable among the optimizer's.
+        """
         optimizer = self._optimizer
         gradient = at_least_float32(unscaled(dense(gradient), optimizer.loss_scale_factor))
         if not optimizer.gradient_accumulation_steps:
@@ -241,7 +268,16 @@ class _RecordedApply(recorded_apply.RecordedApply):
         gradients: list[Any],
         variables: list[Any] | None,
     ) -> None:
-        """Apply the gradients, unless a recorder has stopped training or stops it now."""
+        """Apply the gradients, unless a recorder has stopped training or stops it now.
+
+        It stops at a gradient that is not finite.
+
+        Args:
+            recorders: the recorders of this optimizer.
+            measured: what was measured on the gradient of this call.
+            gradients: the gradients of this call.
+            variables: the variables of this call, or `None` for all of the optimizer's.
+        """
         conditions = conditions_of_step(recorders)
         if not conditions:
             self._apply(gradients, variables)

@@ -39,6 +39,8 @@ def average_unchanged_weight(
 ) -> None:
     """Update the moving average of a weight that is already updated, or had no gradient.
 
+    If `ema_overwrite_frequency` says so, the weight is overwritten by its average.
+
     Args:
         slot: the variable with its state.
         coefficients: the factors of this step for each dtype.

@@ -40,6 +40,7 @@ def sums_on(on_accelerator: bool, in_xla: bool, stacks: int = 0) -> tuple[Sums, 
         rare = functools.partial(sums_of_squares_in_lanes, least_size=_LEAST_SIZE_IF_RARE)
 
     def rescaled(gradients: Sequence[tf.Tensor], factors: tf.Tensor) -> tf.Tensor:
+        """Return the sum of squares of each variable's gradient times its factor."""
         if in_xla:
             # XLA would turn (g * factor)^2 of constants into g^2 * factor^2, which overflows.
             *gradients, factors = optimization_barrier(*gradients, factors)
@@ -142,15 +143,24 @@ def prescaled_and_normalized_by(
 
     @tf.function(autograph=False, experimental_attributes={"_noinline": True})
     def rescaled_sums(gradients: Any, factors: tf.Tensor) -> tf.Tensor:
+        """Return the sum of squares of each variable's gradient times its factor."""
         return sums(_rescaled(gradients.get_value(), factors, stacks))
 
     @tf.function(autograph=False, experimental_attributes={"_noinline": True})
     def prescaled(gradients: Any, prescale: tf.Tensor) -> Any:
+        """Multiply packed gradients by one factor for all, or one per variable."""
         values = _rescaled(gradients.get_value(), prescale, stacks)
         return tf.experimental.Optional.from_value(tuple(values))
 
     def cond(usual: tf.Tensor, act: Callable[[], Any], rescue: Callable[[], Any]) -> Any:
+        """Call `act` if `usual` holds, else `rescue`, as `tf.cond` does.
+
+        Both return a `Normalization`. This returns the packed gradients with it, multiplied by its
+        `prescale` where `rescue` has made that differ from 1.
+        """
+
         def rescued() -> tuple[Any, Normalization]:
+            """Return the multiplied gradients, and the normalization that `rescue` computes."""
             normalized = rescue()
             is_one = tf.reduce_all(normalized.prescale == 1.0)
             passed = tf.cond(is_one, lambda: packed, lambda: prescaled(packed, normalized.prescale))

@@ -32,7 +32,7 @@ from keras_sngm.backend.tensorflow.checks import (
     xla_is_supported,
 )
 from keras_sngm.backend.tensorflow.noise import sum_of_squares
-from keras_sngm.backend.tensorflow.recorder import Local
+from keras_sngm.backend.tensorflow.recorder import OnReplica
 from keras_sngm.backend.tensorflow.replicas import (
     Agreement,
     AllReplicas,
@@ -84,7 +84,14 @@ class BackendOptimizer(WholeModelOptimizer):
     def _add_total(
         self, shape: tuple[int, ...], dtype: str, name: str, layout: Any = None
     ) -> keras.Variable:
-        """Add a variable of which each replica has its own; reading or saving it adds them up."""
+        """Add a variable of which each replica has its own; reading or saving it adds them up.
+
+        Args:
+            shape: shape of the variable.
+            dtype: dtype of the variable.
+            name: name of the variable; a number is added if another has this name.
+            layout: not used: it is for backends that distribute by layouts.
+        """
         with self._distribution_strategy.scope(), keras.name_scope(self.name, caller=self):
             variable = keras.Variable(
                 keras.initializers.Zeros(),
@@ -98,10 +105,10 @@ class BackendOptimizer(WholeModelOptimizer):
         self._track_variable(variable)
         return variable
 
-    def _step(self, gradients: Sequence[Any], active: Sequence[int]) -> None:
+    def _step(self, gradients: Sequence[Any], with_gradient: Sequence[int]) -> None:
         """Take one step, in the cross-replica context where TensorFlow has one."""
         all_gradients: list[Any] = [None] * len(self._trainable_variables)
-        for gradient, i in zip(gradients, active, strict=True):
+        for gradient, i in zip(gradients, with_gradient, strict=True):
             shape = self._trainable_variables[i].shape
             all_gradients[i] = self._unscaled(of_known_shape(gradient, shape))
         if needs_merge_call(type(self).__name__, self._distribution_strategy):
@@ -127,13 +134,19 @@ class BackendOptimizer(WholeModelOptimizer):
         return int(self._iterations)
 
     def _idle_with_gradient(
-        self, calls: int, micro_batches: int, active: frozenset[int]
+        self, calls: int, micro_batches: int, with_gradient: frozenset[int]
     ) -> list[int]:
-        """Return the indices of variables not in `active` with a gradient earlier in the cycle."""
+        """Return the indices of variables whose only gradients were in earlier micro-batches.
+
+        Args:
+            calls: number of calls of the optimizer before this one.
+            micro_batches: number of calls that make up an update.
+            with_gradient: indices of the variables that have a gradient in this call.
+        """
         # An assignment by others to a TensorFlow variable leaves no trace on the host, so what
         # is known of this cycle may be incomplete.
         known = self._cycle.indices(calls, micro_batches) or frozenset()
-        return [i for i in self._idle(active) if i in known or self._has_accumulated(i)]
+        return [i for i in self._idle(with_gradient) if i in known or self._has_accumulated(i)]
 
     def _unscaled(self, gradient: Any) -> Any:
         """Divide a gradient, dense or sparse, by the loss scale, not in 16 bits."""
@@ -149,27 +162,34 @@ class BackendOptimizer(WholeModelOptimizer):
     def _step_on(self, replicas: Replicas, all_gradients: Sequence[Any]) -> None:
         """Take one step on some replicas: update the variables or accumulate, and count the call.
 
+        A call without data, at the end of a dataset of unknown length, is not counted.
+
         Args:
             replicas: the replicas to act for.
             all_gradients: for each of the optimizer's variables its gradient or `None`.
         """
-        active = tuple(i for i, gradient in enumerate(all_gradients) if gradient is not None)
+        with_gradient = tuple(i for i, gradient in enumerate(all_gradients) if gradient is not None)
         gradients = [
-            replicas.completed(all_gradients[i], self._trainable_variables[i]) for i in active
+            replicas.completed(all_gradients[i], self._trainable_variables[i])
+            for i in with_gradient
         ]
         squares = []
-        if active and (meter := self._noise_meter()) is not None:
+        if with_gradient and (meter := self._noise_meter()) is not None:
             meter.check()
-            squares = [self._squares(replicas, active, gradients)]
-        if not active:
+            squares = [self._squares(replicas, with_gradient, gradients)]
+        if not with_gradient:
             pass
         elif self.gradient_accumulation_steps is None:
-            self._reduce_and_update(replicas, active, gradients, squares)
+            self._reduce_and_update(replicas, with_gradient, gradients, squares)
         else:
             micro_batches = self.gradient_accumulation_steps
-            self._accumulate(replicas, active, gradients, squares, micro_batches)
+            self._accumulate(replicas, with_gradient, gradients, squares, micro_batches)
             is_last = (self._iterations + 1) % micro_batches == 0
-            tf.cond(is_last, lambda: self._update_with_accumulated(replicas, active), lambda: None)
+            tf.cond(
+                is_last,
+                lambda: self._update_with_accumulated(replicas, with_gradient),
+                lambda: None,
+            )
         for replica, part in enumerate(replicas.parts(self._iterations)):
             with (
                 tf.device(part.device),
@@ -181,46 +201,68 @@ class BackendOptimizer(WholeModelOptimizer):
         """Return the number of replicas, on all machines."""
         return self._distribution_strategy.num_replicas_in_sync
 
-    def _squares(self, replicas: Replicas, active: tuple[int, ...], gradients: list[Any]) -> Any:
-        """Return a per-replica value: the sum of squares of each replica's own gradient."""
-        weight = self._trainable_variables[active[0]]
+    def _squares(
+        self, replicas: Replicas, with_gradient: tuple[int, ...], gradients: list[Any]
+    ) -> Any:
+        """Return a per-replica value: the sum of squares of each replica's own gradient.
+
+        Args:
+            replicas: the replicas to act for.
+            with_gradient: indices of the variables that have a gradient.
+            gradients: a per-replica value for each of these variables.
+        """
+        weight = self._trainable_variables[with_gradient[0]]
         sums: list[tf.Tensor] = []
         for parts in zip(*map(replicas.parts, gradients), strict=True):
             device = replicas.parts(weight)[len(sums)].device
             with tf.device(device):
-                sums.append(self._local_squares(active, parts, device))
+                sums.append(self._local_squares(with_gradient, parts, device))
         return replicas.joined(sums)
 
     def _accumulate(
         self,
         replicas: Replicas,
-        active: tuple[int, ...],
+        with_gradient: tuple[int, ...],
         gradients: list[Any],
         squares: list[Any],
         micro_batches: int,
     ) -> None:
-        """Add each replica's gradients, and their squares if needed, to its own accumulators."""
-        means = [self._accumulated_gradients[i] for i in active]
+        """Add each replica's gradients, and their squares if needed, to its own accumulators.
+
+        Args:
+            replicas: the replicas to act for.
+            with_gradient: indices of the variables that have a gradient.
+            gradients: a per-replica value for each of these variables.
+            squares: a list with each replica's sum of squares, empty if the noise scale is not
+                measured.
+            micro_batches: number of calls that make up an update.
+        """
+        means = [self._accumulated_gradients[i] for i in with_gradient]
         add_to_means(replicas, means, gradients, micro_batches)
         if squares:
             add_to_means(replicas, [self._accumulated_squares], squares, 1)
 
-    def _update_with_accumulated(self, replicas: Replicas, active: tuple[int, ...]) -> None:
+    def _update_with_accumulated(self, replicas: Replicas, with_gradient: tuple[int, ...]) -> None:
         """Update the variables with the accumulated means, then reset these to zero.
 
         The means of all replicas are summed up: each loss was divided by the number of replicas.
+        If the noise scale is measured, the accumulated sum of squares goes with them.
+
+        Args:
+            replicas: the replicas to act for.
+            with_gradient: indices of the variables that have a gradient.
         """
-        gradients = values_of(replicas, [self._accumulated_gradients[i] for i in active])
+        gradients = values_of(replicas, [self._accumulated_gradients[i] for i in with_gradient])
         totals = []
         if self.noise_scale_batch_size is not None:
             totals = [self._accumulated_squares]
-        self._reduce_and_update(replicas, active, gradients, values_of(replicas, totals))
+        self._reduce_and_update(replicas, with_gradient, gradients, values_of(replicas, totals))
         set_to_zero(replicas, [*self._accumulated_gradients, *totals])
 
     def _reduce_and_update(
         self,
         replicas: Replicas,
-        active: tuple[int, ...],
+        with_gradient: tuple[int, ...],
         gradients: list[Any],
         squares: list[Any],
     ) -> None:
@@ -228,55 +270,58 @@ class BackendOptimizer(WholeModelOptimizer):
 
         Args:
             replicas: the replicas to act for.
-            active: indices of the variables that have a gradient.
+            with_gradient: indices of the variables that have a gradient.
             gradients: each replica's gradients of these.
             squares: a list with each replica's sum of squares, empty if the noise scale is not
                 measured.
         """
         sums = [replicas.parts(summed) for summed in replicas.sums([*gradients, *squares])]
-        per_variable, of_squares = sums[: len(active)], sums[len(active) :]
+        per_variable, of_squares = sums[: len(with_gradient)], sums[len(with_gradient) :]
         recorders = ready_recorders(self)
         scalars = self._scalars(conditions_of_step(recorders, _copy_on(replicas, 0)))
         for replica, local_gradients in enumerate(zip(*per_variable, strict=True)):
-            step = self._local_step(replicas, replica, active)
+            step = self._local_step(replicas, replica, with_gradient)
             with tf.device(step.device):
-                local = _copy_on(replicas, replica)
+                on_replica = _copy_on(replicas, replica)
                 # All replicas measure the same, so one of them records.
                 number = tf.cast(self.iterations, tf.int64) + 1
                 recording = recorders if replica == 0 else []
                 for recorder in recording:
-                    recorder.before(local, number)
+                    recorder.before(on_replica, number)
                 normalized = step(local_gradients, scalars)
                 for total in of_squares:
                     self._measure_noise(
                         total[replica],
                         normalized,
                         functools.partial(
-                            self._local_squares, active, local_gradients, step.device
+                            self._local_squares, with_gradient, local_gradients, step.device
                         ),
-                        local,
+                        on_replica,
                     )
                 for recorder in recording:
                     # Reading a variable alone would not wait for data.
                     with tf.control_dependencies([normalized.norm]):
                         recorder.after(
-                            local,
+                            on_replica,
                             number,
-                            measured_by_sngm(self, normalized, step.indices, local),
+                            measured_by_sngm(self, normalized, step.indices, on_replica),
                             functools.partial(_directions, step, local_gradients, normalized),
                         )
 
     def _local_squares(
-        self, active: tuple[int, ...], gradients: Sequence[Any], device: str
+        self, with_gradient: tuple[int, ...], gradients: Sequence[Any], device: str
     ) -> tf.Tensor:
         """Return the sum of the squares of all gradients that one replica has."""
-        return sum_of_squares(gradients, [self._trainable_variables[i] for i in active], device)
+        return sum_of_squares(
+            gradients, [self._trainable_variables[i] for i in with_gradient], device
+        )
 
     def _scalars(self, conditions: Sequence[tf.Tensor]) -> StepScalars:
-        """Return the scalars of this step.
+        """Return what changes from step to step besides the gradient, each a scalar on the device.
 
         Args:
-            conditions: boolean scalars, all of which must be true for the step to be taken.
+            conditions: boolean scalars, all of which must be true for the step to be taken. Without
+                any, `may_step` is `None`, as the scalars of other options that are off are.
         """
         updates = tf.convert_to_tensor(self.iterations)
         overwrite = None
@@ -291,33 +336,38 @@ class BackendOptimizer(WholeModelOptimizer):
             may_step=tf.reduce_all(conditions) if conditions else None,
         )
 
-    def _local_step(self, replicas: Replicas, replica: int, active: tuple[int, ...]) -> LocalStep:
+    def _local_step(
+        self, replicas: Replicas, replica: int, with_gradient: tuple[int, ...]
+    ) -> LocalStep:
         """Return the step for one replica's variables, from the cache if it is there.
+
+        It is called with the gradients and the scalars of a step, updates the variables in place
+        and returns how the gradient was normalized.
 
         Args:
             replicas: the replicas that this code acts for.
             replica: which of these.
-            active: indices of the variables that have a gradient.
+            with_gradient: indices of the variables that have a gradient.
         """
-        local = _copy_on(replicas, replica)
+        on_replica = _copy_on(replicas, replica)
         # Hyper-parameters are part of the key, so that assigning to one of them takes effect
         # as it does in Keras: the next time that this Python code runs.
         rule, jit_compile = self._rule(), self.jit_compile
         if jit_compile == "auto" and not xla_is_supported():
             jit_compile = False
-        device = local(self._trainable_variables[active[0]]).device
+        device = on_replica(self._trainable_variables[with_gradient[0]]).device
         in_xla = GraphOrParentsInXlaContext(get_default_graph())
         return self._local_steps.get_or_make(
-            (rule, jit_compile, active, device, in_xla),
-            lambda: self._make_local_step(rule, jit_compile, active, local, in_xla),
+            (rule, jit_compile, with_gradient, device, in_xla),
+            lambda: self._make_local_step(rule, jit_compile, with_gradient, on_replica, in_xla),
         )
 
     def _make_local_step(
         self,
         rule: Rule,
         jit_compile: bool | str,
-        active: tuple[int, ...],
-        local: Local,
+        with_gradient: tuple[int, ...],
+        on_replica: OnReplica,
         in_xla: bool,
     ) -> LocalStep:
         """Make the step for the variables of one device.
@@ -325,16 +375,16 @@ class BackendOptimizer(WholeModelOptimizer):
         Args:
             rule: the hyper-parameters.
             jit_compile: whether to compile with XLA, or `"auto"`.
-            active: indices of the variables that have a gradient.
-            local: returns this replica's copy of a variable, and `None` for `None`.
+            with_gradient: indices of the variables that have a gradient.
+            on_replica: maps a variable to this replica's copy of it, and `None` for `None`.
             in_xla: whether XLA compiles the function around the step.
         """
         count = len(self._trainable_variables)
         slots = [
             Slot(
-                local(weight),
-                local(momentum),
-                local(average),
+                on_replica(weight),
+                on_replica(momentum),
+                on_replica(average),
                 decays,
                 getattr(weight, "constraint", None),
             )
@@ -347,24 +397,31 @@ class BackendOptimizer(WholeModelOptimizer):
             )
         ]
         readings = Readings(
-            local(self.gradient_norm),
-            local(self.gradient_norms),
-            local(self.skipped_steps),
-            local(self.averaged_updates),
+            on_replica(self.gradient_norm),
+            on_replica(self.gradient_norms),
+            on_replica(self.skipped_steps),
+            on_replica(self.averaged_updates),
         )
         one_device = len({slot.weight.device for slot in slots}) == 1
         if jit_compile == "auto" and not one_device:
             jit_compile = False
-        return LocalStep(rule, slots, active, readings, jit_compile, in_xla)
+        return LocalStep(rule, slots, with_gradient, readings, jit_compile, in_xla)
 
 
 def _directions(
     step: LocalStep, gradients: Sequence[Any], normalized: Normalization, weights: Sequence[Any]
 ) -> dict[int, tf.Tensor]:
-    """Compute g / norm(g) by index, given the weights before the step last."""
+    """Compute each variable's part of g / norm(g) once more, by its index.
+
+    Args:
+        step: the step that was taken.
+        gradients: the gradients that it was called with.
+        normalized: what it has returned.
+        weights: the weights of all variables before the step.
+    """
     return step.directions(gradients, weights, normalized)
 
 
-def _copy_on(replicas: Replicas, replica: int) -> Local:
+def _copy_on(replicas: Replicas, replica: int) -> OnReplica:
     """Return a function that maps a variable to one replica's copy of it, and `None` to `None`."""
     return lambda variable: None if variable is None else replicas.parts(variable)[replica]

@@ -14,14 +14,18 @@ from keras_sngm.backend.tensorflow.replicas import native_variable
 from keras_sngm.backend.tensorflow.tensors import arithmetic_dtype, for_arithmetic
 from keras_sngm.measurements import HISTOGRAM, details, histogram
 
-Local = Callable[[Any], tf.Variable]
+OnReplica = Callable[[Any], tf.Variable]
 """A function from a variable to the copy of it that one replica has."""
 
 
 class Recorder(RecorderBase):
     """Recorder that keeps its variables on every replica and writes those of the first.
 
-    In its methods `local` returns the first replica's copy of a variable.
+    In its methods `on_replica` maps a variable to the first replica's copy of it. `DETAILS` are
+    five numbers on each variable around an update, such as the norm of its change; a histogram has
+    `HISTOGRAM` elements: least value, greatest value, counts. In a halt no step is taken, as a
+    gradient was not finite; the variables to be restored then, the model's weights that are not
+    trainable, are backed up in each step before.
     """
 
     def open(self) -> None:
@@ -29,7 +33,8 @@ class Recorder(RecorderBase):
 
         Does nothing as long as the optimizer is not built. Keras may build it inside of a function
         that is traced; TensorFlow traces that function twice, and gives variables their initial
-        values in between. The variables to be restored are backed up then, before the first step.
+        values in between. So recording begins, with a backup of the variables that a halt restores,
+        when a later call finds that these have values, before the first step.
         """
         if self.begun_at is None:
             with tf.init_scope():
@@ -62,39 +67,41 @@ class Recorder(RecorderBase):
                 synchronization="on_read",
             )
 
-    def may_step(self, local: Local) -> tf.Tensor:
+    def may_step(self, on_replica: OnReplica) -> tf.Tensor:
         """Return a boolean scalar: whether the optimizer may take its next step.
 
         It may not once a gradient was not finite, for as many updates as `limit_halt` has set.
-        To be asked only if the plan `stops`. `local` maps a variable to the first replica's copy.
+        To be asked only if the plan `stops`. `on_replica` maps a variable to the first
+        replica's copy of it.
         """
         return tf.logical_not(
-            tf.logical_and(local(self._is_halted), local(self._halt_updates_left) > 0)
+            tf.logical_and(on_replica(self._is_halted), on_replica(self._halt_updates_left) > 0)
         )
 
-    def before(self, local: Local, step: tf.Tensor) -> None:
+    def before(self, on_replica: OnReplica, step: tf.Tensor) -> None:
         """Keep the weights, if details or histograms are due. To be called before an update.
 
         Args:
-            local: returns the first replica's copy of a variable.
+            on_replica: maps a variable to the first replica's copy of it.
             step: int64 scalar, the number of the update.
         """
         if not self._before:
             return
 
         def keep() -> None:
+            """Copy the weights of all variables."""
             for variable, kept in zip(self.variables, self._before, strict=True):
-                local(kept).assign(for_arithmetic(local(variable)))
+                on_replica(kept).assign(for_arithmetic(on_replica(variable)))
 
         due = tf.logical_or(
-            self._is_due(local, self.plan.details_every, step),
-            self._is_due(local, self.plan.histogram_every, step),
+            self._is_due(on_replica, self.plan.details_every, step),
+            self._is_due(on_replica, self.plan.histogram_every, step),
         )
         tf.cond(due, keep, lambda: None)
 
     def after(
         self,
-        local: Local,
+        on_replica: OnReplica,
         step: tf.Tensor,
         measured: Measured,
         directions: Callable[[Sequence[tf.Tensor]], Mapping[int, tf.Tensor]],
@@ -102,7 +109,7 @@ class Recorder(RecorderBase):
         """Record an update that was made.
 
         Args:
-            local: returns the first replica's copy of a variable.
+            on_replica: maps a variable to the first replica's copy of it.
             step: int64 scalar, the number of the update.
             measured: what was measured on its gradient.
             directions: maps the weights before the update to g / norm(g) by index, for the
@@ -110,15 +117,17 @@ class Recorder(RecorderBase):
         """
         # At the end of a dataset of unknown length TensorFlow runs whatever does not wait for data.
         with tf.control_dependencies([measured.norm]):
-            self._write_row(local, step, measured)
-            self._record_nonfinite(local, step, measured)
-            weights = [tf.convert_to_tensor(local(kept)) for kept in self._before]
+            self._write_row(on_replica, step, measured)
+            self._record_nonfinite(on_replica, step, measured)
+            weights = [tf.convert_to_tensor(on_replica(kept)) for kept in self._before]
 
             def write_details() -> None:
-                self._write_details(local, step, weights, directions(weights))
+                """Append the details of this update to their ring buffer."""
+                self._write_details(on_replica, step, weights, directions(weights))
 
             def write_histograms() -> None:
-                self._write_histograms(local, step, measured.norm, directions(weights))
+                """Append the histograms of this update to their ring buffer."""
+                self._write_histograms(on_replica, step, measured.norm, directions(weights))
 
             rarer = (
                 (self.plan.details_every, write_details),
@@ -126,68 +135,104 @@ class Recorder(RecorderBase):
             )
             for every, write in rarer:
                 if every is not None:
-                    tf.cond(self._is_due(local, every, step), write, lambda: None)
+                    tf.cond(self._is_due(on_replica, every, step), write, lambda: None)
 
-    def _is_due(self, local: Local, every: int | None, step: tf.Tensor) -> tf.Tensor:
+    def _is_due(self, on_replica: OnReplica, every: int | None, step: tf.Tensor) -> tf.Tensor:
         """Return a boolean scalar: whether rows written every `every` updates are due at `step`."""
         if every is None:
             return tf.constant(False)
-        return tf.logical_and(tf.convert_to_tensor(local(self._active)), step % every == 0)
+        return tf.logical_and(tf.convert_to_tensor(on_replica(self._active)), step % every == 0)
 
-    def _write_row(self, local: Local, step: tf.Tensor, measured: Measured) -> None:
-        """Append the row of an update to the ring buffer of updates."""
-        _write(self._updates, local, step, self._row(measured))
-        local(self._latest).assign(measured.norm)
+    def _write_row(self, on_replica: OnReplica, step: tf.Tensor, measured: Measured) -> None:
+        """Append the row of an update to the ring buffer of updates; keep its norm as the latest.
 
-    def _record_nonfinite(self, local: Local, step: tf.Tensor, measured: Measured) -> None:
+        Args:
+            on_replica: maps a variable to the first replica's copy of it.
+            step: int64 scalar, the number of the update.
+            measured: what was measured on its gradient.
+        """
+        _write(self._updates, on_replica, step, self._row(measured))
+        on_replica(self._latest).assign(measured.norm)
+
+    def _record_nonfinite(self, on_replica: OnReplica, step: tf.Tensor, measured: Measured) -> None:
         """Note the first update whose gradient is not finite; if the plan `stops`, begin a halt.
 
-        Until then the variables to be restored are backed up.
+        In a halt no step is taken, for as many updates as are left to it, which are counted down in
+        each update. Until it begins the variables to be restored are backed up in each update.
+
+        Args:
+            on_replica: maps a variable to the first replica's copy of it.
+            step: int64 scalar, the number of the update.
+            measured: what was measured on its gradient.
         """
         nonfinite = tf.logical_not(measured.is_finite)
-        nonfinite_step, nonfinite_ones = local(self._nonfinite_step), local(self._nonfinite)
+        nonfinite_step, nonfinite_ones = (
+            on_replica(self._nonfinite_step),
+            on_replica(self._nonfinite),
+        )
         first = tf.logical_and(nonfinite, nonfinite_step == 0)
         nonfinite_ones.assign(tf.where(first, measured.nonfinite, nonfinite_ones))
         nonfinite_step.assign(tf.where(first, step, nonfinite_step))
         if not self.plan.stops:
             return
-        halted = tf.logical_or(local(self._is_halted), nonfinite)
-        local(self._is_halted).assign(halted)
-        local(self._halt_updates_left).assign_sub(1)
+        halted = tf.logical_or(on_replica(self._is_halted), nonfinite)
+        on_replica(self._is_halted).assign(halted)
+        on_replica(self._halt_updates_left).assign_sub(1)
         for variable, backup in zip(self._restorable, self._backups, strict=True):
-            kept = local(backup)
-            kept.assign(tf.where(halted, kept, local(variable)))
+            kept = on_replica(backup)
+            kept.assign(tf.where(halted, kept, on_replica(variable)))
 
     def _write_details(
         self,
-        local: Local,
+        on_replica: OnReplica,
         step: tf.Tensor,
         weights: Sequence[tf.Tensor],
         directions: Mapping[int, tf.Tensor],
     ) -> None:
-        """Append the `DETAILS` of all variables to their ring buffer."""
+        """Append the `DETAILS` of all variables, in one row, to their ring buffer.
+
+        These are norms of the weight, of its update and of its momentum, the inner product of
+        momentum and direction, and the norm of the direction; 0 for what a variable does not have.
+
+        Args:
+            on_replica: maps a variable to the first replica's copy of it.
+            step: int64 scalar, the number of the update.
+            weights: the weights of all variables before the update.
+            directions: each variable's part of g / norm(g), by its index, if it has a gradient.
+        """
         rows = [
             self._traced_once(
                 details,
                 before,
-                for_arithmetic(local(variable)),
-                None if momentum is None else for_arithmetic(local(momentum)),
+                for_arithmetic(on_replica(variable)),
+                None if momentum is None else for_arithmetic(on_replica(momentum)),
                 directions.get(i),
             )
             for i, (before, variable, momentum) in enumerate(
                 zip(weights, self.variables, self._momentums, strict=True)
             )
         ]
-        _write(self._details, local, step, tf.concat(rows, 0))
+        _write(self._details, on_replica, step, tf.concat(rows, 0))
 
     def _write_histograms(
         self,
-        local: Local,
+        on_replica: OnReplica,
         step: tf.Tensor,
         norm: tf.Tensor,
         directions: Mapping[int, tf.Tensor],
     ) -> None:
-        """Append histograms of each variable's gradient and momentum to their ring buffer."""
+        """Append histograms of each variable's gradient and momentum to their ring buffer.
+
+        Each histogram has a least value, a greatest value and counts; zeros stand for a gradient
+        that a variable does not have.
+
+        Args:
+            on_replica: maps a variable to the first replica's copy of it.
+            step: int64 scalar, the number of the update.
+            norm: scalar, the norm of the whole gradient.
+            directions: each variable's part of g / norm(g), by its index, if it has a gradient.
+                Times the norm these are gradients again.
+        """
         rows = []
         for i, momentum in enumerate(self._momentums):
             direction = directions.get(i)
@@ -197,8 +242,10 @@ class Recorder(RecorderBase):
                 gradient = direction * tf.cast(norm, direction.dtype)
                 rows.append(self._traced_once(histogram, gradient))
             if momentum is not None:
-                rows.append(self._traced_once(histogram, tf.convert_to_tensor(local(momentum))))
-        _write(self._histograms, local, step, tf.concat(rows, 0))
+                rows.append(
+                    self._traced_once(histogram, tf.convert_to_tensor(on_replica(momentum)))
+                )
+        _write(self._histograms, on_replica, step, tf.concat(rows, 0))
 
     def _traced_once(
         self, function: Callable[..., tf.Tensor], *tensors: tf.Tensor | None
@@ -221,9 +268,16 @@ class Recorder(RecorderBase):
         return self._functions[function, alike](*tensors)
 
 
-def _write(ring: Ring, local: Local, step: tf.Tensor, values: tf.Tensor) -> None:
-    """Append a row to a ring buffer."""
-    count, rows = local(ring.count), local(ring.rows)
+def _write(ring: Ring, on_replica: OnReplica, step: tf.Tensor, values: tf.Tensor) -> None:
+    """Append a row to a ring buffer, in the place of the oldest if it is full.
+
+    Args:
+        ring: the ring buffer.
+        on_replica: maps a variable to the first replica's copy of it.
+        step: int64 scalar, the number of the update, which the row begins with.
+        values: vector, the rest of the row.
+    """
+    count, rows = on_replica(ring.count), on_replica(ring.rows)
     row = row_of(step, values)[tf.newaxis]
     rows.scatter_update(tf.IndexedSlices(row, (count % ring.length)[tf.newaxis]))
     count.assign_add(1)

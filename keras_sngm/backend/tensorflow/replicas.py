@@ -30,7 +30,7 @@ class Replicas(Protocol):
         """Return the per-replica value that consists of these parts."""
 
     def completed(self, gradient: Any, variable: Any) -> Any:
-        """Return a gradient of one kind on all replicas, each part in its replica's memory.
+        """Return a gradient that is dense, or slices, on all replicas, each part on its device.
 
         Zeros stand in for a replica that has none.
 
@@ -40,7 +40,14 @@ class Replicas(Protocol):
         """
 
     def sums(self, gradients: Sequence[Any]) -> list[Any]:
-        """Return each gradient summed up over all replicas of all machines."""
+        """Return each gradient summed up over all replicas of all machines.
+
+        Args:
+            gradients: per-replica values, each dense or each slices on all replicas.
+
+        Returns:
+            For each of them a value that holds the sum on each replica that this acts for.
+        """
 
 
 class AllReplicas:
@@ -58,10 +65,14 @@ class AllReplicas:
         return regroup(tuple(parts))
 
     def completed(self, gradient: Any, variable: Any) -> Any:
-        """Return a gradient of one kind on all replicas, each part in its replica's memory.
+        """Return a gradient that is dense, or slices, on all replicas, each part on its device.
 
         Where all parts are of one type the gradient is returned as it is; else they are made
         dense, with zeros for a replica that has no gradient.
+
+        Args:
+            gradient: the replicas' gradients of a variable, of which some may be `None`.
+            variable: the variable.
         """
         parts, weights = self.parts(gradient), self.parts(variable)
         if len({type(part) for part in parts}) == 1 and len(parts) == len(weights):
@@ -79,7 +90,14 @@ class AllReplicas:
         return self.joined(complete)
 
     def sums(self, gradients: Sequence[Any]) -> list[Any]:
-        """Return each gradient summed up over all replicas of all machines."""
+        """Return each gradient summed up over all replicas of all machines.
+
+        Args:
+            gradients: per-replica values, all dense or all slices.
+
+        Returns:
+            For each of them a per-replica value that holds the sum on every replica.
+        """
         reduce = self._strategy.extended.batch_reduce_to
         if _uses_a_ring_in_memory(self._strategy):
             reduce = tf.distribute.ReductionToOneDevice().batch_reduce
@@ -109,7 +127,7 @@ class OwnReplica:
         return gradient
 
     def sums(self, gradients: Sequence[Any]) -> list[Any]:
-        """Return each gradient summed up over all replicas, by an all-reduce if need be."""
+        """Return each of this replica's gradients summed up over all replicas."""
         if self._context.num_replicas_in_sync == 1:
             return list(gradients)
         return self._context.all_reduce(tf.distribute.ReduceOp.SUM, list(gradients))

@@ -45,13 +45,14 @@ class LocalStep:
 
     Called eagerly it is one function call; called while a graph is traced, it
     becomes part of that graph. Some variables may be left to TensorFlow's kernel
-    for momentum. All others are updated together, with `jit_compile` by one XLA
+    for momentum, in bundles: one variable, or several small ones whose gradients are joined to one
+    tensor. All others are updated together, with `jit_compile` by one XLA
     program without tensors of their size in between.
 
     Args:
         rule: the hyper-parameters to compile in.
         slots: one for each variable that the optimizer was built with.
-        active: indices in `slots` of the variables that have a gradient.
+        with_gradient: indices in `slots` of the variables that have a gradient.
         readings: the variables to write measurements to.
         jit_compile: whether to compile with XLA; `"auto"` compiles what the kernel
             is not quicker at.
@@ -62,33 +63,41 @@ class LocalStep:
         self,
         rule: Rule,
         slots: Sequence[Slot],
-        active: Sequence[int],
+        with_gradient: Sequence[int],
         readings: Readings,
         jit_compile: bool | str,
         in_xla: bool,
     ) -> None:
-        self.device = slots[active[0]].weight.device
+        self.device = slots[with_gradient[0]].weight.device
         self._rule = rule
         self._readings = readings
         self._count = len(slots)
         self._idle = [
-            slot for i, slot in enumerate(slots) if slot.average is not None and i not in active
+            slot
+            for i, slot in enumerate(slots)
+            if slot.average is not None and i not in with_gradient
         ]
         can_call_kernel = not in_xla and not is_accelerator(self.device)
-        by_kernel = [False] * len(active)
+        by_kernel = [False] * len(with_gradient)
         if can_call_kernel:
-            by_kernel = kernel.updated_by_kernel(rule, [slots[i] for i in active], jit_compile)
-        self._arrange([slots[i] for i in active], active, by_kernel)
+            by_kernel = kernel.updated_by_kernel(
+                rule, [slots[i] for i in with_gradient], jit_compile
+            )
+        self._arrange([slots[i] for i in with_gradient], with_gradient, by_kernel)
         self._compile(bool(jit_compile), in_xla)
 
     def _arrange(
-        self, slots: Sequence[Slot], active: Sequence[int], by_kernel: Sequence[bool]
+        self, slots: Sequence[Slot], with_gradient: Sequence[int], by_kernel: Sequence[bool]
     ) -> None:
         """Order the slots: first those that are updated together, then those left to the kernel.
 
+        The kernel is TensorFlow's own for momentum, which updates variables in bundles: one
+        variable, or several small ones that are alike. Sets the order of the slots, the bundles
+        with their places in this order, and `indices`.
+
         Args:
             slots: the slots of the variables that have a gradient.
-            active: the index of each of these among all variables.
+            with_gradient: the index of each of these among all variables.
             by_kernel: which of these are left to the kernel.
         """
         together = [k for k in range(len(slots)) if not by_kernel[k]]
@@ -98,7 +107,7 @@ class LocalStep:
         ends = itertools.accumulate((len(b.slots) for b in self._bundles), initial=len(together))
         self._spans = list(itertools.starmap(slice, itertools.pairwise(ends)))
         self._slots = [slots[k] for k in self._order]
-        self.indices = [active[k] for k in self._order]
+        self.indices = [with_gradient[k] for k in self._order]
 
     def _compile(self, jit_compile: bool, in_xla: bool) -> None:
         """Decide what XLA compiles: all of a step, the update alone, or nothing."""
@@ -130,7 +139,8 @@ class LocalStep:
         """Take the step.
 
         Args:
-            gradients: the gradients of the variables that have one, in the order of `active`.
+            gradients: the gradients of the variables that have one, in the order of
+                `with_gradient`.
             scalars: the scalars of this step.
 
         Returns:
@@ -196,9 +206,15 @@ class LocalStep:
     ) -> Normalization:
         """Normalize the gradients, and update weights, momenta and averages with them.
 
+        Gradients of a bundle, variables that TensorFlow's kernel updates in one call, are joined to
+        one tensor. The `prescale` is then multiplied by before the updates, else as a part of them.
+
         Args:
             gradients: dense gradients in the order of this step's slots.
             scalars: the scalars of this step.
+
+        Returns:
+            How the gradient was normalized.
         """
         weights = [for_arithmetic(slot.weight) for slot in self._slots]
         gradients = self._final_gradients(gradients, weights)

@@ -14,7 +14,7 @@ def arithmetic_dtype(dtype: tf.DType) -> tf.DType:
 
 
 def for_arithmetic(variable: tf.Variable) -> tf.Tensor:
-    """Return a variable's value in the dtype that it is computed in."""
+    """Return a variable's value, as float32 if it has 16 bits, else in its own dtype."""
     return tf.cast(variable, arithmetic_dtype(variable.dtype))
 
 

@@ -57,7 +57,10 @@ class _TrainFunction:
 
 
 def _is_new(train_function: Any) -> bool:
-    """Return whether a training function was never called, and so calls whatever is attached."""
+    """Return whether a function is a `_TrainFunction` that was never called.
+
+    Its first call, which traces it, will call all recorders that are attached then.
+    """
     return isinstance(train_function, _TrainFunction) and train_function.recorders is None
 
 
@@ -81,23 +84,30 @@ class _RecordedApply(recorded_apply.RecordedApply):
     def _update(
         self, inputs: recorded_apply.UpdateInputs, gradients: list[Any], variables: list[Any] | None
     ) -> None:
-        """Record `inputs` if this call ends an update, and apply gradients to variables."""
+        """Record the gradients if this call ends an update, and apply them to the variables.
+
+        Args:
+            inputs: the gradients that are not `None`, with their variables and the indices of
+                these.
+            gradients: the gradients of this call.
+            variables: the variables of this call, or `None` for all of the optimizer's.
+        """
         optimizer = self._optimizer
         weights, indices = inputs.variables, inputs.indices
         replicas = OwnReplica(tf.distribute.get_replica_context())
 
-        def local(value: Any) -> Any:
+        def on_replica(value: Any) -> Any:
             return replicas.parts(value)[0]
 
         final = [
-            self._gradient_of_update(gradient, weight, local)
+            self._gradient_of_update(gradient, weight, on_replica)
             for gradient, weight in zip(inputs.gradients, weights, strict=True)
         ]
         summed = [
             dense(gradient, weight.shape)
             for gradient, weight in zip(replicas.sums(final), weights, strict=True)
         ]
-        normalized = _normalization_of(summed, local(weights[0]).device)
+        normalized = _normalization_of(summed, on_replica(weights[0]).device)
         measured, directions = recorded_apply.measure(
             normalized, summed, indices, len(optimizer._trainable_variables)
         )
@@ -105,21 +115,27 @@ class _RecordedApply(recorded_apply.RecordedApply):
         recorders = ready_recorders(optimizer)
         are_due = [self._is_due(recorder, measured) for recorder in recorders]
         for recorder, is_due in zip(recorders, are_due, strict=True):
-            _run_if(is_due, functools.partial(recorder.before, local, step))
-        self._apply_unless_stopped(recorders, local, measured, gradients, variables)
+            _run_if(is_due, functools.partial(recorder.before, on_replica, step))
+        self._apply_unless_stopped(recorders, on_replica, measured, gradients, variables)
         for recorder, is_due in zip(recorders, are_due, strict=True):
             _run_if(
                 is_due,
-                functools.partial(recorder.after, local, step, measured, lambda _: directions()),
+                functools.partial(
+                    recorder.after, on_replica, step, measured, lambda _: directions()
+                ),
             )
 
-    def _gradient_of_update(self, gradient: Any, variable: Any, local: Callable[[Any], Any]) -> Any:
+    def _gradient_of_update(
+        self, gradient: Any, variable: Any, on_replica: Callable[[Any], Any]
+    ) -> Any:
         """Return this replica's part of the gradient that the next update is made with.
+
+        It is unscaled and averaged over micro-batches, which takes this call for the last of them.
 
         Args:
             gradient: the gradient of a variable in this call.
             variable: the variable.
-            local: returns this replica's copy of a variable.
+            on_replica: maps a variable to this replica's copy of it.
         """
         optimizer = self._optimizer
         gradient = of_known_shape(gradient, variable.shape)
@@ -134,7 +150,7 @@ class _RecordedApply(recorded_apply.RecordedApply):
         gradient = gradient / factor
         if optimizer.gradient_accumulation_steps:
             index = optimizer._get_variable_index(variable)
-            before = tf.cast(local(optimizer._accumulated_gradients[index]), dtype)
+            before = tf.cast(on_replica(optimizer._accumulated_gradients[index]), dtype)
             gradient = (before + gradient) / optimizer.gradient_accumulation_steps
         return gradient
 
@@ -154,13 +170,23 @@ class _RecordedApply(recorded_apply.RecordedApply):
     def _apply_unless_stopped(
         self,
         recorders: Sequence[Recorder],
-        local: Callable[[Any], Any],
+        on_replica: Callable[[Any], Any],
         measured: Measured,
         gradients: list[Any],
         variables: list[Any] | None,
     ) -> None:
-        """Apply the gradients, unless a recorder has stopped training or stops it now."""
-        conditions = conditions_of_step(recorders, local)
+        """Apply the gradients, unless a recorder has stopped training or stops it now.
+
+        It stops at a gradient that is not finite.
+
+        Args:
+            recorders: the recorders of this optimizer.
+            on_replica: maps a variable to this replica's copy of it.
+            measured: what was measured on the gradient of this call.
+            gradients: the gradients of this call.
+            variables: the variables of this call, or `None` for all of the optimizer's.
+        """
+        conditions = conditions_of_step(recorders, on_replica)
         if not conditions:
             self._apply(gradients, variables)
             return
@@ -208,15 +234,20 @@ def _run_if(condition: tf.Tensor | None, action: Callable[[], Any]) -> None:
 class Attachment(watch.Attachment):
     """Attachment of one logger's recorders to the optimizers of a model, on TensorFlow.
 
-    Recorders that the training function calls already are used again. Without any it is made
-    anew, and traced by its next call.
+    Recorders that the training function was traced with, and that are no longer attached, are used
+    again if they record the same. Where there are none the training function is made anew, and
+    traced by its next call.
     """
 
     recorder_type = Recorder
     apply_type = _RecordedApply
 
     def _begin(self, model: keras.Model) -> None:
-        """Attach recorders, and make a training function that calls them unless there is one."""
+        """Attach recorders, and have the training function call them.
+
+        It does already if they are among those that it was traced with, or if it was never called,
+        as its first call traces it. Else it is made anew.
+        """
         model.make_train_function()
         self._spare = {
             recorder.optimizer(): recorder

@@ -18,7 +18,11 @@ _CHUNKS_AT_A_TIME = 2
 
 
 def chunks(sizes: Sequence[int]) -> list[slice]:
-    """Cut a list of variables of these sizes into slices of about `_CHUNK_SIZE` elements."""
+    """Cut a list of variables into slices of about `_CHUNK_SIZE` elements, to update each at once.
+
+    Args:
+        sizes: the number of elements of each variable.
+    """
     ends, total = [0], 0
     for end, size in enumerate(sizes, start=1):
         total += size
@@ -31,8 +35,9 @@ def chunks(sizes: Sequence[int]) -> list[slice]:
 def delayed_until(coefficient: tf.Tensor, done: Sequence[tf.Tensor]) -> tf.Tensor:
     """Return a coefficient that XLA cannot compute before earlier chunks are done.
 
-    Its value is not changed. The chunk that multiplies by it is thereby delayed until all but
-    the last `_CHUNKS_AT_A_TIME - 1` of the earlier ones are done.
+    A chunk is a group of variables that are updated together. The value of the coefficient is not
+    changed. The chunk that multiplies by it is thereby delayed until all but the last
+    `_CHUNKS_AT_A_TIME - 1` of the earlier ones are done.
 
     Args:
         coefficient: a scalar.

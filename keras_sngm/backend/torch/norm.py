@@ -32,6 +32,7 @@ def normalized_by(rule: Rule, gradients: Sequence[torch.Tensor]) -> Normalizatio
     sizes = tuple(gradient.numel() for gradient in gradients)
 
     def rescaled_squares(factors: torch.Tensor) -> torch.Tensor:
+        """Return the sums of squares, those anew whose gradients have a factor other than 1."""
         places = [k for k, factor in enumerate(factors.tolist()) if factor != 1.0]
         if not places:
             return squares
@@ -52,11 +53,14 @@ def _cond(
 
 
 def host_decides(tensor: torch.Tensor) -> bool:
-    """Return whether the host reads the norm, and decides by it, on the device of a tensor.
+    """Return whether the host reads the norm, and decides by it whether and how a step is taken.
 
     On CPUs that costs nothing. CUDA, which is ROCm's name, too, has no need of it. Others
     may have: kernels for Apple's GPUs ignored `found_inf` and `grad_scale`
     (https://github.com/pytorch/pytorch/pull/186360), and not all have float64.
+
+    Args:
+        tensor: a tensor on the device in question.
     """
     return tensor.device.type != "cuda"
 

@@ -40,27 +40,35 @@ class BackendOptimizer(WholeModelOptimizer):
         """Update the variables, or accumulate their gradients, without autograd and compilation."""
         super().apply(grads, trainable_variables)
 
-    def _step(self, gradients: Sequence[Any], active: Sequence[int]) -> None:
-        """Update the variables or accumulate the gradients, and count the call."""
-        if active and (meter := self._noise_meter()) is not None:
+    def _step(self, gradients: Sequence[Any], with_gradient: Sequence[int]) -> None:
+        """Update the variables or accumulate the gradients, and count the call.
+
+        Args:
+            gradients: gradients of some variables, dense or sparse, times the loss scale.
+            with_gradient: the index of each of these among the optimizer's variables.
+
+        Raises:
+            ValueError: if the noise scale is to be measured from a single batch.
+        """
+        if with_gradient and (meter := self._noise_meter()) is not None:
             meter.check()
         prepared = unscaled([dense(gradient) for gradient in gradients], self.loss_scale_factor)
         prepared = copied_if_aliased(prepared, values(self._trainable_variables))
         calls = self._calls.of(self._iterations)
-        if not active:
+        if not with_gradient:
             pass
         elif self.gradient_accumulation_steps is None:
-            self._update(active, prepared, [])
+            self._update(with_gradient, prepared, [])
         else:
-            self._accumulate(active, prepared)
+            self._accumulate(with_gradient, prepared)
             if (calls + 1) % self.gradient_accumulation_steps == 0:
-                self._update_with_accumulated(active)
+                self._update_with_accumulated(with_gradient)
         self._iterations.value.add_(1)
         self._calls.set(self._iterations, calls + 1)
 
-    def _accumulate(self, active: Sequence[int], gradients: list[torch.Tensor]) -> None:
+    def _accumulate(self, with_gradient: Sequence[int], gradients: list[torch.Tensor]) -> None:
         """Add the gradients of one micro-batch to the accumulated means."""
-        accumulators = values([self._accumulated_gradients[i] for i in active])
+        accumulators = values([self._accumulated_gradients[i] for i in with_gradient])
         dtypes = [accumulator.dtype for accumulator in accumulators]
         torch._foreach_add_(
             accumulators,
@@ -70,27 +78,32 @@ class BackendOptimizer(WholeModelOptimizer):
         if self.noise_scale_batch_size is not None:
             self._accumulated_squares.value.add_(sum_of_squares(gradients))
 
-    def _update_with_accumulated(self, active: Sequence[int]) -> None:
+    def _update_with_accumulated(self, with_gradient: Sequence[int]) -> None:
         """Update the variables with the accumulated means, and reset these to zero."""
         totals = [] if self.noise_scale_batch_size is None else [self._accumulated_squares.value]
         accumulators = values(self._accumulated_gradients)
-        self._update(active, [accumulators[i] for i in active], totals)
+        self._update(with_gradient, [accumulators[i] for i in with_gradient], totals)
         torch._foreach_zero_([*accumulators, *totals])
 
     def _update(
-        self, active: Sequence[int], gradients: list[torch.Tensor], totals: list[torch.Tensor]
+        self,
+        with_gradient: Sequence[int],
+        gradients: list[torch.Tensor],
+        totals: list[torch.Tensor],
     ) -> None:
         """Update the variables, and record the update.
 
+        The step is skipped if the gradient is not finite, or if a recorder allows no more steps.
+
         Args:
-            active: indices of the variables that have a gradient.
+            with_gradient: indices of the variables that have a gradient.
             gradients: their gradients, averaged over micro-batches.
             totals: a list with the sum of the squares of all small batches, empty if the noise
                 scale is not measured.
         """
         rule, slots = self._rule(), self._slots()
-        active_slots = [slots[i] for i in active]
-        others = set(range(len(slots))) - set(active)
+        active_slots = [slots[i] for i in with_gradient]
+        others = set(range(len(slots))) - set(with_gradient)
         idle = [slots[i] for i in sorted(others) if slots[i].average is not None]
         final = torch_step.final_gradients(rule, active_slots, gradients)
         normalized = normalized_by(rule, final)
@@ -106,12 +119,12 @@ class BackendOptimizer(WholeModelOptimizer):
             # The step may overwrite the gradients, so directions are computed before it.
             directions = normalization.directions_by_global_norm(rule, normalized, final)
             change = Change.begin(
-                [slot.weight for slot in slots], dict(zip(active, directions, strict=True))
+                [slot.weight for slot in slots], dict(zip(with_gradient, directions, strict=True))
             )
         torch_step.take_step(rule, active_slots, idle, final, normalized, scalars)
-        self._assign_readings(active, normalized)
+        self._assign_readings(with_gradient, normalized)
         for recorder in recorders:
-            recorder.record(updates + 1, measured_by_sngm(self, normalized, active), change)
+            recorder.record(updates + 1, measured_by_sngm(self, normalized, with_gradient), change)
 
     def _slots(self) -> list[Slot]:
         """Return a slot for each variable: the weight with the optimizer's state for it."""
@@ -152,11 +165,11 @@ class BackendOptimizer(WholeModelOptimizer):
             may_step=torch.stack(conditions).all() if conditions else None,
         )
 
-    def _assign_readings(self, active: Sequence[int], normalized: Normalization) -> None:
+    def _assign_readings(self, with_gradient: Sequence[int], normalized: Normalization) -> None:
         """Assign the variables that a user may read: norms, skipped steps, averaged updates."""
         self.gradient_norm.value.copy_(normalized.norm)
         norms = self.gradient_norms.value
-        norms.copy_(update_rule.scatter(normalized.norms, active, len(norms)))
+        norms.copy_(update_rule.scatter(normalized.norms, with_gradient, len(norms)))
         self.skipped_steps.value.add_(torch.logical_not(normalized.is_taken))
         if self.averaged_updates is not None:
             self.averaged_updates.value.add_(normalized.is_taken)

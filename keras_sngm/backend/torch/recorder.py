@@ -18,7 +18,8 @@ class Change(NamedTuple):
 
     Attributes:
         before: copies of the weights before it.
-        directions: g / norm(g) by index, for the variables that have a gradient.
+        directions: by a variable's index, its part of g / norm(g), the whole gradient divided by
+            its norm, if it has a gradient.
     """
 
     before: list[torch.Tensor]
@@ -28,12 +29,21 @@ class Change(NamedTuple):
     def begin(
         cls, weights: Sequence[torch.Tensor], directions: Mapping[int, torch.Tensor]
     ) -> "Change":
-        """Copy the weights. To be called before the update."""
+        """Copy the weights. To be called before the update.
+
+        Args:
+            weights: the weights of all variables.
+            directions: by a variable's index, its part of g / norm(g), if it has a gradient.
+        """
         return cls([weight.clone() for weight in at_least_float32(weights)], directions)
 
 
 class Recorder(RecorderBase):
-    """Recorder on PyTorch, where the host knows the number of each update."""
+    """Recorder on PyTorch, where the host knows the number of each update.
+
+    In a halt no step is taken, as a gradient was not finite; the variables to be restored then, the
+    model's weights that are not trainable, are backed up in each update before.
+    """
 
     def _make_variables(self, optimizer: Any) -> None:
         """Create the ring buffers and all other variables. The host counts the rows written."""
@@ -45,7 +55,7 @@ class Recorder(RecorderBase):
         return keras.ops.convert_to_numpy(self._latest)
 
     def limit_halt(self, updates: int) -> None:
-        """Let a halt last for at most `updates` more updates."""
+        """Let a halt, in which no step is taken, last for at most `updates` more updates."""
         self._halt_limit = updates
         if self.is_open:
             # `assign` would make the host wait for the device.
@@ -84,7 +94,13 @@ class Recorder(RecorderBase):
             self._write(self._histograms, step, self._histograms_of(measured.norm, change))
 
     def _write(self, ring: Ring, step: int, values: torch.Tensor) -> None:
-        """Append a row to a ring buffer."""
+        """Append a row to a ring buffer, in the place of the oldest if it is full.
+
+        Args:
+            ring: the ring buffer.
+            step: the number of the update, which the row begins with.
+            values: vector, the rest of the row.
+        """
         # `torch.tensor` would make the host wait for the device.
         row = row_of(torch.full((), step, device=values.device), values)
         ring.rows.value[self._written[ring] % ring.length].copy_(row)
@@ -94,7 +110,12 @@ class Recorder(RecorderBase):
     def _record_nonfinite(self, step: int, measured: Measured) -> None:
         """Note the first update whose gradient is not finite; if the plan `stops`, begin a halt.
 
-        Until then the variables to be restored are backed up.
+        In a halt no step is taken, for as many updates as are left to it, which are counted down in
+        each update. Until it begins the variables to be restored are backed up in each update.
+
+        Args:
+            step: the number of the update.
+            measured: what was measured on its gradient.
         """
         nonfinite = torch.logical_not(measured.is_finite)
         nonfinite_step, nonfinite_ones = self._nonfinite_step.value, self._nonfinite.value
@@ -110,7 +131,14 @@ class Recorder(RecorderBase):
             backup.value.copy_(torch.where(halted, backup.value, variable.value))
 
     def _details_of(self, change: Change) -> torch.Tensor:
-        """Return the `DETAILS` of all variables, one after the other in one vector."""
+        """Return the `DETAILS` of all variables, one after the other in one vector.
+
+        These are norms of the weight, of its update and of its momentum, the inner product of
+        momentum and direction, and the norm of the direction; 0 for what a variable does not have.
+
+        Args:
+            change: the weights before the update, and the directions, parts of g / norm(g).
+        """
         momentums = self._momentums_now()
         after = at_least_float32([variable.value for variable in self.variables])
         rows = [
@@ -120,7 +148,16 @@ class Recorder(RecorderBase):
         return torch.cat(rows)
 
     def _histograms_of(self, norm: torch.Tensor, change: Change) -> torch.Tensor:
-        """Return histograms of each variable's gradient and momentum, in one vector."""
+        """Return histograms of each variable's gradient and momentum, in one vector.
+
+        Each histogram has a least value, a greatest value and counts; zeros stand for a gradient or
+        a momentum that a variable does not have.
+
+        Args:
+            norm: scalar, the norm of the whole gradient.
+            change: holds the directions, each variable's part of g / norm(g); times the norm these
+                are gradients again.
+        """
         rows, none = [], torch.zeros(HISTOGRAM, device=norm.device)
         for i, momentum in enumerate(self._momentums_now()):
             direction = change.directions.get(i)

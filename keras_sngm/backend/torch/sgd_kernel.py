@@ -148,7 +148,11 @@ def _share_memory(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def _unit(divisor: torch.Tensor) -> torch.Tensor:
-    """Return powers of two that bring float64 divisors into the range of a float32."""
+    """Return powers of two that bring divisors into the range of a float32 if multiplied by them.
+
+    Args:
+        divisor: float64 scalar or vector.
+    """
     one = torch.ones_like(divisor)
     unit = torch.where(divisor < 2.0**-64, one * 2.0**32, one)
     return torch.where(divisor > 2.0**64, one * 2.0**-32, unit)
@@ -157,7 +161,12 @@ def _unit(divisor: torch.Tensor) -> torch.Tensor:
 def _divided(
     gradients: Sequence[torch.Tensor], normalized: Normalization
 ) -> Sequence[torch.Tensor]:
-    """Divide gradients by their norm. Returns new tensors."""
+    """Divide gradients by their norm: gradient * prescale / divisor. Returns new tensors.
+
+    Args:
+        gradients: tensors of one dtype.
+        normalized: factors for all of them together, or vectors with one factor for each.
+    """
     given_dtype = gradients[0].dtype
     prescale, divisor = normalized.prescale, normalized.divisor
     if host_decides(gradients[0]):

@@ -66,13 +66,16 @@ def take_step(
 ) -> None:
     """Update weights, momenta and averages in place, and apply constraints.
 
+    A skipped step changes nothing. On CPUs it ends at once; on CUDA, where the host does not know,
+    it is computed with factors that change nothing.
+
     Args:
         rule: the hyper-parameters.
         slots: the slots of the variables that have a gradient.
         idle: the slots of variables without a gradient that have a moving average.
         gradients: the gradients to be normalized. Overwritten on CUDA.
         normalized: how to normalize them.
-        scalars: the scalars of this step.
+        scalars: learning rate, whether averages begin, and whether they overwrite the weights.
     """
     if host_decides(gradients[0]) and not normalized.is_taken:
         return
@@ -104,6 +107,9 @@ def _coefficients(
 
 def _select(normalized: Normalization, places: Sequence[int], count: int) -> Normalization:
     """Return a normalization with the factors of the variables at these places only.
+
+    As it is if one factor is for all variables, or if no place is given. What was measured stays
+    that of all variables.
 
     Args:
         normalized: a normalization of `count` variables.

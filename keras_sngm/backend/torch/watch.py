@@ -27,7 +27,14 @@ class _RecordedApply(recorded_apply.RecordedApply):
     def _update(
         self, inputs: recorded_apply.UpdateInputs, gradients: list[Any], variables: list[Any] | None
     ) -> None:
-        """Record `inputs` if this call ends an update, and apply gradients to variables."""
+        """Record the gradients if this call ends an update, and apply them to the variables.
+
+        Args:
+            inputs: the gradients that are not `None`, with their variables and the indices of
+                these.
+            gradients: the gradients of this call.
+            variables: the variables of this call, or `None` for all of the optimizer's.
+        """
         optimizer = self._optimizer
         weights = optimizer._trainable_variables
         final = self._gradient_of_update(inputs.gradients, inputs.indices)
@@ -49,7 +56,14 @@ class _RecordedApply(recorded_apply.RecordedApply):
             recorder.record(number, measured, change)
 
     def _gradient_of_update(self, gradients: list[Any], indices: list[int]) -> list[torch.Tensor]:
-        """Return the gradients that the next update is made with, unscaled and accumulated."""
+        """Return the gradients of the next update: unscaled, averaged over micro-batches.
+
+        The average takes this call for the last micro-batch of the update.
+
+        Args:
+            gradients: gradients of some variables in this call.
+            indices: the index of each of these variables among the optimizer's.
+        """
         optimizer = self._optimizer
         new = at_least_float32(unscaled([dense(g) for g in gradients], optimizer.loss_scale_factor))
         micro_batches = optimizer.gradient_accumulation_steps
