@@ -110,7 +110,7 @@ def step_costs(shapes: Sequence[Shape], name: str) -> dict[str, float | None]:
 
     Args:
         shapes: the shapes of the weights.
-        name: an optimizer, one of `modes.COSTS_OF`.
+        name: an optimizer, one of `modes.OPTIMIZERS_WITH_COSTS`.
     """
     step = function_step(name, shapes)
     begin = time.perf_counter()

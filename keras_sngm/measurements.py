@@ -51,6 +51,10 @@ class Plan(NamedTuple):
     def updates(self, variables: int) -> int:
         """Return the number of updates that are kept on the device until the rows are fetched.
 
+        An update takes at most four numbers besides those of each variable: its norm, and the
+        averages behind the noise scale. A variable has histograms of its gradient and of its
+        momentum.
+
         Args:
             variables: the number of variables of the optimizer.
         """

@@ -108,6 +108,9 @@ class Recording:
 
         Waits for the device after the first one alone, and for the thread where values come
         in faster than it can write them. Raises an error of the thread.
+
+        Tells the recorders for how many updates they may withhold steps after a gradient that is
+        not finite: for those of this execution.
         """
         count = self._model.steps_per_execution
         self.open()
@@ -146,7 +149,11 @@ class Recording:
             self._finish_read(self._reads.pop(0))
 
     def end_epoch(self) -> dict[str, float]:
-        """Return the statistics of the epoch, for its `logs`. Waits for the device."""
+        """Return the statistics of the epoch, for its `logs`. Waits for the device.
+
+        Stops training if a gradient was not finite and the plan stops at that; warns if no update
+        was recorded.
+        """
         self.wait()
         if self._plan.stops and self.fault is not None:
             # Each of several processes must stop at the same step: the end of the epoch.
@@ -202,7 +209,9 @@ class Recording:
             warnings.warn(str(error), stacklevel=2)
 
     def _read(self, snapshots: Sequence[Any], training_steps: int) -> None:
-        """Wait for copies, and write what is new in them. Runs in the thread.
+        """Wait for copies, write what is new in them, and note a gradient that is not finite.
+
+        Runs in the thread. Updates after the one that training stops at are left out.
 
         Args:
             snapshots: one copy of each recorder.

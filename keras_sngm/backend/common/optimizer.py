@@ -27,6 +27,14 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
     hyper-parameters below and these variables: `momentums`, `gradient_norm`,
     `gradient_norms` and `skipped_steps`, and `averaged_updates`, `gradient_noise_scale`
     and `noise_moments`, which may be `None`. Of all of them `averaged_updates` is made last.
+
+    Attributes:
+        jit_compile: `True`, `False` or `"auto"`, whether the step is compiled by XLA.
+        noise_scale_batch_size: number of samples in one call of the optimizer, all replicas
+            together; `None` if the noise scale is not measured.
+        noise_scale_momentum: weight of the past in the averages behind the noise scale.
+        gradient_accumulation_steps: number of calls that make up an update; `None` for one.
+        averaged_updates: number of updates of the moving averages, `None` without them.
     """
 
     jit_compile: bool | str
@@ -187,7 +195,10 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
         self._cycle.add(calls, micro_batches, own)
 
     def _calls_so_far(self) -> int:
-        """Return how often the optimizer was called. Not to be asked while a function is traced."""
+        """Return how often the optimizer was called. Not to be asked while a function is traced.
+
+        If others have assigned to `iterations`, what is known of the accumulation cycle is dropped.
+        """
         if not self._calls.is_own(self._iterations):
             self._cycle = AccumulationCycle()
         return self._calls.of(self._iterations)
@@ -316,7 +327,7 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
         )
 
     def _least_total(self) -> float:
-        """Return the least sum of squares over the whole model that can be relied on.
+        """Return the least sum of squares over the whole model that is exact to a thousandth.
 
         A smaller one may be that of gradients so small that their squares became zero.
         """

@@ -107,13 +107,14 @@ def measure(
     """Collect what was measured of the gradient of an optimizer other than SNGM.
 
     Args:
-        normalized: how to normalize the gradient by `PLAIN_RULE`.
+        normalized: how to normalize the gradient as it is, without decay and clipping.
         gradients: one tensor for each variable that has a gradient.
         indices: the index of each of these among all variables of the optimizer.
         count: number of all variables.
 
     Returns:
-        What was measured, and a function that computes g / norm(g) by index.
+        What was measured, without a noise scale, and a function that computes each variable's part
+        of g / norm(g), by its index.
     """
     norms = ops.cast(update_rule.scatter(normalized.norms, indices, count), "float32")
     nonfinite = nonfinite_mask(normalized, indices, count)

@@ -123,7 +123,7 @@ class RecorderBase:
             self.begin()
 
     def _can_begin(self) -> bool:
-        """Return whether the variables to be restored have values."""
+        """Return whether recording can begin: the variables that a halt restores have values."""
         return True
 
     @property
@@ -187,7 +187,10 @@ class RecorderBase:
         return keras.ops.copy(variable)
 
     def begin(self) -> None:
-        """Record from the next update on. Waits for the device."""
+        """Record from the next update on. Waits for the device.
+
+        No halt, in which no step is taken, is in force any more; what one restores is backed up.
+        """
         self._active.assign(True)
         self._is_halted.assign(False)
         self._nonfinite_step.assign(0)
@@ -256,6 +259,11 @@ class RecorderBase:
         Args:
             progress: the number of rows in each ring buffer at the earlier time.
             snapshot: copies of the recorder's variables, as the method `snapshot` returns them.
+
+        Returns:
+            The number and the measurements of each update, details and histograms by the number of
+            theirs, the number of the first update ever whose gradient was not finite (0 for none),
+            and which variables' gradients were not.
 
         Raises:
             RowsLostError: if more rows were written than can be kept.

@@ -92,7 +92,11 @@ class Attachment:
             recorder.open()
 
     def _recorder_of(self, optimizer: Any) -> Any:
-        """Return a recorder for an optimizer of the model."""
+        """Make a recorder for an optimizer, which also restores the model's other weights.
+
+        After a gradient that is not finite, if the plan stops at it, these are restored: the
+        weights that are not trained, such as batch statistics.
+        """
         model = self._model
         return self.recorder_type(optimizer, self._plan, lambda: model().non_trainable_weights)
 

@@ -117,7 +117,15 @@ def bundled(slots: Sequence[Slot], indices: Sequence[int]) -> list[Bundle]:
 
 
 def _limit(rule: Rule, slot: Slot, jit_compile: bool | str) -> float:
-    """Return the greatest size up to which a variable is left to the kernel."""
+    """Return the greatest number of elements of a variable that is left to TensorFlow's kernel.
+
+    That is the kernel for momentum. XLA updates larger ones.
+
+    Args:
+        rule: the hyper-parameters.
+        slot: the variable with its state.
+        jit_compile: `True`, `False` or `"auto"`, as for `SNGM`.
+    """
     if jit_compile is True:
         return 0
     if jit_compile is False or changes_gradient(rule):

@@ -124,7 +124,8 @@ def prescaled_and_normalized_by(
 ) -> tuple[list[tf.Tensor], Normalization]:
     """Compute how to normalize gradients, and multiply them by the `prescale`.
 
-    Not for XLA, which would copy them.
+    That is a power of two, and differs from 1 only if squares overflow or underflow. Not for XLA,
+    which would copy the gradients.
 
     Args:
         sums: maps the gradients to a vector of sums of squares, one per variable.
@@ -134,7 +135,7 @@ def prescaled_and_normalized_by(
         stacks: number of tensors, at the end, that hold one variable per row.
 
     Returns:
-        The multiplied gradients, and the normalization.
+        The multiplied gradients, and the normalization with the `prescale` that was applied.
     """
     # A `tf.cond` costs an operation for each tensor that goes in or out, and for each
     # operation in the branch that is not taken. So all gradients are passed as one value,

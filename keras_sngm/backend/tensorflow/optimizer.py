@@ -229,12 +229,14 @@ class BackendOptimizer(WholeModelOptimizer):
     ) -> None:
         """Add each replica's gradients, and their squares if needed, to its own accumulators.
 
+        Each gradient is divided by `micro_batches`, so that their sum is a mean.
+
         Args:
             replicas: the replicas to act for.
             with_gradient: indices of the variables that have a gradient.
-            gradients: a per-replica value for each of these variables.
-            squares: a list with each replica's sum of squares, empty if the noise scale is not
-                measured.
+            gradients: for each of these, a value with the gradients of all replicas.
+            squares: a list with such a value, the sum of squares of all gradients of each replica;
+                empty if the noise scale is not measured.
             micro_batches: number of calls that make up an update.
         """
         means = [self._accumulated_gradients[i] for i in with_gradient]
@@ -271,9 +273,9 @@ class BackendOptimizer(WholeModelOptimizer):
         Args:
             replicas: the replicas to act for.
             with_gradient: indices of the variables that have a gradient.
-            gradients: each replica's gradients of these.
-            squares: a list with each replica's sum of squares, empty if the noise scale is not
-                measured.
+            gradients: for each of these, a value with the gradients of all replicas.
+            squares: a list with such a value, the sum of squares of all gradients of each replica;
+                empty if the noise scale is not measured.
         """
         sums = [replicas.parts(summed) for summed in replicas.sums([*gradients, *squares])]
         per_variable, of_squares = sums[: len(with_gradient)], sums[len(with_gradient) :]

@@ -41,7 +41,7 @@ class Recorder(RecorderBase):
                 super().open()
 
     def _can_begin(self) -> bool:
-        """Return whether the variables to be restored have values."""
+        """Return whether recording can begin: the variables that a halt restores have values."""
         return all(native_variable(v).is_initialized() for v in self._restorable)
 
     def _make_variables(self, optimizer: Any) -> None:
@@ -138,7 +138,13 @@ class Recorder(RecorderBase):
                     tf.cond(self._is_due(on_replica, every, step), write, lambda: None)
 
     def _is_due(self, on_replica: OnReplica, every: int | None, step: tf.Tensor) -> tf.Tensor:
-        """Return a boolean scalar: whether rows written every `every` updates are due at `step`."""
+        """Return a boolean scalar: whether to write rows of a kind at `step`, if recording.
+
+        Args:
+            on_replica: maps a variable to the first replica's copy of it.
+            every: number of updates from one row of the kind to the next; `None` if there are none.
+            step: int64 scalar, the number of the update.
+        """
         if every is None:
             return tf.constant(False)
         return tf.logical_and(tf.convert_to_tensor(on_replica(self._active)), step % every == 0)

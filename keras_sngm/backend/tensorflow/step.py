@@ -110,7 +110,16 @@ class LocalStep:
         self.indices = [with_gradient[k] for k in self._order]
 
     def _compile(self, jit_compile: bool, in_xla: bool) -> None:
-        """Decide what XLA compiles: all of a step, the update alone, or nothing."""
+        """Decide what XLA compiles: all of a step, the update alone, or nothing.
+
+        It updates variables in chunks, one after the other. On CPUs TensorFlow's kernel for
+        momentum may update bundles of variables; the gradients of a bundle with several are stacked
+        to one tensor.
+
+        Args:
+            jit_compile: whether XLA is to compile.
+            in_xla: whether XLA compiles the function around this step already.
+        """
         self._normalize_and_update: Callable[..., Any] = self._normalize_then_update
         self._update: Callable[..., Any] = self._update_together
         # XLA on CPUs is slow at reducing a tensor to a number. So TensorFlow's kernel takes the
@@ -250,7 +259,7 @@ class LocalStep:
     def _update_bundles(
         self, joined: list[tf.Tensor], normalized: Normalization, scalars: StepScalars
     ) -> None:
-        """Update the variables that are left to TensorFlow's kernel, and their averages.
+        """Update the variables that are left to TensorFlow's kernel, then their moving averages.
 
         Args:
             joined: one tensor of gradients for each bundle.

@@ -262,5 +262,5 @@ class Attachment(watch.Attachment):
             model.train_function = _TrainFunction(model)
 
     def _recorder_of(self, optimizer: Any) -> Recorder:
-        """Return a recorder for an optimizer, if possible one that is traced already."""
+        """Return a recorder for an optimizer, if possible one that the training function calls."""
         return self._spare.get(optimizer) or super()._recorder_of(optimizer)

@@ -18,7 +18,15 @@ _PIECE = 2**16
 
 
 def normalized_by(rule: Rule, gradients: Sequence[torch.Tensor]) -> Normalization:
-    """Compute how to normalize gradients of one device, which may have several dtypes."""
+    """Compute how to normalize gradients of one device, which may have several dtypes.
+
+    Where the host reads the norm, on CPUs, squares out of range are computed once more from
+    rescaled gradients. Elsewhere squares are taken in float64.
+
+    Args:
+        rule: the hyper-parameters.
+        gradients: one tensor per variable.
+    """
     if not host_decides(gradients[0]):
         # In float64 no squares overflow, so no condition is needed, for which the host would
         # have to wait.

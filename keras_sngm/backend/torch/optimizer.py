@@ -67,7 +67,12 @@ class BackendOptimizer(WholeModelOptimizer):
         self._calls.set(self._iterations, calls + 1)
 
     def _accumulate(self, with_gradient: Sequence[int], gradients: list[torch.Tensor]) -> None:
-        """Add the gradients of one micro-batch to the accumulated means."""
+        """Add the gradients of one micro-batch to the accumulated means.
+
+        Args:
+            with_gradient: indices of the variables that have a gradient.
+            gradients: their gradients.
+        """
         accumulators = values([self._accumulated_gradients[i] for i in with_gradient])
         dtypes = [accumulator.dtype for accumulator in accumulators]
         torch._foreach_add_(
@@ -79,7 +84,11 @@ class BackendOptimizer(WholeModelOptimizer):
             self._accumulated_squares.value.add_(sum_of_squares(gradients))
 
     def _update_with_accumulated(self, with_gradient: Sequence[int]) -> None:
-        """Update the variables with the accumulated means, and reset these to zero."""
+        """Update the variables with the accumulated means, and reset all accumulators to zero.
+
+        Args:
+            with_gradient: indices of the variables that have a gradient.
+        """
         totals = [] if self.noise_scale_batch_size is None else [self._accumulated_squares.value]
         accumulators = values(self._accumulated_gradients)
         self._update(with_gradient, [accumulators[i] for i in with_gradient], totals)

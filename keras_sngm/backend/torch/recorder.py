@@ -51,7 +51,10 @@ class Recorder(RecorderBase):
         self._written = dict.fromkeys(self._rings, 0)
 
     def latest_norm(self) -> Any:
-        """Return the norm as a NumPy scalar: Keras' progress bar cannot format PyTorch tensors."""
+        """Return the gradient norm of the last update, as a NumPy scalar. Waits for the device.
+
+        Keras' progress bar cannot format PyTorch tensors.
+        """
         return keras.ops.convert_to_numpy(self._latest)
 
     def limit_halt(self, updates: int) -> None:
@@ -81,7 +84,8 @@ class Recorder(RecorderBase):
         Args:
             step: the number of the update.
             measured: what was measured on its gradient.
-            change: what was kept from before it; needed only if it `is_due`.
+            change: the weights before it, and its directions; needed only if it `is_due`, else
+                `None`.
         """
         self._write(self._updates, step, self._row(measured))
         self._latest.value.copy_(measured.norm)

@@ -86,7 +86,17 @@ def _kernel_inputs_on_cpu(
     gradients: Sequence[torch.Tensor],
     has_momentum: bool,
 ) -> tuple[Sequence[torch.Tensor], dict[str, Any]]:
-    """Prepare a call of the kernel on a CPU, which takes numbers of the host.
+    """Prepare a call of `torch._fused_sgd_` on a CPU, where it takes numbers of the host.
+
+    With momentum it multiplies gradients by 1 - dampening, which is set to 1 / norm; without,
+    the learning rate is divided by the norm.
+
+    Args:
+        rule: the hyper-parameters.
+        coefficients: the factors of this step.
+        normalized: how to normalize the gradients.
+        gradients: tensors of one dtype.
+        has_momentum: whether momenta are passed to the kernel.
 
     Returns:
         The gradients to pass to the kernel, and keyword arguments by which it divides them
@@ -107,7 +117,15 @@ def _kernel_inputs_on_cpu(
 def _kernel_inputs_on_cuda(
     coefficients: Coefficients, normalized: Normalization, gradients: Sequence[torch.Tensor]
 ) -> tuple[Sequence[torch.Tensor], dict[str, Any]]:
-    """Prepare a call of the kernel on CUDA, which takes float32 tensors of the device.
+    """Prepare a call of `torch._fused_sgd_` on CUDA, where it takes float32 tensors of the device.
+
+    It divides gradients by `grad_scale`, in place, so those that share memory would be divided
+    twice.
+
+    Args:
+        coefficients: the factors of this step.
+        normalized: how to normalize the gradients.
+        gradients: tensors of one dtype.
 
     Returns:
         The gradients to pass to the kernel, and keyword arguments by which it divides them
