@@ -14,26 +14,31 @@ from keras_sngm.update_rule import Rule, Tensor, filled, nonzero
 
 
 class Normalization(NamedTuple):
-    """Factors that turn the gradient of a step into a direction, and what was measured on it."""
+    """Factors that turn the gradient of a step into a direction, and what was measured on it.
+
+    Attributes:
+        prescale: a power of two that brings the gradient into range, 1 on the usual path: a scalar
+            for all variables, or a vector with one per variable.
+        divisor: direction = gradient * prescale / divisor; a scalar or a vector, too.
+        squares: vector, the sum of squares of each variable's gradient, some of them of the
+            gradient times a power of two; finite where all elements of the gradient are.
+        norms: vector, the norm of each variable's gradient after clipping, infinite above the
+            dtype.
+        norm: norm of the whole gradient after clipping, infinite above the dtype.
+        unclipped: norm of the whole gradient before `clipnorm` and `global_clipnorm`.
+        is_finite: boolean, whether all elements of the gradient are finite.
+        is_taken: boolean, whether the step is taken. Like `is_finite`, until a recorder's condition
+            is added.
+    """
 
     prescale: Tensor
-    """A power of two that brings the gradient into range, 1 on the usual path: a scalar for
-    all variables, or a vector with one per variable."""
     divisor: Tensor
-    """direction = gradient * prescale / divisor; a scalar or a vector, too."""
     squares: Tensor
-    """Sum of squares of each variable's gradient as they were taken, in whatever unit: finite
-    where all elements are."""
     norms: Tensor
-    """Euclidean norm of each variable's gradient after clipping, infinite above the dtype."""
     norm: Tensor
-    """Euclidean norm of the whole gradient after clipping, infinite above the dtype."""
     unclipped: Tensor
-    """Euclidean norm of the whole gradient before `clipnorm` and `global_clipnorm`."""
     is_finite: Tensor
-    """Boolean, whether all elements of the gradient are finite."""
     is_taken: Tensor
-    """Boolean, whether the step is taken."""
 
 
 @functools.lru_cache(maxsize=256)
@@ -80,6 +85,7 @@ def safe_normalization(
     least = ops.convert_to_tensor(least_reliable_sums(tuple(sizes), dtype))
 
     def rescued() -> Normalization:
+        """Normalize by the sums of squares of gradients that are rescaled into range."""
         factors = rescaling_factors(squares, least)
         return normalization_from_squares(rule, rescaled_squares(factors), factors)
 
@@ -120,10 +126,19 @@ def rescaling_factors(squares: Tensor, least: Tensor) -> Tensor:
         least: vector, the least sum of each variable that can be relied on, as
             `least_reliable_sums` returns it.
     """
-    up = 2.0 ** (3 * _limits(squares).maxexp // 4)
+    up, down = rescaling_units(backend.standardize_dtype(squares.dtype))
     one = ops.ones_like(squares)
-    factors = ops.where(ops.isfinite(squares), one, one / up)
+    factors = ops.where(ops.isfinite(squares), one, down * one)
     return ops.where(squares < least, up * one, factors)
+
+
+def rescaling_units(dtype: str) -> tuple[float, float]:
+    """Return the powers of two that bring small and large gradients into the range of squares.
+
+    These are 2^96 and 2^-96 for float32.
+    """
+    up = 2.0 ** (3 * np.finfo(dtype).maxexp // 4)
+    return up, 1.0 / up
 
 
 def normalization_from_squares(
@@ -136,6 +151,10 @@ def normalization_from_squares(
         squares: vector, the sum of squares of each variable's gradient times its factor.
         factors: vector of powers of two, one per variable. `None` if all are 1 and the sum
             of `squares` is finite.
+
+    Returns:
+        The factors, the norms after clipping, and the norm before it. The step is taken if all
+        elements are finite.
     """
     scaled = ops.sqrt(squares)
     clips_or_divides_each = rule.blockwise or rule.clipnorm or rule.global_clipnorm
@@ -176,7 +195,7 @@ class _Whole(NamedTuple):
 
 
 def _whole(norms: Tensor, unit: Tensor) -> _Whole:
-    """Combine the norms of all variables, already multiplied by `unit`, to that of the gradient."""
+    """Combine the norms of all variables to that of the gradient, all multiplied by `unit`."""
     return _Whole(unit, norms, _norm_of_norms(norms))
 
 
@@ -287,7 +306,7 @@ def _limits(tensor: Tensor) -> np.finfo:
 
 
 def _unit_bound(tensor: Tensor) -> float:
-    """Return the greatest norm whose square the tensor's dtype can hold."""
+    """Return the least power of two whose square the dtype cannot hold: 2^64 for float32."""
     return 2.0 ** (_limits(tensor).maxexp // 2)
 
 

@@ -102,8 +102,9 @@ class Exclusions:
     def get_config(self) -> dict[str, list[Any]]:
         """Return the exclusions as plain data, which the constructor takes.
 
-        Once the optimizer is built a variable is saved as its index among the optimizer's
-        variables, before as its path: Keras changes paths when it loads a model.
+        Names are regular expressions, as given. Once the optimizer is built a variable is saved as
+        its index among the optimizer's variables, before as its path: Keras changes paths when it
+        loads a model.
         """
         entries = [v if isinstance(v, (int, str)) else _path(v) for v in self._entries]
         return {"variables": entries, "names": list(self._names)}

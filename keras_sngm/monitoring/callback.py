@@ -209,7 +209,12 @@ class GradientNormLogger(keras.callbacks.Callback):
         return {name: value for name, value in state.items() if name not in of_a_fit}
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Attach recorders to the model's optimizers, and open the files."""
+        """Attach recorders to the model's optimizers, and open the files.
+
+        Raises:
+            ValueError: if this `fit` has begun with this logger before: it is in `callbacks` twice.
+            OSError: if a file cannot be opened.
+        """
         is_there_twice = self._has_begun()
         self._close_after_interruption()
         if is_there_twice:
@@ -245,7 +250,10 @@ class GradientNormLogger(keras.callbacks.Callback):
             self._recording.restore()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Put the statistics of the epoch into its `logs`, and warn of faults."""
+        """Put the statistics of the epoch into its `logs`, and warn of faults.
+
+        After a gradient that stops training the model is restored to before that step.
+        """
         values = self._recording.end_epoch()
         self._recording.restore()
         self._warn()

@@ -43,6 +43,9 @@ class Fault(NamedTuple):
 class Recording:
     """Logging of one `fit`: reads recorders, hands values to sinks, and sums up epochs.
 
+    If the plan stops at a gradient that is not finite, recorders withhold steps from then on, until
+    the training function returns to the host; that is called a halt.
+
     Args:
         model: the model in training. It is told to stop if the plan says so.
         attachment: the recorders of its optimizers, an `Attachment` of the backend.

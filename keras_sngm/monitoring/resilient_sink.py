@@ -45,7 +45,10 @@ class ResilientSink:
         self._attempt("write", step, scalars)
 
     def write_histograms(self, step: int, histograms: Mapping[str, np.ndarray]) -> None:
-        """Write histograms of a step, by name, unless the sink has failed."""
+        """Write histograms of a step, by name, unless the sink has failed.
+
+        Each is a vector: least value, greatest value, counts.
+        """
         self._attempt("write_histograms", step, histograms)
 
     def flush(self) -> None:

@@ -30,10 +30,13 @@ DESCRIPTIONS = {
 class LoggedValues:
     """Converter from what was recorded of a model to named values.
 
+    Details are numbers on each variable around an update, such as the norm of its change.
+
     Args:
         recorders: the recorders of the model's optimizers. Their variables are numbered
             one recorder after the other.
-        per_variable: which variables have values of their own, see `groups_of`.
+        per_variable: which variables have values of their own, as for `GradientNormLogger`: a
+            boolean, `"layer"`, a depth of paths, or a function that is true for some variables.
         model: the model.
     """
 
@@ -61,7 +64,10 @@ class LoggedValues:
         return names
 
     def columns_of_epoch(self) -> list[str]:
-        """Return the names of the scalars that the `logs` of an epoch summarize."""
+        """Return the names of the scalars that the `logs` of an epoch summarize.
+
+        They do not depend on the number of variables, so one row of details stands for all.
+        """
         names = [*self.of_updates(self._no_rows())]
         if self._with_details:
             names += named_details(np.zeros((1, len(DETAILS))), self._has_momentum)
@@ -81,7 +87,9 @@ class LoggedValues:
         """Return the details of one update by name, for all variables and for each group.
 
         Args:
-            table: matrix, the `DETAILS` of each variable in a row.
+            table: matrix with a row of `DETAILS` for each variable: norms of the weight, of its
+                update and of its momentum, inner product of momentum and direction, norm of the
+                direction.
         """
         values = named_details(table, self._has_momentum)
         for name, members in self._groups.items():

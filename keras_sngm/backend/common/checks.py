@@ -34,7 +34,12 @@ def check_shapes(gradients: Sequence[Any], variables: Sequence[Any]) -> None:
 
 
 def _is_compatible(shape: Any, wanted: Any) -> bool:
-    """Return whether a shape that may be unknown, or known in part, can be the wanted one."""
+    """Return whether a shape can be the wanted one, because it is unknown, or known in part.
+
+    Args:
+        shape: a `tf.TensorShape` or `None`. A tuple is known, and taken for another shape.
+        wanted: the shape of the variable.
+    """
     if shape is None:
         return True
     # In a graph TensorFlow may know a shape only in part.

@@ -47,6 +47,9 @@ class NoiseMeter(NamedTuple):
             total: scalar, the sum of the squares of the gradients of all replicas in all calls.
                 Keras has divided their losses by the number of replicas.
             large: scalar, the squared norm of the gradient of the update.
+
+        Returns:
+            Two scalars: tr(Sigma), which the number of samples in a call scales, and norm(G)^2.
         """
         count = self.replicas * self.micro_batches
         small = total * self.replicas**2 / count

@@ -265,7 +265,7 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
         return variables
 
     def _learning_rate_of_update(self) -> Any:
-        """Return the learning rate of the update that this call of the optimizer belongs to."""
+        """Return the learning rate of an update. To be called before its last call is counted."""
         schedule = self._learning_rate
         if self.gradient_accumulation_steps and isinstance(
             schedule, keras.optimizers.schedules.LearningRateSchedule
@@ -305,8 +305,12 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
     ) -> None:
         """Update the gradient noise scale, if it is measured.
 
+        A skipped update does not count, nor one whose gradients are so small that their squares
+        have become zero.
+
         Args:
-            total: scalar, the sum of the squares of the gradients of all small batches.
+            total: scalar, the sum of the squares of the gradients of all small batches: one of each
+                replica in each call.
             normalized: the normalization of the sum of these gradients.
             squares: computes the sum of the squares of the gradient of the update, for rules that
                 change the gradient before it is normalized.

@@ -35,7 +35,7 @@ class Ring:
     Each backend writes rows itself: row number `count` goes to place `count % length`.
 
     Args:
-        make_variable: makes a variable of a given shape and dtype.
+        make_variable: makes a variable of zeros of a given shape and dtype.
         length: number of rows that are kept before the oldest is overwritten.
         columns: length of a row.
     """

@@ -68,7 +68,11 @@ class Attachment:
         return self.root is model.optimizer
 
     def _begin(self, model: keras.Model) -> None:
-        """Attach recorders to the optimizers, now or when a `MultiOptimizer` is built."""
+        """Attach recorders to the optimizers, now or when a `MultiOptimizer` is built.
+
+        Args:
+            model: the model, for backends that attach something to it, too.
+        """
         container = _unbuilt_container(self.root)
         if container is None:
             self._attach()

@@ -19,9 +19,15 @@ from keras_sngm.backend.common.measured import measured_by_sngm
 from keras_sngm.backend.common.optimizer import WholeModelOptimizer
 from keras_sngm.backend.common.recorder import conditions_of_step, ready_recorders
 from keras_sngm.backend.jax.gradients import dense, unscaled
-from keras_sngm.backend.jax.norm import normalized_by, sum_of_squares
+from keras_sngm.backend.jax.norm import normalized_by, not_before, sum_of_squares
 from keras_sngm.backend.jax.recorder import Change
-from keras_sngm.backend.jax.state import assign, at_least_float32, do_if, pure
+from keras_sngm.backend.jax.state import (
+    assign,
+    at_least_float32,
+    do_if,
+    pure,
+    zeros_in_place_of,
+)
 from keras_sngm.normalization import Normalization
 from keras_sngm.update_rule import Coefficients
 
@@ -147,7 +153,12 @@ class BackendOptimizer(WholeModelOptimizer):
         self._iterations.assign_add(1)
 
     def _accumulate(self, with_gradient: tuple[int, ...], gradients: list[jax.Array]) -> None:
-        """Add the gradients of one micro-batch to the accumulated means."""
+        """Add the gradients of one micro-batch to the accumulated means.
+
+        Args:
+            with_gradient: indices of the variables that have a gradient.
+            gradients: their gradients.
+        """
         for i, gradient in zip(with_gradient, gradients, strict=True):
             accumulator = self._accumulated_gradients[i]
             mean = gradient.astype(accumulator.dtype) / self.gradient_accumulation_steps
@@ -156,12 +167,18 @@ class BackendOptimizer(WholeModelOptimizer):
             self._accumulated_squares.assign_add(sum_of_squares(gradients))
 
     def _update_with_accumulated(self, with_gradient: tuple[int, ...], rate: jax.Array) -> None:
-        """Update the variables with the accumulated means, and reset these to zero."""
+        """Update the variables with the accumulated means, and reset all accumulators to zero.
+
+        Args:
+            with_gradient: indices of the variables that have a gradient.
+            rate: learning rate.
+        """
         totals = [] if self.noise_scale_batch_size is None else [self._accumulated_squares]
         means = [self._accumulated_gradients[i].value for i in with_gradient]
         self._update(with_gradient, means, rate, [total.value for total in totals])
+        never = self.gradient_norm.value < -1.0
         for accumulator in [*self._accumulated_gradients, *totals]:
-            accumulator.assign(jnp.zeros_like(accumulator.value))
+            accumulator.assign(zeros_in_place_of(accumulator.value, never))
 
     def _update(
         self,
@@ -183,6 +200,9 @@ class BackendOptimizer(WholeModelOptimizer):
         rule, weights = self._rule(), [v.value for v in self._trainable_variables]
         final = self._final_gradients(with_gradient, gradients)
         normalized = normalized_by(rule, final)
+        if update_rule.changes_gradient(rule):
+            gradients, normalized = not_before(gradients, normalized)
+            final = self._final_gradients(with_gradient, gradients)
         if conditions := conditions_of_step(recorders):
             is_taken = normalized.is_finite & jnp.all(jnp.stack(conditions))
             normalized = normalized._replace(is_taken=is_taken)
@@ -283,6 +303,11 @@ class BackendOptimizer(WholeModelOptimizer):
     ) -> list[jax.Array]:
         """Update the moving averages of the weights.
 
+        Args:
+            weights: the new weights of all variables, at least float32.
+            coefficients: the factors of this step, by dtype.
+            is_taken: boolean scalar, `False` if the step is skipped.
+
         Returns:
             The weights, overwritten by their averages if `ema_overwrite_frequency` says so.
         """
@@ -303,7 +328,12 @@ class BackendOptimizer(WholeModelOptimizer):
         return new
 
     def _assign_readings(self, with_gradient: tuple[int, ...], normalized: Normalization) -> None:
-        """Assign the variables that a user may read: norms, skipped steps, averaged updates."""
+        """Assign the variables that a user may read: norms, skipped steps, averaged updates.
+
+        Args:
+            with_gradient: indices of the variables that have a gradient. The norm of others is 0.
+            normalized: how the gradient was normalized.
+        """
         norms = update_rule.scatter(normalized.norms, with_gradient, len(self._trainable_variables))
         self.gradient_norm.assign(normalized.norm.astype("float32"))
         self.gradient_norms.assign(norms.astype("float32"))

@@ -151,11 +151,14 @@ class Recorder(RecorderBase):
     ) -> None:
         """Record an update that was made, in the function that is traced.
 
+        Details and histograms are recorded in a `fit` alone that records, and if they are due.
+
         Args:
             step: integer scalar, the number of the update.
             measured: what was measured on its gradient.
             change: weights and momenta around it.
-            directions: computes g / norm(g) by index, for the variables that have a gradient.
+            directions: computes each variable's part of g / norm(g) by its index, if it has a
+                gradient.
         """
         _write(self._updates, step, self._row(measured))
         self._latest.assign(measured.norm)

@@ -62,6 +62,28 @@ def do_if(
     assign(variables, jax.lax.while_loop(lambda state: state[0], act, begin)[1])
 
 
+def zeros_in_place_of(array: jax.Array, never: jax.Array) -> jax.Array:
+    """Return zeros of the shape and dtype of an array, which XLA writes in its place.
+
+    XLA moves a constant out of a loop, stores it there and copies it back. So these zeros
+    depend on something that XLA does not know, in the form that is quickest on the device.
+
+    Args:
+        array: the array.
+        never: boolean scalar, always `False`.
+    """
+
+    def on_cpu(array: jax.Array, never: jax.Array) -> jax.Array:
+        """Return one computed zero, in each element."""
+        return jax.numpy.full_like(array, jax.numpy.where(never, 1, 0))
+
+    def elsewhere(array: jax.Array, never: jax.Array) -> jax.Array:
+        """Select zero for each element."""
+        return jax.numpy.where(never, array, jax.numpy.zeros_like(array))
+
+    return jax.lax.platform_dependent(array, never, cpu=on_cpu, default=elsewhere)
+
+
 def at_least_float32(array: jax.Array) -> jax.Array:
     """Return an array in the dtype that it is computed with: float32 if it has 16 bits."""
     return array.astype(arithmetic_dtype(array.dtype.name))

@@ -175,8 +175,11 @@ def _recorded_step(
         model: the model in training.
         step: its `train_step`.
         shardings: the shardings of the optimizer's and the recorders' variables.
-        state: as for `train_step`.
+        state: as for `train_step`; the recorders' variables are among the optimizer's.
         data: as for `train_step`.
+
+    Returns:
+        As `train_step`: the logs and the new state, with the new backups in it.
     """
     recorders = _recorders_of(model)
     with _tracked(recorders), _sharded_as(model, shardings):
@@ -198,7 +201,10 @@ def _values_by_id(
 
 
 class _RecordedApply(recorded_apply.RecordedApply):
-    """Replacement of an optimizer's `apply` that records, on JAX."""
+    """Replacement of an optimizer's `apply` that records, on JAX.
+
+    Momenta of other optimizers than SNGM are not recorded.
+    """
 
     def _update(
         self, inputs: recorded_apply.UpdateInputs, gradients: list[Any], variables: list[Any] | None

@@ -26,12 +26,13 @@ def sums_on(on_accelerator: bool, in_xla: bool, stacks: int = 0) -> tuple[Sums, 
 
     Args:
         on_accelerator: whether the device is not a CPU.
-        in_xla: whether XLA compiles the sums.
+        in_xla: whether XLA compiles the sums. There are no stacks then.
         stacks: number of tensors, at the end, that hold one variable per row.
 
     Returns:
         A function from gradients to a vector of sums, one per variable; and another that
-        takes a vector of factors, too, and multiplies each variable's gradient first.
+        takes a vector of factors, too, and multiplies each gradient by its own first. The second
+        one takes no stacks.
     """
     usual: Sums = functools.partial(sums_of_squares, stacks=stacks)
     rare = usual

@@ -106,7 +106,16 @@ class BackendOptimizer(WholeModelOptimizer):
         return variable
 
     def _step(self, gradients: Sequence[Any], with_gradient: Sequence[int]) -> None:
-        """Take one step, in the cross-replica context where TensorFlow has one."""
+        """Take one step, in the cross-replica context where TensorFlow can enter it.
+
+        Args:
+            gradients: gradients of some variables, dense or sparse, times the loss scale.
+            with_gradient: the index of each of these among the optimizer's variables.
+
+        Raises:
+            ValueError: if replicas that act for themselves have gradients for different variables,
+                or if no step can be taken here.
+        """
         all_gradients: list[Any] = [None] * len(self._trainable_variables)
         for gradient, i in zip(gradients, with_gradient, strict=True):
             shape = self._trainable_variables[i].shape

@@ -32,7 +32,15 @@ from keras_sngm.update_rule import Coefficients, Rule
 
 
 class Readings(NamedTuple):
-    """Variables that a user may read after a step, on this device."""
+    """Variables that a user may read after a step, on this device.
+
+    Attributes:
+        gradient_norm: scalar, the norm of the whole gradient.
+        gradient_norms: vector, the norm of each variable's gradient.
+        skipped_steps: integer scalar, how many steps were skipped.
+        averaged_updates: integer scalar, how often the moving averages were updated; `None`
+            without them.
+    """
 
     gradient_norm: tf.Variable
     gradient_norms: tf.Variable
@@ -148,8 +156,8 @@ class LocalStep:
         """Take the step.
 
         Args:
-            gradients: the gradients of the variables that have one, in the order of
-                `with_gradient`.
+            gradients: the gradients of the variables that have one, in the order in which the
+                constructor was given their indices.
             scalars: the scalars of this step.
 
         Returns:
@@ -288,8 +296,9 @@ class LocalStep:
         """Compute how to normalize the gradients.
 
         Args:
-            gradients: one tensor for each variable that is updated together with others, then
-                one for each bundle.
+            gradients: one tensor for each variable that is updated together with others, then one
+                for each bundle of variables that TensorFlow's kernel for momentum updates, with a
+                row for each variable if they are several.
 
         Returns:
             The gradients; the prescale that they are still to be multiplied by; and the whole
@@ -326,6 +335,9 @@ class LocalStep:
     ) -> None:
         """Update the variables that are not left to the kernel, chunk by chunk.
 
+        A chunk waits for the one before the last, so that a weight is updated while its momentum is
+        still in the caches. Of variables without a gradient only the moving averages are updated.
+
         Args:
             gradients: the gradients to be normalized.
             normalized: how to normalize them.
@@ -350,7 +362,17 @@ class LocalStep:
     def _update_one(
         self, slot: Slot, direction: tf.Tensor, coefficients: Coefficients, scalars: StepScalars
     ) -> tf.Tensor:
-        """Update one variable with its state. Returns its new weight."""
+        """Update one variable with its state.
+
+        Args:
+            slot: the variable with its state.
+            direction: its part of g / norm(g).
+            coefficients: the factors of this step.
+            scalars: the scalars of this step.
+
+        Returns:
+            Its new weight, which is its average if `ema_overwrite_frequency` says so.
+        """
         weight, momentum = update_rule.descend(
             self._rule,
             coefficients,

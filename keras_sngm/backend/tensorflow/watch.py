@@ -78,7 +78,8 @@ class _RecordedApply(recorded_apply.RecordedApply):
     """Replacement of an optimizer's `apply` that records, on TensorFlow.
 
     It sums up the gradients of all replicas once more in each training step: where Keras does
-    it, nobody else can see the result.
+    it, nobody else can see the result. A recorder that stops training at a gradient that is not
+    finite gives a condition, which is false from then on.
     """
 
     def _update(
@@ -97,6 +98,7 @@ class _RecordedApply(recorded_apply.RecordedApply):
         replicas = OwnReplica(tf.distribute.get_replica_context())
 
         def on_replica(value: Any) -> Any:
+            """Return this replica's copy of a variable, or its part of a gradient."""
             return replicas.parts(value)[0]
 
         final = [
@@ -196,6 +198,7 @@ class _RecordedApply(recorded_apply.RecordedApply):
             return
 
         def on_all_replicas(strategy: Any, may_step: Any, gradients: Any) -> None:
+            """Apply the gradients of all replicas if a step may be taken: all agree on that."""
             _run_if(
                 strategy.experimental_local_results(may_step)[0],
                 lambda: strategy.extended.call_for_each_replica(
@@ -210,7 +213,12 @@ class _RecordedApply(recorded_apply.RecordedApply):
 
 
 def _normalization_of(gradients: Sequence[tf.Tensor], device: str) -> Normalization:
-    """Compute how to normalize dense gradients of one device by `PLAIN_RULE`."""
+    """Compute how to normalize gradients of one device as they are: no decay, no clipping.
+
+    Args:
+        gradients: one tensor per variable.
+        device: name of the device.
+    """
     usual, rare = norm.sums_on(
         is_accelerator(device), GraphOrParentsInXlaContext(get_default_graph())
     )

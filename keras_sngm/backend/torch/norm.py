@@ -86,7 +86,8 @@ def _is_in_range(norm: torch.Tensor, gradients: Sequence[torch.Tensor]) -> torch
 def sum_of_squares(gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the sum of the squares of all elements of some gradients, float32.
 
-    On CUDA it is computed in float64, where no square overflows or underflows.
+    On CUDA it is computed in float64, where no square overflows or underflows; elsewhere in
+    float32.
     """
     if not host_decides(gradients[0]):
         return _squares_of_doubles(gradients).sum().float()

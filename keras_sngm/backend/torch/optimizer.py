@@ -87,7 +87,7 @@ class BackendOptimizer(WholeModelOptimizer):
         """Update the variables with the accumulated means, and reset all accumulators to zero.
 
         Args:
-            with_gradient: indices of the variables that have a gradient.
+            with_gradient: indices of the variables that had a gradient in any of the micro-batches.
         """
         totals = [] if self.noise_scale_batch_size is None else [self._accumulated_squares.value]
         accumulators = values(self._accumulated_gradients)
@@ -175,7 +175,12 @@ class BackendOptimizer(WholeModelOptimizer):
         )
 
     def _assign_readings(self, with_gradient: Sequence[int], normalized: Normalization) -> None:
-        """Assign the variables that a user may read: norms, skipped steps, averaged updates."""
+        """Assign the variables that a user may read: norms, skipped steps, averaged updates.
+
+        Args:
+            with_gradient: indices of the variables that have a gradient. The norm of others is 0.
+            normalized: how the gradient was normalized.
+        """
         self.gradient_norm.value.copy_(normalized.norm)
         norms = self.gradient_norms.value
         norms.copy_(update_rule.scatter(normalized.norms, with_gradient, len(norms)))

@@ -58,7 +58,11 @@ class Recorder(RecorderBase):
         return keras.ops.convert_to_numpy(self._latest)
 
     def limit_halt(self, updates: int) -> None:
-        """Let a halt, in which no step is taken, last for at most `updates` more updates."""
+        """Let a halt last for at most `updates` more updates.
+
+        In a halt no step is taken, as a gradient was not finite. If the plan does not stop, this
+        has no effect.
+        """
         self._halt_limit = updates
         if self.is_open:
             # `assign` would make the host wait for the device.

@@ -166,10 +166,10 @@ def _share_memory(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 def _unit(divisor: torch.Tensor) -> torch.Tensor:
-    """Return powers of two that bring divisors into the range of a float32 if multiplied by them.
+    """Return powers of two by which norms of float32 gradients become float32 numbers.
 
     Args:
-        divisor: float64 scalar or vector.
+        divisor: float64 scalar or vector, the norms.
     """
     one = torch.ones_like(divisor)
     unit = torch.where(divisor < 2.0**-64, one * 2.0**32, one)

@@ -75,7 +75,13 @@ class _RecordedApply(recorded_apply.RecordedApply):
     def _may_step(self, recorders: Sequence[Recorder], measured: Measured) -> bool:
         """Return whether the optimizer may apply the gradients.
 
-        Waits for the device if the plan `stops`: what Keras does on PyTorch has no condition.
+        It may unless a recorder whose plan stops has stopped training, or stops it at this
+        gradient. Waits for the device if there is such a recorder: what Keras does on PyTorch has
+        no condition.
+
+        Args:
+            recorders: the recorders of the optimizer.
+            measured: what was measured on the gradient.
         """
         conditions = conditions_of_step(recorders)
         if not conditions:
