@@ -255,6 +255,24 @@ def _clipped_together(
     return ops.where(over, shares * highest, norms), ops.where(over, highest, norm)
 
 
+def unscaled(normalized: Normalization, factor: float) -> Normalization:
+    """Return how to normalize a gradient that is `factor` times the one whose norms are wanted.
+
+    The factors that normalize it stay as they are, its norms are divided.
+
+    Args:
+        normalized: how to normalize the scaled gradient.
+        factor: the number that the gradient was multiplied by.
+    """
+    if factor == 1.0:
+        return normalized
+    return normalized._replace(
+        norms=normalized.norms / factor,
+        norm=normalized.norm / factor,
+        unclipped=normalized.unclipped / factor,
+    )
+
+
 def directions(normalized: Normalization, gradients: Sequence[Tensor]) -> list[Tensor]:
     """Divide gradients by their norm, as `normalized` says.
 

@@ -61,6 +61,27 @@ def changes_gradient(rule: Rule) -> bool:
     return is_coupled or rule.clipvalue is not None
 
 
+def scaled(rule: Rule, factor: float) -> Rule:
+    """Return the rule that treats a gradient times `factor` as `rule` treats the gradient.
+
+    That is, coupled weight decay and the limits of clipping are multiplied by it, too. What
+    enters the momentum is then the same.
+    """
+    if factor == 1.0:
+        return rule
+
+    def times(value: float | None) -> float | None:
+        """Multiply an argument by the factor, if it is set."""
+        return None if value is None else value * factor
+
+    return rule._replace(
+        weight_decay=rule.weight_decay if rule.decoupled_weight_decay else times(rule.weight_decay),
+        clipnorm=times(rule.clipnorm),
+        clipvalue=times(rule.clipvalue),
+        global_clipnorm=times(rule.global_clipnorm),
+    )
+
+
 def final_gradient(rule: Rule, gradient: Tensor, weight: Tensor, decays: bool) -> Tensor:
     """Add coupled weight decay to the gradient of one variable, then clip it by value.
 

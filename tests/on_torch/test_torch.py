@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from keras_sngm import SNGM, GradientNormLogger
 from keras_sngm.backend.common.host_count import HostCount
 from keras_sngm.backend.common.recorded_apply import PLAIN_RULE
 from keras_sngm.backend.torch import norm as torch_norm
+from keras_sngm.backend.torch import optimizer as torch_optimizer
 from keras_sngm.backend.torch import sgd_kernel as torch_kernel
 from keras_sngm.backend.torch import step as torch_step
 from keras_sngm.backend.torch.recorder import Recorder, segment_sum
@@ -41,7 +43,7 @@ def accelerator(request, monkeypatch):
     The fused kernel is replaced by one that checks its arguments.
     """
     if request.param == "CUDA":
-        for module in (torch_kernel, torch_norm, torch_step):
+        for module in (torch_kernel, torch_norm, torch_optimizer, torch_step):
             monkeypatch.setattr(module, "host_decides", lambda tensor: False)
     monkeypatch.setattr(torch_kernel, "is_on_cpu", lambda tensor: False)
     kernel = torch._fused_sgd_
@@ -123,6 +125,38 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+class Traffic(TorchDispatchMode):
+    """Dispatch mode that adds up the floats which operations on large tensors read and write.
+
+    Args:
+        least_size: number of elements of the least tensor that counts.
+    """
+
+    def __init__(self, least_size):
+        super().__init__()
+        self.floats = 0
+        self._least_size = least_size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        name = function._schema.name
+        read = self._size([args, kwargs])
+        written = self._size([args[0]] if name.endswith("_") else results)
+        if "_fused_sgd_" in name:
+            weights, gradients, momentums = map(self._size, args[:3])
+            written = weights + momentums + gradients * ("grad_scale" in (kwargs or {}))
+        elif name.endswith(("zero_", "copy_")):
+            read -= written
+        if not function.is_view:
+            self.floats += read + written
+        return results
+
+    def _size(self, values):
+        """Return the number of elements of the large tensors among some values."""
+        sizes = [v.numel() for v in tree_leaves(values) if isinstance(v, torch.Tensor)]
+        return sum(size for size in sizes if size >= self._least_size)
+
+
 def counted_by(waits, function):
     """Return a function that calls the given one in a `with waits` statement."""
 
@@ -187,6 +221,45 @@ def test_the_host_does_not_wait_for_cuda(options, dtypes):
         for _ in range(2):  # The first variable has no gradient.
             optimizer.apply(gradients[1:], variables[1:])
     assert waits.count == 0
+
+
+@ON_CUDA
+@pytest.mark.usefixtures("accelerator")
+@pytest.mark.parametrize(
+    "options, floats",
+    [
+        ({}, 7),
+        ({"nesterov": True}, 7),
+        ({"loss_scale_factor": 8.0}, 7),
+        ({"weight_decay": 0.1, "decoupled_weight_decay": False}, 10),
+        ({"clipvalue": 0.5}, 14),
+        ({"clipnorm": 0.5}, 8),
+        ({"blockwise": True}, 8),
+        ({"use_ema": True}, 10),
+        ({"gradient_accumulation_steps": 2}, 2 * 3 + 8),
+        ({"gradient_accumulation_steps": 2, "loss_scale_factor": 8.0}, 2 * 3 + 8),
+    ],
+    ids=str,
+)
+def test_a_step_on_cuda_moves_no_more_data_than_its_kernels_need(options, floats):
+    """The floats that an update reads and writes per parameter, on CPUs as on CUDA."""
+    shape = (200, 100)
+    variables = variables_of(random_arrays([shape] * 2))
+    optimizer = SNGM(0.1, **options)
+    optimizer.build(variables)
+    gradients = tensors_of(random_arrays([shape] * 2, seed=1), variables)
+    with Traffic(least_size=200 * 100) as traffic:
+        for _ in range(options.get("gradient_accumulation_steps", 1)):
+            optimizer.apply(gradients, variables)
+    assert traffic.floats / (2 * 200 * 100) == floats
+
+
+def test_averages_are_updated_in_one_pass():
+    """The kernel of momentum SGD makes moving averages of weights, as it does on CUDA."""
+    averages, weights = (torch.tensor(array) for array in random_arrays([(7, 5)] * 2))
+    expected = 0.8 * averages + 0.2 * weights
+    torch_kernel.average([averages], [weights], torch.tensor(0.8))
+    torch.testing.assert_close(averages, expected)
 
 
 @pytest.mark.parametrize("make", [SNGM, lambda: keras.optimizers.SGD(0.05)], ids=["SNGM", "SGD"])

@@ -245,9 +245,12 @@ class RecorderBase:
         ]
 
     def progress(self, snapshot: Sequence[Any]) -> Progress:
-        """Return how many rows a snapshot's ring buffers had. Waits for the device.
+        """Return how many rows were ever written to each ring buffer until a snapshot.
 
-        May be called in any thread.
+        Waits for the device. May be called in any thread.
+
+        Args:
+            snapshot: copies of the recorder's variables, as the method `snapshot` returns them.
         """
         return Progress(*(ring.end() for ring in snapshot[: len(self._rings)]))
 

@@ -25,7 +25,7 @@ class Snapshot(NamedTuple):
     rows: Any
 
     def end(self) -> int:
-        """Return the number of rows that had been written. Waits for the device."""
+        """Return the number of rows ever written until then. Waits for the device."""
         return int(ops.convert_to_numpy(self.count))
 
 

@@ -31,8 +31,7 @@ def normalized_by(rule: Rule, gradients: Sequence[torch.Tensor]) -> Normalizatio
         # In float64 no squares overflow, so no condition is needed, for which the host would
         # have to wait.
         of_doubles = normalization.normalization_from_squares(rule, _squares_of_doubles(gradients))
-        in_range = _is_in_range(of_doubles.unclipped, gradients)
-        is_finite = of_doubles.is_finite & in_range
+        is_finite = of_doubles.is_finite & _is_in_range(of_doubles, gradients)
         return of_doubles._replace(is_finite=is_finite, is_taken=is_finite)
     doubles = any(gradient.dtype == torch.float64 for gradient in gradients)
     widest = converted(gradients, torch.float64 if doubles else torch.float32)
@@ -73,14 +72,17 @@ def host_decides(tensor: torch.Tensor) -> bool:
     return tensor.device.type != "cuda"
 
 
-def _is_in_range(norm: torch.Tensor, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+def _is_in_range(normalized: Normalization, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return whether gradients can be divided by their norm without the host's help.
 
-    That takes a norm that is finite in the dtype of the gradients.
+    That takes norms and divisors that are finite in the dtype of the gradients.
     """
-    if all(gradient.dtype == torch.float64 for gradient in gradients):
-        return torch.isfinite(norm)
-    return torch.isfinite(norm.float())
+    doubles = all(gradient.dtype == torch.float64 for gradient in gradients)
+    dtype = torch.float64 if doubles else torch.float32
+    in_range = torch.isfinite(normalized.unclipped.to(dtype))
+    if normalized.divisor.ndim:
+        in_range = in_range & torch.isfinite(normalized.divisor.to(dtype)).all()
+    return in_range
 
 
 def sum_of_squares(gradients: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -22,7 +22,7 @@ from keras_sngm.backend.torch.lists import (
     in_dtypes,
     values,
 )
-from keras_sngm.backend.torch.norm import normalized_by, sum_of_squares
+from keras_sngm.backend.torch.norm import host_decides, normalized_by, sum_of_squares
 from keras_sngm.backend.torch.recorder import Change
 from keras_sngm.backend.torch.step import StepScalars
 from keras_sngm.normalization import Normalization
@@ -52,36 +52,43 @@ class BackendOptimizer(WholeModelOptimizer):
         """
         if with_gradient and (meter := self._noise_meter()) is not None:
             meter.check()
-        prepared = unscaled([dense(gradient) for gradient in gradients], self.loss_scale_factor)
+        prepared = [dense(gradient) for gradient in gradients]
+        loss_scale = self.loss_scale_factor or 1.0
+        # Dividing costs a pass over the gradient, which CUDA saves. A quotient may overflow.
+        if prepared and (host_decides(prepared[0]) or loss_scale < 1.0):
+            prepared, loss_scale = unscaled(prepared, self.loss_scale_factor), 1.0
         prepared = copied_if_aliased(prepared, values(self._trainable_variables))
         calls = self._calls.of(self._iterations)
         if not with_gradient:
             pass
         elif self.gradient_accumulation_steps is None:
-            self._update(with_gradient, prepared, [])
+            self._update(with_gradient, prepared, [], loss_scale)
         else:
-            self._accumulate(with_gradient, prepared)
+            self._accumulate(with_gradient, prepared, loss_scale)
             if (calls + 1) % self.gradient_accumulation_steps == 0:
                 self._update_with_accumulated(with_gradient)
         self._iterations.value.add_(1)
         self._calls.set(self._iterations, calls + 1)
 
-    def _accumulate(self, with_gradient: Sequence[int], gradients: list[torch.Tensor]) -> None:
+    def _accumulate(
+        self, with_gradient: Sequence[int], gradients: list[torch.Tensor], loss_scale: float
+    ) -> None:
         """Add the gradients of one micro-batch to the accumulated means.
 
         Args:
             with_gradient: indices of the variables that have a gradient.
-            gradients: their gradients.
+            gradients: their gradients times the loss scale.
+            loss_scale: the loss scale.
         """
         accumulators = values([self._accumulated_gradients[i] for i in with_gradient])
         dtypes = [accumulator.dtype for accumulator in accumulators]
         torch._foreach_add_(
             accumulators,
             in_dtypes(gradients, dtypes),
-            alpha=1.0 / (self.gradient_accumulation_steps or 1),
+            alpha=1.0 / (self.gradient_accumulation_steps or 1) / loss_scale,
         )
         if self.noise_scale_batch_size is not None:
-            self._accumulated_squares.value.add_(sum_of_squares(gradients))
+            self._accumulated_squares.value.add_(sum_of_squares(gradients) / loss_scale**2)
 
     def _update_with_accumulated(self, with_gradient: Sequence[int]) -> None:
         """Update the variables with the accumulated means, and reset all accumulators to zero.
@@ -91,7 +98,7 @@ class BackendOptimizer(WholeModelOptimizer):
         """
         totals = [] if self.noise_scale_batch_size is None else [self._accumulated_squares.value]
         accumulators = values(self._accumulated_gradients)
-        self._update(with_gradient, [accumulators[i] for i in with_gradient], totals)
+        self._update(with_gradient, [accumulators[i] for i in with_gradient], totals, 1.0)
         torch._foreach_zero_([*accumulators, *totals])
 
     def _update(
@@ -99,6 +106,7 @@ class BackendOptimizer(WholeModelOptimizer):
         with_gradient: Sequence[int],
         gradients: list[torch.Tensor],
         totals: list[torch.Tensor],
+        loss_scale: float,
     ) -> None:
         """Update the variables, and record the update.
 
@@ -106,23 +114,27 @@ class BackendOptimizer(WholeModelOptimizer):
 
         Args:
             with_gradient: indices of the variables that have a gradient.
-            gradients: their gradients, averaged over micro-batches.
+            gradients: their gradients, averaged over micro-batches, times the loss scale.
             totals: a list with the sum of the squares of all small batches, empty if the noise
                 scale is not measured.
+            loss_scale: the loss scale.
         """
         rule, slots = self._rule(), self._slots()
         active_slots = [slots[i] for i in with_gradient]
         others = set(range(len(slots))) - set(with_gradient)
         idle = [slots[i] for i in sorted(others) if slots[i].average is not None]
-        final = torch_step.final_gradients(rule, active_slots, gradients)
-        normalized = normalized_by(rule, final)
+        rule_of_scaled = update_rule.scaled(rule, loss_scale)
+        final = torch_step.final_gradients(rule_of_scaled, active_slots, gradients)
+        normalized = normalization.unscaled(normalized_by(rule_of_scaled, final), loss_scale)
         recorders = ready_recorders(self)
         updates = self._calls.of(self._iterations) // (self.gradient_accumulation_steps or 1)
         scalars = self._scalars(updates, conditions_of_step(recorders))
         if scalars.may_step is not None:
             normalized = normalized._replace(is_taken=normalized.is_finite & scalars.may_step)
         for total in totals:
-            self._measure_noise(total, normalized, lambda: sum_of_squares(gradients))
+            self._measure_noise(
+                total, normalized, lambda: sum_of_squares(gradients) / loss_scale**2
+            )
         change = None
         if any(recorder.is_due(updates + 1) for recorder in recorders):
             # The step may overwrite the gradients, so directions are computed before it.

@@ -165,15 +165,32 @@ def _share_memory(tensors: Sequence[torch.Tensor]) -> bool:
     return any(end > begin for (_, end), (begin, _) in itertools.pairwise(places))
 
 
-def _unit(divisor: torch.Tensor) -> torch.Tensor:
-    """Return powers of two by which norms of float32 gradients become float32 numbers.
+def average(
+    averages: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], momentum: torch.Tensor
+) -> None:
+    """Update exponential moving averages of weights in place, in one pass, as CUDA needs it.
+
+    The kernel subtracts `lr * (gradient + weight_decay * parameter)` from each parameter. With the
+    weight for the gradient and the average for the parameter, and with `weight_decay=-1`, that
+    is `average + (1 - momentum) * (weight - average)`.
 
     Args:
-        divisor: float64 scalar or vector, the norms.
+        averages: tensors of one dtype, float32 or float64.
+        weights: one for each average.
+        momentum: scalar, the weight of the past.
     """
-    one = torch.ones_like(divisor)
-    unit = torch.where(divisor < 2.0**-64, one * 2.0**32, one)
-    return torch.where(divisor > 2.0**64, one * 2.0**-32, unit)
+    torch._fused_sgd_(
+        averages,
+        _aligned(weights, averages),
+        [],
+        weight_decay=-1.0,
+        momentum=0.0,
+        lr=(momentum - 1.0).float(),
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+        is_first_step=False,
+    )
 
 
 def _divided(
@@ -187,13 +204,16 @@ def _divided(
     """
     given_dtype = gradients[0].dtype
     prescale, divisor = normalized.prescale, normalized.divisor
-    if host_decides(gradients[0]):
-        # A divisor may be out of the range of a float32, so its dtype is computed in.
-        dtype = divisor.dtype
-    else:
-        dtype, unit = given_dtype, _unit(divisor)
-        prescale, divisor = prescale * unit, divisor * unit
-    directions = scaled(converted(gradients, dtype), prescale.to(dtype))
-    divisor = nonzero(divisor.to(dtype))
-    torch._foreach_div_(directions, list(divisor.unbind()) if divisor.ndim else divisor)
+    if not host_decides(gradients[0]):
+        # Where a norm is too small for the dtype, so are all elements of the gradient.
+        divisors = nonzero((divisor / prescale).to(given_dtype))
+        return list(torch._foreach_div(gradients, _each(divisors)))
+    # A divisor may be out of the range of a float32, so its dtype is computed in.
+    directions = scaled(converted(gradients, divisor.dtype), prescale)
+    torch._foreach_div_(directions, _each(nonzero(divisor)))
     return converted(directions, given_dtype)
+
+
+def _each(factors: torch.Tensor) -> list[torch.Tensor] | torch.Tensor:
+    """Return the elements of a vector in a list, or a scalar as it is."""
+    return list(factors.unbind()) if factors.ndim else factors

@@ -180,12 +180,17 @@ def _update_dtype(
 def _move_averages(
     averages: list[torch.Tensor], weights: list[torch.Tensor], momentum: torch.Tensor
 ) -> None:
-    """Update exponential moving averages of weights, in place."""
-    if host_decides(momentum):
+    """Update exponential moving averages of weights, in place.
+
+    Args:
+        averages: tensors of one dtype, float32 or float64.
+        weights: one for each average.
+        momentum: scalar, the weight of the past.
+    """
+    if host_decides(averages[0]):
         torch._foreach_lerp_(averages, weights, 1.0 - momentum.item())
     else:
-        torch._foreach_mul_(averages, momentum)
-        torch._foreach_add_(averages, torch._foreach_mul(weights, 1.0 - momentum))
+        kernel.average(averages, weights, momentum)
 
 
 def _multiply_in_place(tensors: list[torch.Tensor], factor: torch.Tensor) -> None:
