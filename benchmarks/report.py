@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from shapes import NAMES
+from shapes import MODELS, NAMES, parameters
 
 BARS = {
     "SNGM": "tab:blue",
@@ -98,6 +98,56 @@ def training(results: dict[str, Any]) -> list[list[str]]:
                 ]
             )
     return rows
+
+
+_OF_PROGRAMS = {
+    "floats_per_parameter": "floats per parameter",
+    "temporary_mib": "temporary memory, MiB",
+    "kernels": "kernels",
+    "graphs": "CUDA graphs",
+    "conditions": "conditions",
+    "loops": "loops",
+    "waits": "waits of the host",
+}
+
+
+def programs(results: dict[str, Any], device: str, model: str) -> list[list[str]]:
+    """Return the rows of the table of the programs that `accelerators.py` compiles.
+
+    Where loops or conditions move more than the usual call, both numbers of floats are given.
+    Columns without any number are left out.
+
+    Args:
+        results: the contents of the file of results.
+        device: the described device.
+        model: the model.
+    """
+    timed = results["timed"].get(model, {}) if device == "h100" else {}
+    columns = [["step", *_OF_PROGRAMS.values(), "ms", "share of the bandwidth"]]
+    for name, facts in results["compiled"][device][model].items():
+        cells = [number(facts.get(key)) for key in _OF_PROGRAMS]
+        most = facts.get("floats_with_branches", 0)
+        if most > facts["floats_per_parameter"]:
+            cells[0] += f" to {number(most)}"
+        moved = 4 * parameters(MODELS[model]) * facts["floats_per_parameter"]
+        columns.append([name, *cells, *_timed(timed, name, moved)])
+    known = [row for row in zip(*columns, strict=True) if set(row[1:]) != {"–"}]
+    return [list(row) for row in zip(*known, strict=True)]
+
+
+def _timed(timed: dict[str, Any], name: str, moved: float) -> list[str]:
+    """Return the time of a step and the share of the bandwidth, dashes if it was not timed.
+
+    Args:
+        timed: what was measured on a GPU.
+        name: the step.
+        moved: number of bytes that the step moves.
+    """
+    if name not in timed.get("times_ms", {}):
+        return ["–", "–"]
+    milliseconds = timed["times_ms"][name][1]
+    share = moved / (milliseconds / 1e3) / (1e9 * timed["bandwidth_gb_per_s"])
+    return [number(milliseconds), f"{share:.0%}"]
 
 
 def _ratio(measured: dict[str, Any] | None, over: str, sngm: str = "SNGM") -> str:

@@ -114,5 +114,8 @@ class LoggedValues:
         }
 
     def _no_rows(self) -> Rows:
-        """Return the rows of no update, whose values are empty but have the names of any others."""
+        """Return the rows of no update: norms, noise scales and norms of each variable, all empty.
+
+        The values computed from them are empty, and have the names of any others.
+        """
         return Rows(np.zeros(0), np.zeros(0), np.zeros((0, len(self._has_momentum))))

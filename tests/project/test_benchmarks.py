@@ -127,6 +127,62 @@ def test_the_readme_shows_what_was_measured(report, name, rows):
         assert f"| {' | '.join(row)} |" in readme
 
 
+@pytest.mark.parametrize("model", ["resnet50", "bert_base"])
+def test_the_readme_shows_what_was_compiled_for_an_h100(report, model):
+    results = json.loads((RESULTS / "accelerators.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    for row in report.programs(results, "h100", model):
+        assert f"| {' | '.join(row)} |" in readme
+
+
+def test_the_facts_of_a_program_are_read_from_its_text(monkeypatch):
+    """A kernel reads its operands and writes its results, in loops and branches as they run."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import hlo
+
+    program = """HloModule step
+
+%fused (p: f32[8], q: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %q = f32[8]{0} parameter(1)
+  ROOT %sum = f32[8]{0} add(%p, %q)
+}
+
+%body (t: (pred[], f32[8])) -> (pred[], f32[8]) {
+  %t = (pred[], f32[8]{0}) parameter(0)
+  %w = f32[8]{0} get-tuple-element(%t), index=1
+  %new = f32[8]{0} negate(%w)
+  %no = pred[] constant(false)
+  ROOT %both = (pred[], f32[8]{0}) tuple(%no, %new)
+}
+
+%again (t: (pred[], f32[8])) -> pred[] {
+  %t = (pred[], f32[8]{0}) parameter(0)
+  ROOT %go = pred[] get-tuple-element(%t), index=0
+}
+
+ENTRY %main (w: f32[8], g: f32[8], c: pred[]) -> (pred[], f32[8]) {
+  %w = f32[8]{0} parameter(0)
+  %g = f32[8]{0} parameter(1)
+  %c = pred[] parameter(2)
+  %fusion = f32[8]{0} fusion(%w, %g), kind=kLoop, calls=%fused
+  %both = (pred[], f32[8]{0}) tuple(%c, %fusion)
+  ROOT %loop = (pred[], f32[8]{0}) while(%both), condition=%again, body=%body
+}
+"""
+    assert hlo.bytes_moved(program, in_branches=False) == 3 * 8 * 4
+    assert hlo.bytes_moved(program, in_branches=True) == (3 + 2) * 8 * 4
+    thunks = """000: kCommandBuffer [source | next=3]
+    001: kKernel [source | sink] fusion
+    002: kConditional [source | sink] inside
+003: kWhile [source | sink]
+    body:
+        000: kCommandBuffer [source | sink]
+            001: kKernel [source | sink] negate
+"""
+    assert hlo.schedule(thunks) == hlo.Schedule(kernels=2, graphs=2, waits=1)
+
+
 @pytest.mark.parametrize("name", STEP_TIMES)
 def test_the_picture_is_drawn_from_the_results(report, tmp_path, name):
     results = json.loads((RESULTS / f"{name}.json").read_text())

@@ -12,6 +12,8 @@ from keras_sngm import normalization
 from keras_sngm.normalization import Normalization
 from keras_sngm.update_rule import Rule
 
+# The greatest number of elements up to which gradients are copied into one array with others, on
+# CPUs. Measured on two cores: the sums then take less time, and so does their compilation.
 _LARGEST_STACKED = 4096
 
 

@@ -74,11 +74,11 @@ def zeros_in_place_of(array: jax.Array, never: jax.Array) -> jax.Array:
     """
 
     def on_cpu(array: jax.Array, never: jax.Array) -> jax.Array:
-        """Return one computed zero, in each element."""
+        """Return zeros like `array`; `never` is always `False`, which XLA does not know."""
         return jax.numpy.full_like(array, jax.numpy.where(never, 1, 0))
 
     def elsewhere(array: jax.Array, never: jax.Array) -> jax.Array:
-        """Select zero for each element."""
+        """Return zeros like `array`; `never` is always `False`, which XLA does not know."""
         return jax.numpy.where(never, array, jax.numpy.zeros_like(array))
 
     return jax.lax.platform_dependent(array, never, cpu=on_cpu, default=elsewhere)

@@ -1,0 +1,264 @@
+"""Compiles optimizer steps for accelerators that need not be there, and says what they do.
+
+JAX compiles the steps for an NVIDIA H100 and for a TPU v5e. Floats moved per parameter, temporary
+memory, kernels, CUDA graphs and waits of the host are facts of the compiled programs. Where JAX
+has a GPU the steps are timed on it, too.
+
+    python benchmarks/accelerators.py                 all models and steps, about ten minutes
+    python benchmarks/accelerators.py --quick         one model and a few steps
+    python benchmarks/accelerators.py --report        the tables once more
+
+Needs Linux and the extra `accelerators`.
+"""
+
+import argparse
+import functools
+import json
+import multiprocessing
+import os
+import pathlib
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+os.environ["KERAS_BACKEND"] = "jax"
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # There need be no TPU to ask.
+
+import jax
+import keras
+from tqdm import tqdm
+
+import commandline
+import hlo
+from bandwidth import measure_bandwidth
+from contestants import MICRO_BATCHES, weights
+from keras_sngm import SNGM
+from report import print_rows, programs
+from shapes import MODELS, NAMES, Shape, parameters
+from timing import machine, quartiles_ms, sample_interleaved, timed_sampler
+
+DESCRIPTION = pathlib.Path(__file__).with_name("h100.txtpb")
+DEVICES = {"h100": "NVIDIA H100", "v5e": "TPU v5e"}
+STEPS: dict[str, dict[str, Any]] = {
+    "SNGM": {},
+    "nesterov": {"nesterov": True},
+    "blockwise": {"blockwise": True},
+    "decoupled decay": {"weight_decay": 1e-4},
+    "coupled decay": {"weight_decay": 1e-4, "decoupled_weight_decay": False},
+    "clipvalue": {"clipvalue": 1.0},
+    "clipnorm": {"clipnorm": 1.0},
+    "global_clipnorm": {"global_clipnorm": 1.0},
+    "loss_scale_factor": {"loss_scale_factor": 128.0},
+    "use_ema": {"use_ema": True},
+    "accumulation": {"gradient_accumulation_steps": MICRO_BATCHES},
+}
+OTHERS = ("Optax chain", "Optax MultiSteps", "Keras SGD", "Keras SGD, accumulation")
+QUICK = ("SNGM", "coupled decay", "Optax chain")
+
+Update = Callable[[Any, Any, Any], tuple[Any, Any]]
+
+
+def update_of(name: str, shapes: Sequence[Shape]) -> tuple[Update, Any, Any]:
+    """Return a step as a function of weights, state and gradients, with weights and state.
+
+    Args:
+        name: a key of `STEPS`, or one of `OTHERS`.
+        shapes: the shapes of the weights.
+    """
+    variables = weights(shapes)
+    values = [variable.value for variable in variables]
+    if name.startswith("Optax"):
+        transformation = _optax(name == "Optax MultiSteps")
+        return functools.partial(_optax_step, transformation), values, transformation.init(values)
+    optimizer = _keras_optimizer(name)
+    optimizer.build(variables)
+    state = [variable.value for variable in optimizer.variables]
+    return functools.partial(_keras_step, optimizer), values, state
+
+
+def _keras_optimizer(name: str) -> keras.optimizers.Optimizer:
+    """Return the Keras optimizer of a step."""
+    if name in STEPS:
+        return SNGM(0.01, **STEPS[name])
+    steps = MICRO_BATCHES if name == "Keras SGD, accumulation" else None
+    return keras.optimizers.SGD(0.01, momentum=0.9, gradient_accumulation_steps=steps)
+
+
+def _keras_step(
+    optimizer: keras.optimizers.Optimizer, weights: Any, state: Any, gradients: Any
+) -> tuple[Any, Any]:
+    """Take a step of a Keras optimizer."""
+    return optimizer.stateless_apply(state, gradients, weights)
+
+
+def _optax(accumulates: bool) -> Any:
+    """Return SNGM put together from transformations of Optax."""
+    import optax
+
+    chain = optax.chain(
+        optax.normalize_by_update_norm(), optax.trace(0.9), optax.scale_by_learning_rate(0.01)
+    )
+    if not accumulates:
+        return chain
+    return optax.MultiSteps(chain, MICRO_BATCHES).gradient_transformation()
+
+
+def _optax_step(transformation: Any, weights: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
+    """Take a step of a transformation of Optax."""
+    import optax
+
+    updates, state = transformation.update(gradients, state, weights)
+    return optax.apply_updates(weights, updates), state
+
+
+def compiled_facts(device: str, model: str, name: str) -> dict[str, Any]:
+    """Compile a step for a device that is only described, and return facts of the program.
+
+    Args:
+        device: a key of `DEVICES`.
+        model: a key of `MODELS`.
+        name: a key of `STEPS`, or one of `OTHERS`.
+    """
+    shapes = MODELS[model]
+    update, values, state = update_of(name, shapes)
+    sharding = jax.sharding.SingleDeviceSharding(_described(device))
+    arguments = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(jax.numpy.shape(leaf), leaf.dtype, sharding=sharding),
+        (values, state, values),
+    )
+    lowered = jax.jit(update, donate_argnums=(0, 1)).lower(*arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if device == "h100" else {}
+        compiled = lowered.compile(compiler_options=dump)
+        thunks = list(pathlib.Path(folder).glob("*.thunk_sequence_after_thunk_passes.txt"))
+        schedule = hlo.schedule(thunks[-1].read_text())._asdict() if thunks else {}
+    text = compiled.as_text()
+    size = 4 * parameters(shapes)
+    facts = {
+        "temporary_mib": compiled.memory_analysis().temp_size_in_bytes / 2**20,
+        "conditions": text.count(" conditional("),
+        "loops": text.count(" while("),
+        **schedule,
+    }
+    if device == "h100":
+        facts["floats_per_parameter"] = hlo.bytes_moved(text, in_branches=False) / size
+        facts["floats_with_branches"] = hlo.bytes_moved(text, in_branches=True) / size
+    else:
+        facts["floats_per_parameter"] = compiled.cost_analysis()["bytes accessed"] / size
+    return facts
+
+
+def _described(device: str) -> Any:
+    """Return a device that is described, and need not be there."""
+    from jax.experimental import topologies
+
+    if device == "h100":
+        config = DESCRIPTION.read_text()
+        topology = topologies.get_topology_desc("", "cuda", target_config=config, topology="1x1x1")
+    else:
+        topology = topologies.get_topology_desc("v5e:2x2", "tpu")
+    return topology.devices[0]
+
+
+def measured_times(model: str, names: Sequence[str], seconds: float) -> dict[str, Any]:
+    """Time the steps on the GPU that JAX has, interleaved; empty if it has none.
+
+    Returns:
+        The GPU, the bandwidth of its memory, and the quartiles of the time of each step.
+    """
+    if not list(pathlib.Path("/dev").glob("nvidia[0-9]*")) or jax.default_backend() != "gpu":
+        return {}
+    shapes = MODELS[model]
+    samplers = {name: timed_sampler(_real_step(name, shapes)) for name in names}
+    samples = sample_interleaved(samplers, seconds)
+    rate, _ = measure_bandwidth()
+    return {
+        "device": jax.devices()[0].device_kind,
+        "bandwidth_gb_per_s": rate / 1e9,
+        "times_ms": {name: quartiles_ms(values) for name, values in samples.items()},
+    }
+
+
+def _real_step(name: str, shapes: Sequence[Shape]) -> Callable[[], None]:
+    """Return a step that is taken on the device that JAX uses."""
+    update, values, state = update_of(name, shapes)
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    gradients = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+    jitted = jax.jit(update, donate_argnums=(0, 1))
+
+    def step() -> None:
+        """Take a step, and wait for it."""
+        nonlocal values, state
+        values, state = jax.block_until_ready(jitted(values, state, gradients))
+
+    return step
+
+
+def in_new_process(platforms: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in a new process, whose JAX uses some platforms, "" for the best."""
+    os.environ["JAX_PLATFORMS"] = platforms
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def run(arguments: argparse.Namespace) -> pathlib.Path:
+    """Compile all that was asked for, time it where there is a GPU, and write the results.
+
+    Returns:
+        The path of the file with the results.
+    """
+    path = arguments.output / "accelerators.json"
+    results = json.loads(path.read_text()) if path.exists() else {"compiled": {}, "timed": {}}
+    results["machine"] = machine()
+    jobs = [
+        (device, model, name)
+        for device in arguments.devices
+        for model in arguments.models
+        for name in arguments.steps
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for device, model, name in tqdm(jobs, unit="program"):
+        facts = in_new_process("cpu", compiled_facts, device, model, name)
+        results["compiled"].setdefault(device, {}).setdefault(model, {})[name] = facts
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    for model in arguments.models:
+        times = in_new_process("", measured_times, model, arguments.steps, arguments.seconds)
+        if times:
+            results["timed"][model] = times
+            path.write_text(json.dumps(results, indent=1) + "\n")
+    return path
+
+
+def print_tables(results: dict[str, Any]) -> None:
+    """Print a table of each device and model."""
+    for device, models in results["compiled"].items():
+        for model in models:
+            print(f"\n{DEVICES[device]}, {NAMES[model]}\n")
+            print_rows(programs(results, device, model))
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = commandline.parser(__doc__, quick="one model and a few steps")
+    parser.add_argument("--devices", nargs="*", choices=DEVICES, default=list(DEVICES))
+    parser.add_argument("--models", nargs="*", choices=MODELS, help="default two (quick: one)")
+    parser.add_argument("--steps", nargs="*", choices=[*STEPS, *OTHERS], help="default all")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each model, on a GPU")
+    arguments = parser.parse_args(argv)
+    usual = {"models": ["resnet50", "bert_base"], "steps": [*STEPS, *OTHERS]}
+    quick = {"models": ["resnet20"], "steps": list(QUICK)}
+    for name, value in (quick if arguments.quick else usual).items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse(argv)
+    path = arguments.output / "accelerators.json" if arguments.report else run(arguments)
+    print_tables(json.loads(path.read_text()))
+
+
+if __name__ == "__main__":
+    main()
