@@ -96,6 +96,53 @@ def safe_normalization(
     )
 
 
+def normalization_in_one_pass(
+    rule: Rule,
+    gradients: Sequence[Tensor],
+    sizes: Sequence[int],
+    sums: Callable[[Sequence[Tensor]], Tensor],
+    hidden: Callable[[list[Tensor]], Sequence[Tensor]],
+) -> Normalization:
+    """Compute the factors that normalize a gradient of any magnitude, without a branch.
+
+    Each sum of squares is computed of the gradient as it is and of the gradient times two powers
+    of two, which a compiler does in one pass. Those that are in range are selected.
+
+    Args:
+        rule: the hyper-parameters.
+        gradients: tensors of one dtype, one per variable.
+        sizes: the number of elements of each variable.
+        sums: maps gradients to a vector with the sum of squares of each.
+        hidden: returns the same scalars in a way that the compiler does not know their values.
+    """
+    dtype = backend.standardize_dtype(gradients[0].dtype)
+    # A compiler would turn (g * unit)^2 into g^2 * unit^2, which overflows, where it knows the unit
+    # or the gradient. So it must know neither the unit nor that the minimum changes nothing.
+    numbers = [*rescaling_units(dtype), np.inf]
+    up, down, no_limit = hidden([ops.convert_to_tensor(number, dtype) for number in numbers])
+    squares = sums(gradients)
+    squares_up, squares_down = (
+        sums([ops.minimum(gradient * unit, no_limit) for gradient in gradients])
+        for unit in (up, down)
+    )
+
+    def rescaled_squares(factors: Tensor) -> Tensor:
+        """Return for each gradient the sum of squares that belongs to its factor."""
+        scaled = ops.where(factors > 1.0, squares_up, squares_down)
+        return ops.where(factors == 1.0, squares, scaled)
+
+    return safe_normalization(rule, squares, sizes, rescaled_squares, _select)
+
+
+def _select(
+    condition: Tensor, usual: Callable[[], Normalization], rare: Callable[[], Normalization]
+) -> Normalization:
+    """Return what one of two functions returns, as a condition would, but call both."""
+    return Normalization(
+        *(ops.where(condition, *both) for both in zip(usual(), rare(), strict=True))
+    )
+
+
 def squares_are_in_range(rule: Rule, squares: Tensor, least: Tensor) -> Tensor:
     """Return a boolean: whether sums of squares are exact enough as they are, each and in total.
 

@@ -8,27 +8,12 @@ import numpy as np
 import pytest
 from jax import export
 
+from accelerator_cases import MAGNITUDES, OPTIONS, RATE, SHAPES, expected_step, scale_of
 from keras_sngm import SNGM
 from problems import random_arrays, variables_of
-from reference import ReferenceSNGM, norm
+from reference import norm
 
 PLATFORMS = ("cuda", "rocm", "tpu")
-SHAPES = [(4, 5), (), (3,), (300, 20)]
-RATE = 0.1
-OPTIONS = {
-    "plain": {},
-    "nesterov": {"nesterov": True},
-    "blockwise": {"blockwise": True},
-    "coupled decay": {"weight_decay": 0.1, "decoupled_weight_decay": False},
-    "decoupled decay": {"weight_decay": 0.1},
-    "clipnorm": {"clipnorm": 0.1},
-    "global_clipnorm": {"global_clipnorm": 0.1},
-    "clipvalue": {"clipvalue": 0.1},
-    "loss_scale_factor": {"loss_scale_factor": 128.0},
-    "use_ema": {"use_ema": True, "ema_overwrite_frequency": 2},
-}
-OF_REFERENCE = {name for name in OPTIONS if name not in ("loss_scale_factor", "use_ema")}
-MAGNITUDES = [0.0, 1e-34, 1e-30, 1e-20, 1e-10, 1.0, 1e10, 1e19, 1e30, 1e35]
 
 
 class LoweredStep:
@@ -82,15 +67,13 @@ def test_a_step_has_neither_a_branch_nor_a_loop_and_is_right_at_any_magnitude(pl
     step = LoweredStep(platform, OPTIONS[name])
     assert " conditional(" not in step.program
     assert " while(" not in step.program
-    scale = OPTIONS[name].get("loss_scale_factor", 1.0)
     for magnitude in MAGNITUDES:
         gradients = random_arrays(SHAPES, seed=1, scale=magnitude)
-        reference = ReferenceSNGM(step.start, **(OPTIONS[name] if name in OF_REFERENCE else {}))
-        reference.step(gradients, RATE)
-        weights, state = step([scale * gradient for gradient in gradients])
-        assert_norms_are_right(state, reference.g)
-        for weight, expected in zip(weights, reference.w, strict=True):
-            np.testing.assert_allclose(weight, expected, rtol=1e-5, atol=1e-6)
+        weights, state = step([scale_of(name) * gradient for gradient in gradients])
+        expected = expected_step(name, gradients)
+        assert_norms_are_right(state, expected.g)
+        for weight, of_reference in zip(weights, expected.w, strict=True):
+            np.testing.assert_allclose(weight, of_reference, rtol=1e-5, atol=1e-6)
     for fault in (np.inf, np.nan):
         gradients[1] = np.array(fault)
         weights, state = step(gradients)

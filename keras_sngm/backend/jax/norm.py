@@ -1,8 +1,7 @@
 """Sums of squares that take one pass over the gradient, for gradients of any magnitude."""
 
 import itertools
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -48,31 +47,34 @@ def _normalized_in_branches(rule: Rule, gradients: Sequence[jax.Array]) -> Norma
     Each tensor that goes into a branch makes XLA compile longer, so small ones go in together.
     """
     stacks, order = _stacked(gradients)
+    ends = np.cumsum([len(stack) for stack in stacks])
 
     def rescaled_squares(factors: jax.Array) -> jax.Array:
         """Return the sum of squares of each gradient times its factor."""
         # XLA would turn (g * factor)^2 of constants into g^2 * factor^2, which overflows.
-        arrays, factors = jax.lax.optimization_barrier((stacks, factors))
-        of_rows = jnp.split(factors[jnp.array(order)], np.cumsum([len(a) for a in arrays])[:-1])
-        scaled = [
-            array * jnp.reshape(rows, (-1,) + (1,) * (array.ndim - 1))
-            for array, rows in zip(arrays, of_rows, strict=True)
-        ]
+        unknown, factors = jax.lax.optimization_barrier((stacks, factors))
+        of_rows = jnp.split(factors[jnp.array(order)], ends[:-1])
+        scaled = [stack * rows[:, None] for stack, rows in zip(unknown, of_rows, strict=True)]
         return _squares_of_rows(scaled, order)
 
-    squares = _squares_of_rows(stacks, order)
-    return _safe_normalization(rule, gradients, squares, rescaled_squares, jax.lax.cond)
+    return normalization.safe_normalization(
+        rule,
+        _squares_of_rows(stacks, order),
+        [gradient.size for gradient in gradients],
+        rescaled_squares,
+        jax.lax.cond,
+    )
 
 
 def _stacked(gradients: Sequence[jax.Array]) -> tuple[list[jax.Array], list[int]]:
-    """Stack small gradients of one shape, and make each other one a stack of its own.
+    """Stack small gradients of one size, and make each other one a stack of its own.
 
     Returns:
-        Arrays with one gradient per row, and the index of the gradient in each row.
+        Matrices with one gradient per row, and the index of the gradient in each row.
     """
     groups: dict[Hashable, list[int]] = {}
     for i, gradient in enumerate(gradients):
-        alike = gradient.shape if gradient.size <= _LARGEST_STACKED else i
+        alike = ("size", gradient.size) if gradient.size <= _LARGEST_STACKED else i
         groups.setdefault(alike, []).append(i)
     stacks = [
         jnp.concatenate([gradients[i].reshape(1, -1) for i in group]) for group in groups.values()
@@ -84,52 +86,19 @@ def _squares_of_rows(stacks: Sequence[jax.Array], order: Sequence[int]) -> jax.A
     """Return a vector with the sum of squares of each gradient, in the order of the gradients.
 
     Args:
-        stacks: arrays with one gradient per row.
+        stacks: matrices with one gradient per row.
         order: the index of the gradient in each row.
     """
-    sums = [jnp.sum(jnp.square(stack), axis=tuple(range(1, stack.ndim))) for stack in stacks]
-    places = np.argsort(order)
-    return jnp.concatenate(sums)[jnp.array(places)]
+    sums = [jnp.sum(jnp.square(stack), axis=1) for stack in stacks]
+    return jnp.concatenate(sums)[jnp.array(np.argsort(order))]
 
 
 def _normalized_in_one_pass(rule: Rule, gradients: Sequence[jax.Array]) -> Normalization:
-    """Compute how to normalize gradients without a branch, from three sums of each."""
-    dtype = gradients[0].dtype
-    # XLA would turn (g * unit)^2 into g^2 * unit^2, which overflows, where it knows the unit or
-    # the gradient. So it must know neither the unit nor that the minimum changes nothing.
-    units = [*normalization.rescaling_units(dtype.name), jnp.inf]
-    up, down, no_limit = jax.lax.optimization_barrier([jnp.full((), u, dtype) for u in units])
-    squares, squares_up, squares_down = (
-        sums_of_squares(gradients),
-        sums_of_squares([jnp.minimum(gradient * up, no_limit) for gradient in gradients]),
-        sums_of_squares([jnp.minimum(gradient * down, no_limit) for gradient in gradients]),
-    )
-
-    def rescaled_squares(factors: jax.Array) -> jax.Array:
-        """Return for each gradient the sum of squares that belongs to its factor."""
-        scaled = jnp.where(factors > 1, squares_up, squares_down)
-        return jnp.where(factors == 1, squares, scaled)
-
-    return _safe_normalization(rule, gradients, squares, rescaled_squares, _select)
-
-
-def _safe_normalization(
-    rule: Rule,
-    gradients: Sequence[jax.Array],
-    squares: jax.Array,
-    rescaled_squares: Callable[[jax.Array], jax.Array],
-    cond: Callable[..., Any],
-) -> Normalization:
-    """Call `normalization.safe_normalization` with the sizes of the gradients."""
+    """Compute how to normalize gradients, without a branch."""
     sizes = [gradient.size for gradient in gradients]
-    return normalization.safe_normalization(rule, squares, sizes, rescaled_squares, cond)
-
-
-def _select(
-    condition: jax.Array, usual: Callable[[], Normalization], rare: Callable[[], Normalization]
-) -> Normalization:
-    """Return what one of two functions returns, as `lax.cond` does, but call both."""
-    return jax.tree.map(lambda *both: jnp.where(condition, *both), usual(), rare())
+    return normalization.normalization_in_one_pass(
+        rule, gradients, sizes, sums_of_squares, jax.lax.optimization_barrier
+    )
 
 
 def not_before(

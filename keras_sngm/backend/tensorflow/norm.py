@@ -120,6 +120,37 @@ def normalized_by(
     )
 
 
+def normalized_in_one_pass(
+    rule: Rule, gradients: Sequence[tf.Tensor], sizes: Sequence[int]
+) -> Normalization:
+    """Compute how to normalize gradients without a branch, for accelerators and XLA.
+
+    A branch would make the host wait, or make XLA store gradients that it computes.
+
+    Args:
+        rule: the hyper-parameters.
+        gradients: one tensor per variable, all of one dtype.
+        sizes: the number of elements of each variable.
+    """
+    sums = functools.partial(sums_of_squares, stacks=0)
+    return normalization.normalization_in_one_pass(
+        rule, gradients, sizes, sums, lambda scalars: optimization_barrier(*scalars)
+    )
+
+
+def not_before(
+    gradients: Sequence[tf.Tensor], normalized: Normalization
+) -> tuple[list[tf.Tensor], Normalization]:
+    """Return the same, but have XLA read the gradients anew after normalization.
+
+    What is computed from them both for the norm and for the update is then computed twice. XLA
+    would rather store it, which takes the memory of another gradient and the time to move it.
+    """
+    count = len(gradients)
+    values = optimization_barrier(*gradients, *normalized)
+    return list(values[:count]), Normalization(*values[count:])
+
+
 def prescaled_and_normalized_by(
     sums: Sums, rule: Rule, gradients: Sequence[tf.Tensor], sizes: Sequence[int], stacks: int
 ) -> tuple[list[tf.Tensor], Normalization]:

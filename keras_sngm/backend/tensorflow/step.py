@@ -145,6 +145,10 @@ class LocalStep:
         stacks = sum(len(bundle.slots) > 1 for bundle in self._bundles)
         usual, rare = norm.sums_on(on_accelerator, in_xla or with_norm, stacks)
         self._normalization_of = functools.partial(norm.normalized_by, usual, rare, self._rule)
+        # XLA has the gradients in one program with their norm and the update.
+        self._in_one_program = on_accelerator and (in_xla or with_norm)
+        if self._in_one_program:
+            self._normalization_of = functools.partial(norm.normalized_in_one_pass, self._rule)
         self._prescaled_and_normalized = functools.partial(
             norm.prescaled_and_normalized_by, usual, self._rule, stacks=stacks
         )
@@ -234,11 +238,14 @@ class LocalStep:
             How the gradient was normalized.
         """
         weights = [for_arithmetic(slot.weight) for slot in self._slots]
-        gradients = self._final_gradients(gradients, weights)
-        joined = gradients[: self._count_without_kernel]
+        final = self._final_gradients(gradients, weights)
+        joined = final[: self._count_without_kernel]
         for bundle, span in zip(self._bundles, self._spans, strict=True):
-            joined.append(bundle.joined(gradients[span]))
+            joined.append(bundle.joined(final[span]))
         joined, pending, normalized = self._normalize(joined)
+        if self._in_one_program and update_rule.changes_gradient(self._rule):
+            gradients, normalized = norm.not_before(gradients, normalized)
+            joined, pending = self._final_gradients(gradients, weights), normalized.prescale
         if scalars.may_step is not None:
             is_taken = tf.logical_and(normalized.is_finite, scalars.may_step)
             normalized = normalized._replace(is_taken=is_taken)

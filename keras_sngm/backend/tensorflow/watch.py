@@ -219,12 +219,15 @@ def _normalization_of(gradients: Sequence[tf.Tensor], device: str) -> Normalizat
         gradients: one tensor per variable.
         device: name of the device.
     """
-    usual, rare = norm.sums_on(
-        is_accelerator(device), GraphOrParentsInXlaContext(get_default_graph())
-    )
+    on_accelerator = is_accelerator(device)
+    in_xla = GraphOrParentsInXlaContext(get_default_graph())
     at_least_float32 = [tf.cast(gradient, widest(gradients)) for gradient in gradients]
     sizes = [gradient.shape.num_elements() for gradient in gradients]
-    return norm.normalized_by(usual, rare, recorded_apply.PLAIN_RULE, at_least_float32, sizes)
+    rule = recorded_apply.PLAIN_RULE
+    if on_accelerator and in_xla:
+        return norm.normalized_in_one_pass(rule, at_least_float32, sizes)
+    usual, rare = norm.sums_on(on_accelerator, in_xla)
+    return norm.normalized_by(usual, rare, rule, at_least_float32, sizes)
 
 
 def _run_if(condition: tf.Tensor | None, action: Callable[[], Any]) -> None:
