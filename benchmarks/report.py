@@ -126,10 +126,10 @@ def programs(results: dict[str, Any], device: str, model: str) -> list[list[str]
     columns = [["step", *_OF_PROGRAMS.values(), "ms", "share of the bandwidth"]]
     for name, facts in results["compiled"][device][model].items():
         cells = [number(facts.get(key)) for key in _OF_PROGRAMS]
-        most = facts.get("floats_with_branches", 0)
-        if most > facts["floats_per_parameter"]:
+        floats, most = (facts.get(f"floats_{key}", 0) for key in ("per_parameter", "with_branches"))
+        if most > floats:
             cells[0] += f" to {number(most)}"
-        moved = 4 * parameters(MODELS[model]) * facts["floats_per_parameter"]
+        moved = 4 * parameters(MODELS[model]) * floats
         columns.append([name, *cells, *_timed(timed, name, moved)])
     known = [row for row in zip(*columns, strict=True) if set(row[1:]) != {"–"}]
     return [list(row) for row in zip(*known, strict=True)]
