@@ -48,7 +48,7 @@ class SNGM(BackendOptimizer):
     least normal float32, count as zeros where those do not compute with them.
 
     On PyTorch with CUDA a step may overwrite the gradients that it is given, and one whose
-    norm is above the largest float32, 3.4e38, is skipped.
+    norm, times a loss scale above 1, is above the largest float32, 3.4e38, is skipped.
 
     Under a `tf.distribute` strategy the gradients of all replicas are added up
     before anything else is done with them, so that N replicas on shards of a

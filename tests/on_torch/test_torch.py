@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -252,6 +253,39 @@ def test_a_step_on_cuda_moves_no_more_data_than_its_kernels_need(options, floats
         for _ in range(options.get("gradient_accumulation_steps", 1)):
             optimizer.apply(gradients, variables)
     assert traffic.floats / (2 * 200 * 100) == floats
+
+
+if torch.version.cuda:
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"blockwise": True, "clipnorm": 1.5},
+            {"weight_decay": 0.1, "decoupled_weight_decay": False, "clipvalue": 0.5},
+            {"loss_scale_factor": 4.0, **AVERAGED},
+            {"gradient_accumulation_steps": 2, "noise_scale_batch_size": 4},
+        ],
+        ids=str,
+    )
+    def test_no_value_of_a_cuda_tensor_is_asked_for(monkeypatch, options):
+        """A step on tensors that have a CUDA device, but no values, does not fail."""
+        variables = variables_of(random_arrays())
+        optimizer = SNGM(0.1, **options)
+        optimizer.build(variables)
+        # These read addresses of memory and a kernel of CUDA, and are known not to wait.
+        monkeypatch.setattr(torch_kernel, "_share_memory", lambda tensors: False)
+        monkeypatch.setattr(torch_optimizer, "copied_if_aliased", lambda gradients, _: gradients)
+        monkeypatch.setattr(torch, "_fused_sgd_", lambda *args, **how: None)
+        monkeypatch.setattr(keras.src.backend.torch.core, "DEFAULT_DEVICE", "cuda")
+        state = list({id(v): v for v in [*variables, *optimizer.variables]}.values())
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            for variable in state:
+                tensor = torch.empty(variable.shape, dtype=variable.value.dtype, device="cuda")
+                variable._value = torch.nn.Parameter(tensor, requires_grad=False)
+            optimizer._calls.set(optimizer._iterations, 0)
+            for _ in range(2):
+                optimizer.apply([torch.empty_like(v.value) for v in variables], variables)
 
 
 def test_averages_are_updated_in_one_pass():

@@ -185,14 +185,14 @@ class WholeModelOptimizer(keras.optimizers.Optimizer):
             with_gradient: the index of each of these. Indices are appended.
             micro_batches: number of calls that make up an update.
         """
-        calls, own = self._calls_so_far(), frozenset(with_gradient)
-        for i in self._idle_with_gradient(calls, micro_batches, own):
+        calls, in_this_call = self._calls_so_far(), frozenset(with_gradient)
+        for i in self._idle_with_gradient(calls, micro_batches, in_this_call):
             total = ops.convert_to_tensor(self._accumulated_gradients[i])
             gradients.append(ops.zeros_like(total))
             with_gradient.append(i)
         self._step(gradients, with_gradient)
         self._calls.set(self._iterations, calls + 1)
-        self._cycle.add(calls, micro_batches, own)
+        self._cycle.add(calls, micro_batches, in_this_call)
 
     def _calls_so_far(self) -> int:
         """Return how often the optimizer was called. Not to be asked while a function is traced.
