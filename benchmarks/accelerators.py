@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -27,6 +28,7 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # There need be no TPU to ask.
 
 import jax
 import keras
+import numpy as np
 from tqdm import tqdm
 
 import commandline
@@ -39,7 +41,8 @@ from shapes import MODELS, NAMES, Shape, parameters
 from timing import machine, quartiles_ms, sample_interleaved, timed_sampler
 
 DESCRIPTION = pathlib.Path(__file__).with_name("h100.txtpb")
-DEVICES = {"h100": "NVIDIA H100", "v5e": "TPU v5e"}
+DEVICES = {"h100": "NVIDIA H100", "h100x2": "two NVIDIA H100", "v5e": "TPU v5e"}
+"""Names of the described devices. Over two of them every weight is sharded by its first axis."""
 STEPS: dict[str, dict[str, Any]] = {
     "SNGM": {},
     "nesterov": {"nesterov": True},
@@ -122,14 +125,16 @@ def compiled_facts(device: str, model: str, name: str) -> dict[str, Any]:
     """
     shapes = MODELS[model]
     update, values, state = update_of(name, shapes)
-    sharding = jax.sharding.SingleDeviceSharding(_described(device))
+    devices = _described(device)
     arguments = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(jax.numpy.shape(leaf), leaf.dtype, sharding=sharding),
+        lambda leaf: jax.ShapeDtypeStruct(
+            jax.numpy.shape(leaf), leaf.dtype, sharding=_sharding(leaf, devices)
+        ),
         (values, state, values),
     )
     lowered = jax.jit(update, donate_argnums=(0, 1)).lower(*arguments)
     with tempfile.TemporaryDirectory() as folder:
-        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if device == "h100" else {}
+        dump = {} if device == "v5e" else {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         compiled = lowered.compile(compiler_options=dump)
         thunks = list(pathlib.Path(folder).glob("*.thunk_sequence_after_thunk_passes.txt"))
         schedule = hlo.schedule(thunks[-1].read_text())._asdict() if thunks else {}
@@ -138,6 +143,7 @@ def compiled_facts(device: str, model: str, name: str) -> dict[str, Any]:
         "temporary_mib": compiled.memory_analysis().temp_size_in_bytes / 2**20,
         "conditions": text.count(" conditional("),
         "loops": text.count(" while("),
+        "all_reduces": len(re.findall(r" all-reduce(-start)?\(", text)),
         **schedule,
     }
     # XLA for TPUs moves data in slices ahead of time, which the text does not tell from traffic.
@@ -148,16 +154,29 @@ def compiled_facts(device: str, model: str, name: str) -> dict[str, Any]:
     return facts
 
 
-def _described(device: str) -> Any:
-    """Return a device that is described, and need not be there."""
+def _described(device: str) -> list[Any]:
+    """Return devices that are described, and need not be there."""
     from jax.experimental import topologies
 
-    if device == "h100":
-        config = DESCRIPTION.read_text()
-        topology = topologies.get_topology_desc("", "cuda", target_config=config, topology="1x1x1")
-    else:
-        topology = topologies.get_topology_desc("v5e:2x2", "tpu")
-    return topology.devices[0]
+    if device == "v5e":
+        return topologies.get_topology_desc("v5e:2x2", "tpu").devices[:1]
+    return topologies.get_topology_desc(
+        "",
+        "cuda",
+        target_config=DESCRIPTION.read_text(),
+        topology="1x1x2" if device == "h100x2" else "1x1x1",
+    ).devices
+
+
+def _sharding(leaf: Any, devices: Sequence[Any]) -> jax.sharding.Sharding:
+    """Return how an array is laid out: by its first axis over several devices, if that divides."""
+    if len(devices) == 1:
+        return jax.sharding.SingleDeviceSharding(devices[0])
+    shape = jax.numpy.shape(leaf)
+    is_divided = bool(shape) and shape[0] % len(devices) == 0
+    mesh = jax.sharding.Mesh(np.array(devices), ("shard",))
+    axes = ["shard"] if is_divided else []
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
 
 
 def measured_times(model: str, names: Sequence[str], seconds: float) -> dict[str, Any]:

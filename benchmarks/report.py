@@ -108,6 +108,7 @@ _OF_PROGRAMS = {
     "conditions": "conditions",
     "loops": "loops",
     "waits": "waits of the host",
+    "all_reduces": "all-reduces",
 }
 
 
