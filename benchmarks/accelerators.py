@@ -4,9 +4,9 @@ JAX compiles the steps for an NVIDIA H100 and for a TPU v5e. Floats moved per pa
 memory, kernels, CUDA graphs and waits of the host are facts of the compiled programs, for the TPU
 memory, conditions and loops alone. Where JAX has a GPU the steps are timed on it, too.
 
-    python benchmarks/accelerators.py                 all models and steps, about ten minutes
-    python benchmarks/accelerators.py --quick         one model and a few steps
-    python benchmarks/accelerators.py --report        the tables once more
+    KERAS_BACKEND=jax python benchmarks/accelerators.py            everything, about ten minutes
+    KERAS_BACKEND=jax python benchmarks/accelerators.py --quick    one model and a few steps
+    KERAS_BACKEND=jax python benchmarks/accelerators.py --report   the tables once more
 
 Needs Linux and the extra `accelerators`.
 """
@@ -18,12 +18,12 @@ import multiprocessing
 import os
 import pathlib
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
-os.environ["KERAS_BACKEND"] = "jax"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # There need be no TPU to ask.
 
 import jax
@@ -39,6 +39,9 @@ from keras_sngm import SNGM
 from report import print_rows, programs
 from shapes import MODELS, NAMES, Shape, parameters
 from timing import machine, quartiles_ms, sample_interleaved, timed_sampler
+
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
+from common.arguments import parsed_on, with_defaults
 
 DESCRIPTION = pathlib.Path(__file__).with_name("h100.txtpb")
 DEVICES = {"h100": "NVIDIA H100", "h100x2": "two NVIDIA H100", "v5e": "TPU v5e"}
@@ -263,13 +266,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="*", choices=MODELS, help="default two (quick: one)")
     parser.add_argument("--steps", nargs="*", choices=[*STEPS, *OTHERS], help="default all")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each model, on a GPU")
-    arguments = parser.parse_args(argv)
+    arguments = parsed_on("jax", parser, argv)
     usual = {"models": ["resnet50", "bert_base"], "steps": [*STEPS, *OTHERS]}
     quick = {"models": ["resnet20"], "steps": list(QUICK)}
-    for name, value in (quick if arguments.quick else usual).items():
-        if getattr(arguments, name) is None:
-            setattr(arguments, name, value)
-    return arguments
+    return with_defaults(arguments, usual, quick)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

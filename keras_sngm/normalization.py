@@ -1,6 +1,8 @@
 """Division of the gradient of a step by its norm, for gradients of any magnitude.
 
 Pure functions of tensors. Nothing here holds state or knows where a tensor lives.
+
+All that makes it right at any magnitude is in one file.
 """
 
 import functools

@@ -2,6 +2,8 @@
 
 A read begins with copies on the device, for which nobody waits. A thread of its own waits
 for the copies to reach the host and hands what is new to the sinks.
+
+All that a read goes through is in one file.
 """
 
 import contextlib

@@ -50,6 +50,7 @@ ARROWS = {
 
 # Each program has a backend that it needs, or none, and arguments that it must be given.
 PROGRAMS = {
+    "benchmarks/accelerators.py": ("jax",),
     "benchmarks/logging_cost.py": ("tensorflow",),
     "benchmarks/logging_memory.py": (None,),
     "benchmarks/step_time.py": (None,),

@@ -2,6 +2,8 @@
 
 Here is what the host does between steps; each backend writes rows in its own way.
 A function makes the host wait for the device only if its docstring says so.
+
+The variables of a recorder and what the host does with them are in one file.
 """
 
 import weakref

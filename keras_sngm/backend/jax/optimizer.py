@@ -3,6 +3,8 @@
 Keras' `fit` compiles the whole training step. An optimizer that is called outside of any
 compiled function compiles its own. Where arrays are sharded, XLA makes sums go over all
 shards.
+
+The parts of a step, which are traced as one function, are in one file.
 """
 
 import contextlib

@@ -2,6 +2,8 @@
 
 The recorder's variables go in and out of the step behind those of the optimizer. They are
 the optimizer's while the step is traced, and never where others can see it.
+
+What goes in and out of a training step is in one file.
 """
 
 import contextlib

@@ -3,6 +3,8 @@
 Nothing goes in and out of a training step but the state of the model. So the training
 function gets the variables of the recorders behind those of the optimizer, and within it
 they are the optimizer's. Outside of it nobody sees them.
+
+The training functions that record, and what they replace, are in one file.
 """
 
 import contextlib
