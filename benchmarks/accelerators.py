@@ -12,16 +12,13 @@ Needs Linux and the extra `accelerators`.
 """
 
 import argparse
-import functools
 import json
-import multiprocessing
 import os
 import pathlib
 import re
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # There need be no TPU to ask.
@@ -34,10 +31,13 @@ from tqdm import tqdm
 import commandline
 import hlo
 from bandwidth import measure_bandwidth
-from contestants import MICRO_BATCHES, weights
+from contestants import KERAS, MICRO_BATCHES, Step, accumulating_optimizer, weights
+from jobs import run_in_new_process
 from keras_sngm import SNGM
+from modes_jax import gradients
 from report import print_rows, programs
 from shapes import MODELS, NAMES, Shape, parameters
+from steps_jax import Update, compiled_step, keras_update, optax_update, sngm_of_optax
 from timing import machine, quartiles_ms, sample_interleaved, timed_sampler
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
@@ -62,8 +62,6 @@ STEPS: dict[str, dict[str, Any]] = {
 OTHERS = ("Optax chain", "Optax MultiSteps", "Keras SGD", "Keras SGD, accumulation")
 QUICK = ("SNGM", "coupled decay", "Optax chain")
 
-Update = Callable[[Any, Any, Any], tuple[Any, Any]]
-
 
 def update_of(name: str, shapes: Sequence[Shape]) -> tuple[Update, Any, Any]:
     """Return a step as a function of weights, state and gradients, with weights and state.
@@ -75,47 +73,21 @@ def update_of(name: str, shapes: Sequence[Shape]) -> tuple[Update, Any, Any]:
     variables = weights(shapes)
     values = [variable.value for variable in variables]
     if name.startswith("Optax"):
-        transformation = _optax(name == "Optax MultiSteps")
-        return functools.partial(_optax_step, transformation), values, transformation.init(values)
-    optimizer = _keras_optimizer(name)
+        transformation = sngm_of_optax()
+        if name == "Optax MultiSteps":
+            import optax
+
+            steps = optax.MultiSteps(transformation, MICRO_BATCHES)
+            transformation = steps.gradient_transformation()
+        return optax_update(transformation), values, transformation.init(values)
+    optimizer = SNGM(0.01, **STEPS[name]) if name in STEPS else _sgd(name)
     optimizer.build(variables)
-    state = [variable.value for variable in optimizer.variables]
-    return functools.partial(_keras_step, optimizer), values, state
+    return keras_update(optimizer), values, [variable.value for variable in optimizer.variables]
 
 
-def _keras_optimizer(name: str) -> keras.optimizers.Optimizer:
-    """Return the Keras optimizer of a step."""
-    if name in STEPS:
-        return SNGM(0.01, **STEPS[name])
-    steps = MICRO_BATCHES if name == "Keras SGD, accumulation" else None
-    return keras.optimizers.SGD(0.01, momentum=0.9, gradient_accumulation_steps=steps)
-
-
-def _keras_step(
-    optimizer: keras.optimizers.Optimizer, weights: Any, state: Any, gradients: Any
-) -> tuple[Any, Any]:
-    """Take a step of a Keras optimizer."""
-    return optimizer.stateless_apply(state, gradients, weights)
-
-
-def _optax(accumulates: bool) -> Any:
-    """Return SNGM put together from transformations of Optax."""
-    import optax
-
-    chain = optax.chain(
-        optax.normalize_by_update_norm(), optax.trace(0.9), optax.scale_by_learning_rate(0.01)
-    )
-    if not accumulates:
-        return chain
-    return optax.MultiSteps(chain, MICRO_BATCHES).gradient_transformation()
-
-
-def _optax_step(transformation: Any, weights: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
-    """Take a step of a transformation of Optax."""
-    import optax
-
-    updates, state = transformation.update(gradients, state, weights)
-    return optax.apply_updates(weights, updates), state
+def _sgd(name: str) -> keras.optimizers.Optimizer:
+    """Return the SGD of Keras that is meant by one of `OTHERS`."""
+    return KERAS["SGD"]() if name == "Keras SGD" else accumulating_optimizer("SGD")
 
 
 def compiled_facts(device: str, model: str, name: str) -> dict[str, Any]:
@@ -201,27 +173,15 @@ def measured_times(model: str, names: Sequence[str], seconds: float) -> dict[str
     }
 
 
-def _real_step(name: str, shapes: Sequence[Shape]) -> Callable[[], None]:
+def _real_step(name: str, shapes: Sequence[Shape]) -> Step:
     """Return a step that is taken on the device that JAX uses."""
-    update, values, state = update_of(name, shapes)
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    gradients = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
-    jitted = jax.jit(update, donate_argnums=(0, 1))
-
-    def step() -> None:
-        """Take a step, and wait for it."""
-        nonlocal values, state
-        values, state = jax.block_until_ready(jitted(values, state, gradients))
-
-    return step
+    return compiled_step(*update_of(name, shapes), gradients("function", shapes))
 
 
 def in_new_process(platforms: str, function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a function in a new process, whose JAX uses some platforms, "" for the best."""
     os.environ["JAX_PLATFORMS"] = platforms
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(function, *arguments).result()
+    return run_in_new_process(function, *arguments)
 
 
 def run(arguments: argparse.Namespace) -> pathlib.Path:

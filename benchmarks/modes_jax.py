@@ -11,7 +11,7 @@ import numpy as np
 
 from contestants import KERAS, MICRO_BATCHES, Step, accumulating_optimizer, weights
 from shapes import Shape
-from steps_jax import compiled_step, optax_chain
+from steps_jax import compiled_step, keras_update, optax_chain
 from timing import Sampler, timed_sampler
 
 CONTESTANTS: dict[str, tuple[str, ...]] = {
@@ -51,7 +51,7 @@ def _stateless(optimizer: keras.optimizers.Optimizer, gradients: Sequence[jax.Ar
     variables = weights([g.shape for g in gradients])
     optimizer.build(variables)
     return compiled_step(
-        lambda weights, state, gradients: optimizer.stateless_apply(state, gradients, weights),
+        keras_update(optimizer),
         [v.value for v in variables],
         [v.value for v in optimizer.variables],
         gradients,

@@ -94,8 +94,8 @@ def test_constants_are_normalized_as_other_gradients_are(platform, magnitude):
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
-def test_an_accumulated_update_writes_in_place(platform):
-    """An update that is made only in every other call is a loop, in which nothing is copied."""
+def test_an_accumulated_update_is_a_loop_and_no_branch(platform):
+    """XLA changes the state of a loop in place, but copies what a branch returns."""
     step = LoweredStep(platform, {"gradient_accumulation_steps": 2})
     assert step.program.count(" while(") == 1
     assert " conditional(" not in step.program

@@ -7,7 +7,7 @@ import tensorflow as tf
 from accelerator_cases import MAGNITUDES, OPTIONS, RATE, SHAPES, expected_step, scale_of
 from keras_sngm import SNGM
 from keras_sngm.backend.tensorflow import step as tensorflow_step
-from problems import random_arrays, values_of, variables_of
+from problems import random_arrays, tensors_of, values_of, variables_of
 from reference import norm
 from selection import quick_only, whole
 
@@ -28,10 +28,6 @@ def compiled_step(optimizer, variables):
     return step
 
 
-def tensors_of_float32(arrays):
-    return [tf.constant(array, "float32") for array in arrays]
-
-
 @pytest.mark.parametrize("name", quick_only(OPTIONS, ["coupled decay"]))
 def test_a_step_has_neither_a_branch_nor_a_loop_and_is_right_at_any_magnitude(name):
     variables = variables_of(random_arrays(SHAPES))
@@ -40,7 +36,7 @@ def test_a_step_has_neither_a_branch_nor_a_loop_and_is_right_at_any_magnitude(na
     step = compiled_step(optimizer, variables)
     state = [*variables, *optimizer.variables]
     initial = values_of(state)
-    given = tensors_of_float32(random_arrays(SHAPES, seed=1))
+    given = tensors_of(random_arrays(SHAPES, seed=1), variables)
     program = step.experimental_get_compiler_ir(given)(stage="optimized_hlo")
     assert " conditional(" not in program
     assert " while(" not in program
@@ -48,7 +44,7 @@ def test_a_step_has_neither_a_branch_nor_a_loop_and_is_right_at_any_magnitude(na
         gradients = random_arrays(SHAPES, seed=1, scale=magnitude)
         for variable, value in zip(state, initial, strict=True):
             variable.assign(value)
-        step(tensors_of_float32([scale_of(name) * gradient for gradient in gradients]))
+        step(tensors_of([scale_of(name) * gradient for gradient in gradients], variables))
         expected = expected_step(name, gradients)
         np.testing.assert_allclose(optimizer.gradient_norm, norm(expected.g), rtol=1e-5)
         norms = [norm([gradient]) for gradient in expected.g]
@@ -58,7 +54,7 @@ def test_a_step_has_neither_a_branch_nor_a_loop_and_is_right_at_any_magnitude(na
     for fault in (np.inf, np.nan):
         before = values_of(variables)
         gradients[1] = np.array(fault)
-        step(tensors_of_float32(gradients))
+        step(tensors_of(gradients, variables))
         for variable, value in zip(variables, before, strict=True):
             np.testing.assert_array_equal(variable, value)
     assert int(optimizer.skipped_steps) == 2
@@ -73,7 +69,7 @@ def test_constants_are_normalized_as_other_gradients_are(magnitude):
     optimizer.build(variables)
     gradients = [np.full(shape, magnitude, "float32") for shape in SHAPES]
     step = compiled_step(optimizer, variables)
-    tf.function(lambda: step(tensors_of_float32(gradients)), jit_compile=True)()
+    tf.function(lambda: step(tensors_of(gradients, variables)), jit_compile=True)()
     assert int(optimizer.skipped_steps) == 0
     expected = norm([gradient.astype("float64") for gradient in gradients])
     np.testing.assert_allclose(optimizer.gradient_norm, expected, rtol=1e-5)

@@ -3,21 +3,18 @@
 import numpy as np
 import pytest
 
-from keras_sngm.backend.torch import norm as torch_norm
-from keras_sngm.backend.torch import optimizer as torch_optimizer
 from keras_sngm.backend.torch import sgd_kernel as torch_kernel
-from keras_sngm.backend.torch import step as torch_step
 from random_cases import Expectation, cases
 from random_runs import follow, run, skips_above
 from random_steps import Steps
+from torch_paths import take_path_of_cuda
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 @pytest.mark.parametrize("accelerator", ["CUDA", "others"])
 def test_the_steps_of_accelerators_do_what_the_reference_does(accelerator, monkeypatch):
     if accelerator == "CUDA":
-        for module in (torch_kernel, torch_norm, torch_optimizer, torch_step):
-            monkeypatch.setattr(module, "host_decides", lambda tensor: False)
+        take_path_of_cuda(monkeypatch)
     monkeypatch.setattr(torch_kernel, "is_on_cpu", lambda tensor: False)
 
     def follow_one(case):

@@ -16,7 +16,6 @@ from keras_sngm.backend.common.recorded_apply import PLAIN_RULE
 from keras_sngm.backend.torch import norm as torch_norm
 from keras_sngm.backend.torch import optimizer as torch_optimizer
 from keras_sngm.backend.torch import sgd_kernel as torch_kernel
-from keras_sngm.backend.torch import step as torch_step
 from keras_sngm.backend.torch.recorder import Recorder, segment_sum
 from keras_sngm.measurements import histogram
 from problems import (
@@ -31,6 +30,7 @@ from problems import (
     variables_of,
 )
 from processes import SUPPORT, run_python
+from torch_paths import take_path_of_cuda
 
 X = np.random.default_rng(0).standard_normal((48, 6)).astype("float32")
 Y = np.tanh(X.sum(axis=1, keepdims=True))
@@ -44,8 +44,7 @@ def accelerator(request, monkeypatch):
     The fused kernel is replaced by one that checks its arguments.
     """
     if request.param == "CUDA":
-        for module in (torch_kernel, torch_norm, torch_optimizer, torch_step):
-            monkeypatch.setattr(module, "host_decides", lambda tensor: False)
+        take_path_of_cuda(monkeypatch)
     monkeypatch.setattr(torch_kernel, "is_on_cpu", lambda tensor: False)
     kernel = torch._fused_sgd_
 

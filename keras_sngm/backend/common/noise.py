@@ -49,7 +49,7 @@ class NoiseMeter(NamedTuple):
             large: scalar, the squared norm of the gradient of the update.
 
         Returns:
-            Two scalars: tr(Sigma), which the number of samples in a call scales, and norm(G)^2.
+            Two scalars, the estimates of tr(Sigma) and of norm(G)^2.
         """
         count = self.replicas * self.micro_batches
         small = total * self.replicas**2 / count

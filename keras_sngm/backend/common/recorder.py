@@ -130,7 +130,7 @@ class RecorderBase:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the code that asks, which may be traced, can record an update."""
+        """Return whether the code that asks, which may be traced, can record an update."""
         return self.is_open
 
     def _make_variables(self, optimizer: Any) -> None:
@@ -219,7 +219,7 @@ class RecorderBase:
 
     @property
     def has_other_processes(self) -> bool:
-        """Whether other processes take part in each step, and so must take the same ones."""
+        """Return whether other processes take part in each step, and so must take the same ones."""
         return False
 
     def limit_halt(self, updates: int) -> None:

@@ -66,7 +66,7 @@ class Recorder(RecorderBase):
 
     @property
     def is_ready(self) -> bool:
-        """Whether the function that is traced has the recorder's variables in its state."""
+        """Return whether the function that is traced has the recorder's variables in its state."""
         return self._is_tracked
 
     def _variable(self, shape: Sequence[int], dtype: str) -> keras.Variable:
@@ -84,7 +84,7 @@ class Recorder(RecorderBase):
 
     @property
     def has_other_processes(self) -> bool:
-        """Whether other processes take part in each step, and so must take the same ones."""
+        """Return whether other processes take part in each step, and so must take the same ones."""
         return jax.process_count() > 1
 
     def limit_halt(self, updates: int) -> None:

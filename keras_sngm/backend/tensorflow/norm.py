@@ -21,20 +21,18 @@ _LANES = 16
 _LEAST_SIZE = 4096
 
 
-def sums_on(on_accelerator: bool, in_xla: bool, stacks: int = 0) -> tuple[Sums, RescaledSums]:
+def sums_on(on_accelerator: bool, in_xla: bool) -> tuple[Sums, RescaledSums]:
     """Choose how to compute sums of squares on a kind of device.
 
     Args:
         on_accelerator: whether the device is not a CPU.
-        in_xla: whether XLA compiles the sums. There are no stacks then.
-        stacks: number of tensors, at the end, that hold one variable per row.
+        in_xla: whether XLA compiles the sums.
 
     Returns:
         A function from gradients to a vector of sums, one per variable; and another that
-        takes a vector of factors, too, and multiplies each gradient by its own first. The second
-        one takes no stacks.
+        takes a vector of factors, too, and multiplies each gradient by its own first.
     """
-    usual: Sums = functools.partial(sums_of_squares, stacks=stacks)
+    usual: Sums = sums_of_squares
     rare = usual
     if in_xla and not on_accelerator:
         usual = sums_of_squares_in_lanes
@@ -50,7 +48,7 @@ def sums_on(on_accelerator: bool, in_xla: bool, stacks: int = 0) -> tuple[Sums, 
     return usual, rescaled
 
 
-def sums_of_squares(tensors: Sequence[tf.Tensor], stacks: int) -> tf.Tensor:
+def sums_of_squares(tensors: Sequence[tf.Tensor], stacks: int = 0) -> tf.Tensor:
     """Return a vector of sums of squares, one per variable, by TensorFlow's kernels.
 
     Args:
@@ -98,6 +96,27 @@ def _sum_of_squares_in_lanes(vector: tf.Tensor) -> tf.Tensor:
     return tf.reduce_sum(functools.reduce(tf.add, lanes)) + rest
 
 
+def normalized_on(
+    on_accelerator: bool,
+    in_xla: bool,
+    rule: Rule,
+    gradients: Sequence[tf.Tensor],
+    sizes: Sequence[int],
+) -> Normalization:
+    """Compute how to normalize gradients, in the way that suits a kind of device.
+
+    Args:
+        on_accelerator: whether the device is not a CPU.
+        in_xla: whether XLA compiles this.
+        rule: the hyper-parameters.
+        gradients: one tensor per variable, all of one dtype.
+        sizes: the number of elements of each variable.
+    """
+    if on_accelerator and in_xla:
+        return normalized_in_one_pass(rule, gradients, sizes)
+    return normalized_by(*sums_on(on_accelerator, in_xla), rule, gradients, sizes)
+
+
 def normalized_by(
     sums: Sums,
     rescaled_sums: RescaledSums,
@@ -132,9 +151,8 @@ def normalized_in_one_pass(
         gradients: one tensor per variable, all of one dtype.
         sizes: the number of elements of each variable.
     """
-    sums = functools.partial(sums_of_squares, stacks=0)
     return normalization.normalization_in_one_pass(
-        rule, gradients, sizes, sums, lambda scalars: optimization_barrier(*scalars)
+        rule, gradients, sizes, sums_of_squares, lambda scalars: optimization_barrier(*scalars)
     )
 
 
@@ -151,8 +169,8 @@ def not_before(
     return list(values[:count]), Normalization(*values[count:])
 
 
-def prescaled_and_normalized_by(
-    sums: Sums, rule: Rule, gradients: Sequence[tf.Tensor], sizes: Sequence[int], stacks: int
+def prescaled_and_normalized(
+    rule: Rule, gradients: Sequence[tf.Tensor], sizes: Sequence[int], stacks: int
 ) -> tuple[list[tf.Tensor], Normalization]:
     """Compute how to normalize gradients, and multiply them by the `prescale`.
 
@@ -160,7 +178,6 @@ def prescaled_and_normalized_by(
     which would copy the gradients.
 
     Args:
-        sums: maps the gradients to a vector of sums of squares, one per variable.
         rule: the hyper-parameters.
         gradients: one tensor per variable, then the stacks, all of one dtype.
         sizes: the number of elements of each variable.
@@ -177,7 +194,7 @@ def prescaled_and_normalized_by(
     @tf.function(autograph=False, experimental_attributes={"_noinline": True})
     def rescaled_sums(gradients: Any, factors: tf.Tensor) -> tf.Tensor:
         """Return the sum of squares of each variable's gradient times its factor."""
-        return sums(_rescaled(gradients.get_value(), factors, stacks))
+        return sums_of_squares(_rescaled(gradients.get_value(), factors, stacks), stacks)
 
     @tf.function(autograph=False, experimental_attributes={"_noinline": True})
     def prescaled(gradients: Any, prescale: tf.Tensor) -> Any:
@@ -202,7 +219,11 @@ def prescaled_and_normalized_by(
         return tf.cond(usual, lambda: (packed, act()), rescued)
 
     passed, normalized = normalization.safe_normalization(
-        rule, sums(gradients), sizes, lambda factors: rescaled_sums(packed, factors), cond
+        rule,
+        sums_of_squares(gradients, stacks),
+        sizes,
+        lambda factors: rescaled_sums(packed, factors),
+        cond,
     )
     return list(passed.get_value()), normalized
 

@@ -142,15 +142,16 @@ class LocalStep:
             self._normalize_and_update = _function(self._normalize_then_update, jit_compile=True)
         elif jit_compile:
             self._update = _function(self._update_together, jit_compile=True)
-        stacks = sum(len(bundle.slots) > 1 for bundle in self._bundles)
-        usual, rare = norm.sums_on(on_accelerator, in_xla or with_norm, stacks)
-        self._normalization_of = functools.partial(norm.normalized_by, usual, rare, self._rule)
+        norm_in_xla = in_xla or with_norm
+        self._normalization_of = functools.partial(
+            norm.normalized_on, on_accelerator, norm_in_xla, self._rule
+        )
         # XLA has the gradients in one program with their norm and the update.
-        self._in_one_program = on_accelerator and (in_xla or with_norm)
-        if self._in_one_program:
-            self._normalization_of = functools.partial(norm.normalized_in_one_pass, self._rule)
+        self._in_one_program = on_accelerator and norm_in_xla
         self._prescaled_and_normalized = functools.partial(
-            norm.prescaled_and_normalized_by, usual, self._rule, stacks=stacks
+            norm.prescaled_and_normalized,
+            self._rule,
+            stacks=sum(len(bundle.slots) > 1 for bundle in self._bundles),
         )
         self._run = _function(self._run_step)
 

@@ -219,15 +219,13 @@ def _normalization_of(gradients: Sequence[tf.Tensor], device: str) -> Normalizat
         gradients: one tensor per variable.
         device: name of the device.
     """
-    on_accelerator = is_accelerator(device)
-    in_xla = GraphOrParentsInXlaContext(get_default_graph())
-    at_least_float32 = [tf.cast(gradient, widest(gradients)) for gradient in gradients]
-    sizes = [gradient.shape.num_elements() for gradient in gradients]
-    rule = recorded_apply.PLAIN_RULE
-    if on_accelerator and in_xla:
-        return norm.normalized_in_one_pass(rule, at_least_float32, sizes)
-    usual, rare = norm.sums_on(on_accelerator, in_xla)
-    return norm.normalized_by(usual, rare, rule, at_least_float32, sizes)
+    return norm.normalized_on(
+        is_accelerator(device),
+        GraphOrParentsInXlaContext(get_default_graph()),
+        recorded_apply.PLAIN_RULE,
+        [tf.cast(gradient, widest(gradients)) for gradient in gradients],
+        [gradient.shape.num_elements() for gradient in gradients],
+    )
 
 
 def _run_if(condition: tf.Tensor | None, action: Callable[[], Any]) -> None:

@@ -86,6 +86,12 @@ def at_least_float32(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 def scaled(tensors: Sequence[torch.Tensor], factors: torch.Tensor) -> list[torch.Tensor]:
     """Return new tensors: the given ones times one factor, or times one factor each."""
-    if factors.ndim:
-        return list(torch._foreach_mul(tensors, list(factors.unbind())))
-    return list(torch._foreach_mul(tensors, factors))
+    return list(torch._foreach_mul(tensors, operand(factors)))
+
+
+def operand(factors: torch.Tensor) -> list[torch.Tensor] | torch.Tensor:
+    """Return the elements of a vector in a list, or a scalar as it is.
+
+    Kernels for lists of tensors take one factor for all tensors, or a list with one for each.
+    """
+    return list(factors.unbind()) if factors.ndim else factors

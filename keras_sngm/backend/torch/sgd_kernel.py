@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from keras_sngm.backend.torch.lists import converted, scaled
+from keras_sngm.backend.torch.lists import converted, operand, scaled
 from keras_sngm.backend.torch.norm import host_decides
 from keras_sngm.normalization import Normalization
 from keras_sngm.update_rule import Coefficients, Rule, nonzero
@@ -207,13 +207,8 @@ def _divided(
     if not host_decides(gradients[0]):
         # Where a norm is too small for the dtype, so are all elements of the gradient.
         divisors = nonzero((divisor / prescale).to(given_dtype))
-        return list(torch._foreach_div(gradients, _each(divisors)))
+        return list(torch._foreach_div(gradients, operand(divisors)))
     # A divisor may be out of the range of a float32, so its dtype is computed in.
     directions = scaled(converted(gradients, divisor.dtype), prescale)
-    torch._foreach_div_(directions, _each(nonzero(divisor)))
+    torch._foreach_div_(directions, operand(nonzero(divisor)))
     return converted(directions, given_dtype)
-
-
-def _each(factors: torch.Tensor) -> list[torch.Tensor] | torch.Tensor:
-    """Return the elements of a vector in a list, or a scalar as it is."""
-    return list(factors.unbind()) if factors.ndim else factors
