@@ -21,6 +21,13 @@ class Attachment:
         raise _not_yet("GradientNormLogger")
 
 
+class BackendTrials:
+    """Trials whose constructor raises a `NotImplementedError`: no step can be taken."""
+
+    def __init__(self, model: keras.Model) -> None:
+        raise _not_yet("suggest_learning_rate")
+
+
 def _not_yet(name: str) -> NotImplementedError:
     """Return the error for a class that the Keras backend in use does not support."""
     return NotImplementedError(

@@ -1,0 +1,266 @@
+"""Trainings of a model that leave it, its optimizer and random generators as they were."""
+
+import contextlib
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras.src.backend.common import global_state
+
+from keras_sngm.backend.common.watch import updating_optimizers
+
+DECAY_POWER = 1.1
+"""Power of the polynomial by which the learning rate decays to zero."""
+
+
+class Trials:
+    """Context in which a model is trained any number of times from the state it has now.
+
+    At the end of the context, also after an exception, all is as it was before, to the bit:
+    weights, batch statistics and seeds of the model, its attributes, the state of the optimizer,
+    its learning rate and the global random states. Metrics that did not exist before are reset.
+    A model or an optimizer that was not built is built then. State is kept in the memory of the
+    host meanwhile.
+
+    A backend supplies `_saved`, `_load`, `_random_state`, `_scope` and `reset_metrics`.
+
+    Args:
+        model: a compiled model, built or not.
+
+    Attributes:
+        optimizer: the optimizer that updates the model's variables, without those that wrap it.
+
+    Raises:
+        ValueError: if the model has no Keras optimizer, or several.
+    """
+
+    def __init__(self, model: keras.Model) -> None:
+        self._model = model
+        self.optimizer = _only_optimizer(model)
+        self._undo = contextlib.ExitStack()
+        self._values: list[tuple[keras.Variable, Any]] = []
+        self._set_random_state: Callable[[], None] = lambda: None
+
+    def __enter__(self) -> "Trials":
+        self._set_random_state = self._all_random_states()
+        self._undo.callback(self._set_random_state)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._undo.close()
+
+    def prepare(self, batch: Any, updates: int) -> None:
+        """Build what is not built, save all state and have the learning rate decay to zero.
+
+        Args:
+            batch: the first batch of training data, as `fit` gets it from a dataset.
+            updates: the number of updates of each training.
+
+        Raises:
+            ValueError: if the model cannot be built from the data.
+        """
+        with self._scope():
+            _build(self._model, batch)
+        variables = self._variables()
+        self._values = [(variable, self._saved(variable)) for variable in variables]
+        self._undo.callback(self._restore, {id(variable) for variable in variables})
+        for keeper in (self._model, self.optimizer):
+            self._undo.callback(_set_attributes, keeper, dict(vars(keeper)))
+        with self._scope():
+            self._rate = self.optimizer.add_variable((), dtype="float32", name="trial_rate")
+        self._undo.callback(self.optimizer._untrack_variable, self._rate)
+        self.optimizer._learning_rate = Decay(
+            self._rate, int(self.optimizer._iterations), self.steps(updates)
+        )
+        # The function that the model was trained with before reads another learning rate.
+        self._model.train_function = None
+        self._model.steps_per_execution = 1
+
+    def layers(self) -> list[keras.layers.Layer]:
+        """Return all layers inside of the model, those inside of other layers, too."""
+        return list(self._model._flatten_layers(include_self=False))
+
+    def steps(self, updates: int) -> int:
+        """Return the number of training steps, one for each micro-batch, of some updates."""
+        return updates * (self.optimizer.gradient_accumulation_steps or 1)
+
+    def train(self, rate: float, data: Any, **arguments: Any) -> None:
+        """Train the model from the saved state for one epoch.
+
+        Args:
+            rate: the learning rate of the first update.
+            data: a dataset with the batches of all steps.
+            arguments: other arguments of `fit`.
+        """
+        self._restore_values()
+        self._set_random_state()
+        self._rate.assign(rate)
+        self._model.fit(data, verbose=0, shuffle=False, **arguments)
+
+    def has_stepped(self) -> bool:
+        """Return whether the last training has called the optimizer."""
+        saved = next(value for v, value in self._values if v is self.optimizer._iterations)
+        return not np.array_equal(saved, self._saved(self.optimizer._iterations))
+
+    def mean_over_processes(self, values: Sequence[float]) -> list[float]:
+        """Return each value averaged over the processes that train one model together.
+
+        Here as it is: all of them read the same.
+        """
+        return list(values)
+
+    def _variables(self) -> list[keras.Variable]:
+        """Return all variables of the model, its metrics and its optimizer, each once."""
+        variables = [
+            *self._model.variables,
+            *self._model.metrics_variables,
+            *self._model.optimizer.variables,
+        ]
+        return list({id(variable): variable for variable in variables}.values())
+
+    def _restore(self, saved: set[int]) -> None:
+        """Restore all saved values; reset metrics that have other variables.
+
+        Args:
+            saved: the `id` of each variable that was saved.
+        """
+        for metric in self._model.metrics:
+            if any(id(variable) not in saved for variable in metric.variables):
+                metric.reset_state()
+        self._restore_values()
+
+    def _restore_values(self) -> None:
+        """Set all saved variables to their saved values."""
+        for variable, value in self._values:
+            self._load(variable, value)
+
+    def _all_random_states(self) -> Callable[[], None]:
+        """Return a function that sets all global random states to what they are now."""
+        python, numpy = random.getstate(), np.random.get_state()
+        of_backend, of_keras = self._random_state(), self._keras_random_state()
+
+        def set_back() -> None:
+            """Set Python's, NumPy's, Keras' and the backend's random states."""
+            random.setstate(python)
+            np.random.set_state(numpy)
+            of_keras()
+            of_backend()
+
+        return set_back
+
+    def _keras_random_state(self) -> Callable[[], None]:
+        """Return a function that sets the seed of Keras' global generator to what it is now."""
+        name = "global_seed_generator"
+        generator = global_state.get_global_attribute(name)
+        value = None if generator is None else self._saved(generator.state)
+
+        def set_back() -> None:
+            """Set the seed, or remove a generator that did not exist."""
+            if generator is not None:
+                self._load(generator.state, value)
+            global_state.set_global_attribute(name, generator)
+
+        return set_back
+
+    def _scope(self) -> contextlib.AbstractContextManager:
+        """Return the context in which variables of the model are created."""
+        return contextlib.nullcontext()
+
+    def _saved(self, variable: keras.Variable) -> Any:
+        """Return the value of a variable, in memory of the host that nothing else uses."""
+        raise NotImplementedError
+
+    def _load(self, variable: keras.Variable, value: Any) -> None:
+        """Set a variable to a value that `_saved` has returned."""
+        raise NotImplementedError
+
+    def _random_state(self) -> Callable[[], None]:
+        """Return a function that sets the backend's global random state to what it is now."""
+        raise NotImplementedError
+
+    def reset_metrics(self) -> None:
+        """Reset the metrics of the model in the middle of a training."""
+        self._model.reset_metrics()
+
+
+class Decay(keras.optimizers.schedules.LearningRateSchedule):
+    """Polynomial decay of the learning rate to zero.
+
+    Args:
+        rate: variable, the learning rate of the first step.
+        first: the value of the optimizer's count of steps at the first step.
+        steps: the number of steps.
+    """
+
+    def __init__(self, rate: keras.Variable, first: int, steps: int) -> None:
+        self._rate, self._first, self._steps = rate, first, steps
+
+    def __call__(self, step: Any) -> Any:
+        """Return the learning rate of a step."""
+        taken = keras.ops.cast(step - self._first, "float32")
+        left = keras.ops.clip(1.0 - taken / self._steps, 0.0, 1.0)
+        return self._rate * keras.ops.power(left, DECAY_POWER)
+
+    def get_config(self) -> dict[str, Any]:
+        """Raise an error: a learning rate of a trial is part of no saved model."""
+        raise NotImplementedError("A model cannot be saved in the middle of a trial.")
+
+
+def _only_optimizer(model: keras.Model) -> Any:
+    """Return the one optimizer that updates the variables of a model.
+
+    Raises:
+        ValueError: if the model has no Keras optimizer, or several.
+    """
+    optimizer = getattr(model, "optimizer", None)
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise ValueError(
+            "`model` must be compiled with a Keras optimizer. "
+            f"Received: model.optimizer={optimizer}"
+        )
+    optimizers = [] if hasattr(optimizer, "optimizers") else updating_optimizers(optimizer)
+    if len(optimizers) != 1:
+        raise ValueError(
+            "`model` must be compiled with one optimizer for all variables. "
+            f"Received: model.optimizer={optimizer}"
+        )
+    return optimizers[0]
+
+
+def _build(model: keras.Model, batch: Any) -> None:
+    """Build a model and its optimizer, unless that is done.
+
+    Args:
+        model: a compiled model.
+        batch: a batch of training data.
+
+    Raises:
+        ValueError: if a layer cannot be built.
+    """
+    if not all(layer.built for layer in model._flatten_layers()):
+        try:
+            model._symbolic_build(data_batch=batch)
+        except Exception as error:
+            # A model with a training step of its own may have no `call` to be built by.
+            if not all(layer.built for layer in model._flatten_layers(include_self=False)):
+                raise ValueError(
+                    "`model` must be built, or must be of a kind that Keras can build from data. "
+                    f"Call it on a batch first. Received: model={model}"
+                ) from error
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+
+
+def _set_attributes(keeper: Any, attributes: dict[str, Any]) -> None:
+    """Set the attributes of an object to those that it had, and remove all others.
+
+    Args:
+        keeper: a model or an optimizer.
+        attributes: a copy of its `__dict__`.
+    """
+    # Keras' own `__setattr__` would track variables and layers once more.
+    for name in set(vars(keeper)) - set(attributes):
+        vars(keeper).pop(name)
+    vars(keeper).update(attributes)

@@ -1,0 +1,44 @@
+"""Trainings of a model on JAX that leave no trace."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import keras
+import numpy as np
+
+from keras_sngm.backend.common import trials
+
+
+class BackendTrials(trials.Trials):
+    """Context in which a model is trained from the state it has, on JAX.
+
+    Args:
+        model: a compiled model, built or not.
+    """
+
+    def _saved(self, variable: keras.Variable) -> Any:
+        """Return the sharding of a variable's array, its shape and its shards on this host."""
+        array = variable.value
+        shards = [(shard.device, np.array(shard.data)) for shard in array.addressable_shards]
+        return array.sharding, array.shape, shards
+
+    def _load(self, variable: keras.Variable, value: Any) -> None:
+        """Set a variable to a new array from what `_saved` has returned.
+
+        A training may be interrupted while Keras keeps the array of the variable elsewhere.
+        """
+        sharding, shape, shards = value
+        # JAX may take the memory of an array that it is given, and training overwrites it.
+        arrays = [jax.device_put(data.copy(), device) for device, data in shards]
+        variable._value = jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+    def _random_state(self) -> Callable[[], None]:
+        """Return a function that does nothing: JAX has no global random state."""
+        return lambda: None
+
+    def reset_metrics(self) -> None:
+        """Reset the metrics of the model in the middle of a training."""
+        # Keras keeps their values elsewhere while it trains, and reads them again after this.
+        self._model.jax_state_sync()
+        super().reset_metrics()
