@@ -6,6 +6,7 @@ validation data. The study, `python -m study`, compares more methods and searche
 
     python examples/large_batch.py                       the main job
     python examples/large_batch.py --quick               a smoke run
+    python examples/large_batch.py --suggest             at rates that are suggested, not tuned
     python examples/large_batch.py --dataset cifar10     a ResNet-20 on images
     python examples/large_batch.py --strategy mirrored   on all visible devices
 """
@@ -16,7 +17,7 @@ import math
 import pathlib
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import matplotlib.pyplot as plt
@@ -27,7 +28,7 @@ from tqdm import tqdm
 from common import data, models
 from common.arguments import parsed_on, with_defaults
 from common.progress import Advance
-from keras_sngm import GradientNormLogger
+from keras_sngm import GradientNormLogger, suggest_learning_rate
 from study import methods
 
 WEIGHT_DECAY = 1e-4
@@ -41,18 +42,26 @@ class Method(NamedTuple):
         large_batch: whether it trains at the large batch size.
         tuned: the k for which the learning rate 2^(k/2) was best on the validation data of
             MNIST-1D.
+        start: the learning rate at which a suggestion begins: Keras' default for the method,
+            `None` for SNGM, which has a formula.
     """
 
     name: str
     large_batch: bool
     tuned: int
+    start: float | None
+
+    @property
+    def tuned_rate(self) -> float:
+        """Return the learning rate that the study found best."""
+        return 2.0 ** (self.tuned / 2)
 
 
 METHODS = (
-    Method("SNGM", True, tuned=-2),
-    Method("momentum SGD", True, tuned=-3),
-    Method("LAMB", True, tuned=-8),
-    Method("momentum SGD", False, tuned=-4),
+    Method("SNGM", True, tuned=-2, start=None),
+    Method("momentum SGD", True, tuned=-3, start=0.01),
+    Method("LAMB", True, tuned=-8, start=0.001),
+    Method("momentum SGD", False, tuned=-4, start=0.01),
 )
 
 
@@ -90,12 +99,27 @@ class Trainer:
         self.bar = bar
         self.train_size = int(task.train.cardinality())
 
+    def suggested_rate(self, method: Method, batch_size: int) -> float:
+        """Return the learning rate that short trainings of a new model suggest."""
+        self.bar.set_description(f"{method.name}, batch {batch_size}, learning rate")
+        keras.utils.set_random_seed(0)
+        return suggest_learning_rate(
+            self._model(method, 1.0),
+            self._batches(batch_size),
+            epochs=self.epochs,
+            start=method.start,
+            verbose=0,
+        ).learning_rate
+
     def run(self, method: Method, batch_size: int, learning_rate: float, seed: int) -> Run:
         """Train a new model and evaluate it on test data."""
         self.bar.set_description(f"{method.name}, batch {batch_size}, lr {learning_rate:.4g}")
         keras.utils.set_random_seed(seed)
         steps = self.epochs * (self.train_size // batch_size)
-        model = self._model(method, learning_rate, steps)
+        schedule = keras.optimizers.schedules.PolynomialDecay(
+            learning_rate, steps, end_learning_rate=0.0, power=methods.DECAY_POWER
+        )
+        model = self._model(method, schedule)
         begin = time.perf_counter()
         history = model.fit(
             self._batches(batch_size),
@@ -120,15 +144,17 @@ class Trainer:
             history["grad_norm"],
         )
 
-    def _model(self, method: Method, learning_rate: float, steps: int) -> keras.Model:
-        """Return a new model, compiled whose learning rate decays to zero in `steps` steps."""
-        schedule = keras.optimizers.schedules.PolynomialDecay(
-            learning_rate, steps, end_learning_rate=0.0, power=methods.DECAY_POWER
-        )
+    def _model(self, method: Method, learning_rate: Any) -> keras.Model:
+        """Return a new compiled model.
+
+        Args:
+            method: the method that it is trained with.
+            learning_rate: a number or a schedule.
+        """
         with self.strategy.scope():
             model = models.for_input(self.task.input_shape, self.task.classes)
             model.compile(
-                optimizer=methods.METHODS[method.name](schedule, WEIGHT_DECAY),
+                optimizer=methods.METHODS[method.name](learning_rate, WEIGHT_DECAY),
                 loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
                 metrics=["accuracy"],
             )
@@ -151,12 +177,18 @@ def _floats(variables: Sequence[keras.Variable]) -> int:
 
 
 def compare(trainer: Trainer, arguments: argparse.Namespace) -> list[Run]:
-    """Train with every method at its tuned learning rate, once for each seed."""
-    return [
-        trainer.run(method, _batch_size(method, arguments), 2.0 ** (method.tuned / 2), seed)
-        for method in METHODS
-        for seed in range(arguments.seeds)
-    ]
+    """Train with every method at its tuned or a suggested learning rate, once for each seed."""
+    runs = []
+    for method in METHODS:
+        batch_size, rate = _batch_size(method, arguments), method.tuned_rate
+        if arguments.suggest:
+            rate = trainer.suggested_rate(method, batch_size)
+            trainer.bar.write(
+                f"{method.name}, batch {batch_size:,}: learning rate {rate:.3g} suggested, "
+                f"{method.tuned_rate:.3g} tuned"
+            )
+        runs += [trainer.run(method, batch_size, rate, seed) for seed in range(arguments.seeds)]
+    return runs
 
 
 def _batch_size(method: Method, arguments: argparse.Namespace) -> int:
@@ -240,6 +272,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--strategy", default="none", choices=["none", "mirrored"])
     parser.add_argument("--quick", action="store_true", help="little data, two epochs, one seed")
+    parser.add_argument(
+        "--suggest", action="store_true", help="use suggested learning rates instead of tuned ones"
+    )
     parser.add_argument("--batch-size", type=int, help="default 1000 (quick: 100)")
     parser.add_argument("--small-batch-size", type=int, help="default 128 (quick: 32)")
     parser.add_argument("--epochs", type=int, help="default 60 (quick: 2)")

@@ -6,7 +6,7 @@ import json
 import pathlib
 from typing import Any
 
-from study.methods import METHODS
+from study.methods import ABLATIONS, METHODS
 
 STUDIES = pathlib.Path(__file__).resolve().parent / "studies"
 
@@ -130,7 +130,7 @@ def _searches(setting: dict[str, Any], start: dict[str, int]) -> list[Search]:
     )
     searches = []
     for batch_size, methods in setting["batch_sizes"].items():
-        names = list(METHODS) if methods == "all" else methods
+        names = [name for name in METHODS if name not in ABLATIONS] if methods == "all" else methods
         if unknown := set(names) - set(METHODS):
             raise ValueError(
                 f"`batch_sizes` must name methods among {list(METHODS)}. "

@@ -15,7 +15,7 @@ Make = Callable[[Any, float], keras.optimizers.Optimizer]
 
 
 class Schedule(keras.optimizers.schedules.LearningRateSchedule):
-    """Linear warm-up, then polynomial decay to zero.
+    """Linear warm-up, then polynomial decay to zero, or a constant rate.
 
     The greatest rate is the variable `peak`, so that a training step needs to be traced only
     once for all rates. Assign to it before training.
@@ -23,23 +23,29 @@ class Schedule(keras.optimizers.schedules.LearningRateSchedule):
     Args:
         steps: the number of steps of the whole training.
         warm_up: the number of steps of the warm-up.
+        power: the power of the decay; 0 for a constant rate.
     """
 
-    def __init__(self, steps: int, warm_up: int) -> None:
+    def __init__(self, steps: int, warm_up: int, power: float = DECAY_POWER) -> None:
         self.steps = steps
         self.warm_up = warm_up
+        self.power = power
         self.peak = keras.Variable(0.0, dtype="float32", trainable=False, name="peak")
 
     def __call__(self, step: Any) -> Any:
         step = keras.ops.cast(step, "float32")
         up = (step + 1.0) / max(self.warm_up, 1)
         left = 1.0 - (step - self.warm_up) / (self.steps - self.warm_up)
-        down = keras.ops.power(keras.ops.clip(left, 0.0, 1.0), DECAY_POWER)
+        down = keras.ops.power(keras.ops.clip(left, 0.0, 1.0), self.power)
         return self.peak * keras.ops.where(step < self.warm_up, up, down)
 
 
 def sngm(rate: Any, weight_decay: float) -> keras.optimizers.Optimizer:
     return SNGM(rate, weight_decay=weight_decay, decoupled_weight_decay=False)
+
+
+def sngm_decoupled(rate: Any, weight_decay: float) -> keras.optimizers.Optimizer:
+    return SNGM(rate, weight_decay=weight_decay)
 
 
 def sngm_blockwise(rate: Any, weight_decay: float) -> keras.optimizers.Optimizer:
@@ -78,10 +84,15 @@ METHODS: dict[str, Make] = {
     "LARS, warm-up": lars,
     "LAMB": lamb,
     "AdamW": adamw,
+    "SNGM, constant rate": sngm,
+    "SNGM, decoupled decay": sngm_decoupled,
 }
+
+ABLATIONS = ("SNGM, constant rate", "SNGM, decoupled decay")
+"""Variations of SNGM that are compared with it alone, and are not among "all" methods."""
 
 
 def schedule(method: str, steps: int) -> Schedule:
     """Return the learning-rate schedule of a method for a training of `steps` steps."""
     warm_up = round(WARM_UP * steps) if method.endswith("warm-up") else 0
-    return Schedule(steps, warm_up)
+    return Schedule(steps, warm_up, 0.0 if method.endswith("constant rate") else DECAY_POWER)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import jinja2
 
-from study import config, pictures, results, tables
+from study import config, pictures, results, suggested, tables
+from study.rates import LearningRates
 from study.summary import Summary, epochs_to, summaries
 
 
@@ -24,6 +25,7 @@ class Report:
         found = {task: summaries(runs) for task, runs in self.runs.items()}
         self.tasks = {task: finished for task, finished in found.items() if finished}
         self.studies = {task: config.load(task) for task in self.tasks}
+        self.rates = LearningRates(self.tasks, suggested.read(folder / "suggestions.json"))
 
     def find(self, task: str, setting: str, batch_size: int, method: str) -> Summary:
         """Return the summary of a finished search.
@@ -116,6 +118,7 @@ class Report:
             spread=tables.spread,
             lead=tables.lead,
             epochs_to=epochs_to,
+            rates=self.rates,
         )
 
     def draw(self, folder: pathlib.Path) -> None:

@@ -12,7 +12,7 @@ from study.methods import METHODS
 from study.search import learning_rate
 from study.summary import Summary, groups_of
 
-COLORS = dict(zip(METHODS, plt.get_cmap("tab10").colors, strict=False))
+COLORS = dict(zip(METHODS, [*plt.get_cmap("tab10").colors, "black", "gold"], strict=True))
 
 
 def widest(summaries: Sequence[Summary]) -> dict[tuple[str, int], list[Summary]]:

@@ -3,11 +3,11 @@
 In the folder `examples`,
 
     python -m study.report                                              reports on your runs
-    python -m study.report --results ../docs/study --output ../docs     writes docs/study.md
+    python -m study.report --results ../docs/study --output ../docs     writes the pages in docs
 
 Files of runs may be compressed: mnist1d.jsonl or mnist1d.jsonl.gz. If the same folder has a
-template study.md.jinja, it is filled in with the numbers of the runs. Without a template the
-report is a table for each task.
+template study.md.jinja, it is filled in with the numbers of the runs, and so is
+learning_rate.md.jinja. Without a template the report is a table for each task.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from study.page import Report
 
-TEMPLATE = "study.md.jinja"
+PAGES = ("study.md", "learning_rate.md")
 USUAL = """\
 {% for task in tasks %}
 ## {{ task }}
@@ -47,16 +47,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     report = Report(arguments.results)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    template = arguments.results / TEMPLATE
     folder = os.path.relpath(arguments.results.resolve(), arguments.output.resolve())
-    text = report.fill(
-        template.read_text() if template.exists() else USUAL, pathlib.Path(folder).as_posix()
-    )
-    page = arguments.output / "study.md"
-    page.write_text(text)
+    templates = {name: arguments.results / f"{name}.jinja" for name in PAGES}
+    found = {name: path.read_text() for name, path in templates.items() if path.exists()}
+    for name, template in (found or {PAGES[0]: USUAL}).items():
+        text = report.fill(template, pathlib.Path(folder).as_posix())
+        page = arguments.output / name
+        page.write_text(text)
+        print(f"{text}\nWrote {page}")
     report.draw(arguments.results)
-    print(text)
-    print(f"Wrote {page} and pictures in {arguments.results}")
+    print(f"Wrote pictures in {arguments.results}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Statistics of the runs of a study."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,6 +11,9 @@ import scipy.stats
 from study import results
 from study.results import Run
 from study.search import best_rate, learning_rate
+
+SNGM = "SNGM"
+"""The name of the method that all others are compared with."""
 
 
 class Summary(NamedTuple):
@@ -44,6 +48,16 @@ class Summary(NamedTuple):
     def best_score(self) -> float:
         """Return the mean validation score in percent at the best learning rate."""
         return self.tuning[self.best]
+
+    def score_at(self, rate: float) -> float:
+        """Return the mean validation score in percent at a learning rate.
+
+        It is interpolated between the rates that were tried, on a logarithmic scale. Beyond them
+        it is the score of the last one.
+        """
+        exponents = sorted(self.tuning)
+        scores = [self.tuning[k] for k in exponents]
+        return float(np.interp(2.0 * math.log2(rate), exponents, scores))
 
     @property
     def test(self) -> list[float]:

@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 
 from study.methods import METHODS
-from study.summary import Summary, difference, epochs_to, groups_of, target_of
-
-REFERENCE = "SNGM"
+from study.summary import SNGM, Summary, difference, epochs_to, groups_of, target_of
 
 
 def spread(each: Summary) -> str:
@@ -20,7 +18,7 @@ def scores(summaries: Sequence[Summary], measure: str) -> str:
     """
     rows = []
     for (setting, batch_size), group in groups_of(summaries).items():
-        reference = next((each for each in group if each.method == REFERENCE), None)
+        reference = next((each for each in group if each.method == SNGM), None)
         target = target_of(group)
         for each in sorted(group, key=lambda each: -each.mean):
             epochs = epochs_to(each, target)
@@ -91,9 +89,9 @@ def pairs(summaries: Sequence[Summary]) -> list[tuple[Summary, Summary]]:
     groups = groups_of(summaries).values()
     by_method = [{each.method: each for each in group} for group in groups]
     return [
-        (found[REFERENCE], found["momentum SGD"])
+        (found[SNGM], found["momentum SGD"])
         for found in by_method
-        if {REFERENCE, "momentum SGD"} <= set(found)
+        if {SNGM, "momentum SGD"} <= set(found)
     ]
 
 

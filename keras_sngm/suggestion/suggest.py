@@ -155,9 +155,7 @@ def _search(
     while (exponent := search.next_exponent(_last(losses))) is not None:
         progress.expect(search.expected_rates(_last(losses)))
         rate = search.rate_of(exponent, start)
-        ends = EndLosses(
-            progress.updates, trials.steps(1), trials.reset_metrics, progress.advance
-        )
+        ends = EndLosses(progress.updates, trials.steps(1), trials.reset_metrics, progress.advance)
         trials.train(rate, data, callbacks=[ends], class_weight=class_weight)
         if not trials.has_stepped():
             raise ValueError(

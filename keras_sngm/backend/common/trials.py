@@ -19,8 +19,9 @@ class Trials:
     """Context in which a model is trained any number of times from the state it has now.
 
     At the end of the context, also after an exception, all is as it was before, to the bit:
-    weights, batch statistics and seeds of the model, its attributes, the state of the optimizer,
-    its learning rate and the global random states. Metrics that did not exist before are reset.
+    weights, batch statistics and seeds of the model, its attributes, the state of the optimizer
+    and of others that the model has as attributes, their learning rates and the global random
+    states. Metrics that did not exist before are reset.
     A model or an optimizer that was not built is built then. State is kept in the memory of the
     host meanwhile.
 
@@ -33,12 +34,14 @@ class Trials:
         optimizer: the optimizer that updates the model's variables, without those that wrap it.
 
     Raises:
-        ValueError: if the model has no Keras optimizer, or several.
+        ValueError: if the model is not compiled with one Keras optimizer, or has another one as an
+            attribute that is not built.
     """
 
     def __init__(self, model: keras.Model) -> None:
         self._model = model
         self.optimizer = _only_optimizer(model)
+        self._others = _other_optimizers(model)
         self._undo = contextlib.ExitStack()
         self._values: list[tuple[keras.Variable, Any]] = []
         self._set_random_state: Callable[[], None] = lambda: None
@@ -61,12 +64,16 @@ class Trials:
         Raises:
             ValueError: if the model cannot be built from the data.
         """
+        # Keras' `fit` reads a batch, and so draws an order of samples, to build these.
+        for compiled in (self._model._compile_loss, self._model._compile_metrics):
+            if compiled is not None and not compiled.built:
+                self._undo.callback(_set_attributes, compiled, dict(vars(compiled)))
         with self._scope():
             _build(self._model, batch)
         variables = self._variables()
         self._values = [(variable, self._saved(variable)) for variable in variables]
         self._undo.callback(self._restore, {id(variable) for variable in variables})
-        for keeper in (self._model, self.optimizer):
+        for keeper in (self._model, self.optimizer, *self._others):
             self._undo.callback(_set_attributes, keeper, dict(vars(keeper)))
         with self._scope():
             self._rate = self.optimizer.add_variable((), dtype="float32", name="trial_rate")
@@ -112,11 +119,12 @@ class Trials:
         return list(values)
 
     def _variables(self) -> list[keras.Variable]:
-        """Return all variables of the model, its metrics and its optimizer, each once."""
+        """Return all variables of the model, its metrics and its optimizers, each once."""
         variables = [
             *self._model.variables,
             *self._model.metrics_variables,
             *self._model.optimizer.variables,
+            *(variable for optimizer in self._others for variable in optimizer.variables),
         ]
         return list({id(variable): variable for variable in variables}.values())
 
@@ -227,6 +235,26 @@ def _only_optimizer(model: keras.Model) -> Any:
             f"Received: model.optimizer={optimizer}"
         )
     return optimizers[0]
+
+
+def _other_optimizers(model: keras.Model) -> list[Any]:
+    """Return the optimizers that a model has as attributes besides the one it is compiled with.
+
+    Raises:
+        ValueError: if one of them is not built, so that its state cannot be saved.
+    """
+    others = {
+        name: value
+        for name, value in vars(model).items()
+        if isinstance(value, keras.optimizers.Optimizer) and value is not model.optimizer
+    }
+    for name, optimizer in others.items():
+        if not optimizer.built:
+            raise ValueError(
+                f"`model.{name}` must be built: call `model.{name}.build(variables)` with the "
+                f"variables that it updates. Received: model.{name}={optimizer}, not built"
+            )
+    return list(others.values())
 
 
 def _build(model: keras.Model, batch: Any) -> None:
