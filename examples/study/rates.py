@@ -199,7 +199,9 @@ class LearningRates:
         """Return SNGM and a variation of it at every setting where both were run."""
         assert method in ABLATIONS
         found = {(one.setting, one.batch_size, one.method): one for one in self.ablations}
-        return [(found[*place, SNGM], found[*place, method]) for place in self.ablation_places()]
+        return [
+            (found[(*place, SNGM)], found[(*place, method)]) for place in self.ablation_places()
+        ]
 
     @cached_property
     def _pairs(self) -> list[tuple[Suggested, Row]]:

@@ -7,8 +7,8 @@ or not. Its `recorders` are one for each optimizer that updates variables, sever
 `MultiOptimizer`. Its method `detach` ends that, and so does another one with other `fit_params`:
 the `fit` before was interrupted. `is_current(model)` is false once the model is compiled anew.
 
-`BackendTrials(model)` is a context in which a compiled model can be trained any number of times from
-the state it has. At the end all is as it was before.
+`BackendTrials(model)` is a context in which a compiled model can be trained any number of times
+from the state it has. At the end all is as it was before.
 """
 
 from typing import Any

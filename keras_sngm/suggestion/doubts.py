@@ -66,7 +66,7 @@ def doubts_of_model(
     if slow:
         doubts.append(
             f"The batch statistics of {_shortened(slow)} lag behind the weights, which the "
-            f"training loss does not show. `BatchNormalization(momentum={FAST_STATISTICS})` is safe."
+            f"training loss does not show. Set `BatchNormalization(momentum={FAST_STATISTICS})`."
         )
     tables = [
         variable

@@ -47,9 +47,9 @@ class EndLosses(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Reset the metrics, which are means since then, where a group begins."""
-        if batch % self._micro_batches == 0 and batch > 0:
-            if self._is_boundary(batch // self._micro_batches):
-                self._reset_metrics()
+        updates, left = divmod(batch, self._micro_batches)
+        if updates and not left and self._is_boundary(updates):
+            self._reset_metrics()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Take the loss where a group ends, and advance the progress bar."""

@@ -221,7 +221,9 @@ def _start_for(optimizer: keras.optimizers.Optimizer, updates_per_epoch: float) 
     """
     if isinstance(optimizer, SNGM):
         return typical_learning_rate(updates_per_epoch)
-    rate = float(keras.ops.convert_to_numpy(optimizer.learning_rate))
+    present = optimizer.learning_rate
+    is_variable = isinstance(present, keras.Variable)
+    rate = float(present.numpy() if is_variable else keras.ops.convert_to_numpy(present))
     if not 0.0 < rate < math.inf:
         raise ValueError(
             "`start` must be given where the optimizer's learning rate is not positive. "

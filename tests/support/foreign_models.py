@@ -119,6 +119,13 @@ def gan(optimizer: Optimizer) -> keras.Model:
     return model
 
 
+def build_optimizers(gan: GAN) -> None:
+    """Build both optimizers of a GAN, as its training step would."""
+    gan(X[:1])
+    gan.optimizer.build(gan.generator.trainable_variables)
+    gan.other.build(gan.discriminator.trainable_variables)
+
+
 def compiled(model: keras.Model, optimizer: Optimizer) -> keras.Model:
     model.compile(optimizer, loss="mse")
     return model

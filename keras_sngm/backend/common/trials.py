@@ -34,8 +34,8 @@ class Trials:
         optimizer: the optimizer that updates the model's variables, without those that wrap it.
 
     Raises:
-        ValueError: if the model is not compiled with one Keras optimizer, or has another one as an
-            attribute that is not built.
+        ValueError: if the model is not compiled with one Keras optimizer, or if it has others as
+            attributes and one of them all is not built.
     """
 
     def __init__(self, model: keras.Model) -> None:
@@ -79,7 +79,7 @@ class Trials:
             self._rate = self.optimizer.add_variable((), dtype="float32", name="trial_rate")
         self._undo.callback(self.optimizer._untrack_variable, self._rate)
         self.optimizer._learning_rate = Decay(
-            self._rate, int(self.optimizer._iterations), self.steps(updates)
+            self._rate, int(self.optimizer._iterations.numpy()), self.steps(updates)
         )
         # The function that the model was trained with before reads another learning rate.
         self._model.train_function = None
@@ -241,18 +241,20 @@ def _other_optimizers(model: keras.Model) -> list[Any]:
     """Return the optimizers that a model has as attributes besides the one it is compiled with.
 
     Raises:
-        ValueError: if one of them is not built, so that its state cannot be saved.
+        ValueError: if there are any, and one of all is not built, so that it has no state to save.
     """
     others = {
         name: value
         for name, value in vars(model).items()
         if isinstance(value, keras.optimizers.Optimizer) and value is not model.optimizer
     }
-    for name, optimizer in others.items():
+    # Which variables each of several optimizers updates is known to the training step alone.
+    for name, optimizer in {"optimizer": model.optimizer, **others}.items() if others else ():
         if not optimizer.built:
             raise ValueError(
-                f"`model.{name}` must be built: call `model.{name}.build(variables)` with the "
-                f"variables that it updates. Received: model.{name}={optimizer}, not built"
+                "A model with several optimizers must have built them: call "
+                f"`model.{name}.build(variables)` with the variables that it updates. "
+                f"Received: model.{name}={optimizer}, not built"
             )
     return list(others.values())
 
