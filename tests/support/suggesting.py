@@ -21,8 +21,8 @@ X = np.random.default_rng(0).standard_normal((48, 6)).astype("float32")
 Y = np.tanh(X.sum(axis=1, keepdims=True))
 
 
-def scope_of(devices):
-    """Return a context in which models are trained on some CPUs, on TensorFlow or JAX."""
+def place_on(devices):
+    """Return a function that opens the scope for models on some CPUs, on TensorFlow or JAX."""
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
@@ -31,24 +31,24 @@ def scope_of(devices):
             cpu, [tf.config.LogicalDeviceConfiguration()] * devices
         )
         names = [f"CPU:{i}" for i in range(devices)]
-        return tf.distribute.MirroredStrategy(names).scope() if devices > 1 else None
+        return tf.distribute.MirroredStrategy(names).scope
     if devices > 1:
         keras.distribution.set_distribution(keras.distribution.DataParallel())
-    return None
+    return contextlib.nullcontext
 
 
 def new_model(scope, normalized):
     """Return a compiled model, always with the same weights.
 
     Args:
-        scope: the scope of a strategy, or `None`.
+        scope: opens the scope for the model.
         normalized: whether it has batch normalization and dropout, which depend on the replica.
     """
     keras.utils.set_random_seed(0)
     layers = [keras.Input((6,)), keras.layers.Dense(8, activation="tanh")]
     if normalized:
         layers += [keras.layers.BatchNormalization(momentum=0.9), keras.layers.Dropout(0.2)]
-    with scope or contextlib.nullcontext():
+    with scope():
         model = keras.Sequential([*layers, keras.layers.Dense(1)])
         model.compile(SNGM(0.1, gradient_accumulation_steps=2), loss="mse")
     return model
@@ -97,7 +97,7 @@ def check_no_trace(scope):
 
 
 def main(devices):
-    scope = scope_of(devices)
+    scope = place_on(devices)
     suggestion = suggested(new_model(scope, normalized=False))
     check_no_trace(scope)
     print(json.dumps([suggestion.learning_rate, list(suggestion.losses.items())]))
