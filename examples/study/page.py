@@ -60,17 +60,9 @@ class Report:
         found = [each for task in dict.fromkeys(c[0] for c in columns) for each in self.tasks[task]]
         return tables.matrix(found, [column[1:] for column in columns])
 
-    def conversions(self, task: str) -> str:
-        """Return the table that relates SNGM's best learning rates to momentum SGD's."""
-        return tables.conversions(self.tasks[task])
-
     def conversion_factors(self) -> list[float]:
-        """Return the last column of the tables that `conversions` makes of all tasks."""
+        """Return SNGM's best rate / the length of momentum SGD's best steps, for all settings."""
         return [tables.conversion(*pair) for pair in self._pairs()]
-
-    def sngm_rates(self) -> list[float]:
-        """Return SNGM's best learning rates in the tables that `conversions` makes of all tasks."""
-        return [sngm.learning_rate for sngm, _ in self._pairs()]
 
     def growth(self, task: str, setting: str, sizes: tuple[int, int], method: str) -> float:
         """Return the g for which a method's best learning rate grows as (batch size)^g.
@@ -109,12 +101,9 @@ class Report:
             scores=self.scores,
             matrix=self.matrix,
             joined=self.joined,
-            conversions=self.conversions,
             conversion_factors=self.conversion_factors,
-            sngm_rates=self.sngm_rates,
             growth=self.growth,
             median=statistics.median,
-            median_low=statistics.median_low,
             spread=tables.spread,
             lead=tables.lead,
             epochs_to=epochs_to,

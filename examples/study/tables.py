@@ -64,26 +64,6 @@ def matrix(summaries: Sequence[Summary], columns: Sequence[tuple[str, int]]) -> 
     )
 
 
-def conversions(summaries: Sequence[Summary]) -> str:
-    """Return a table that relates the best learning rates of SNGM and momentum SGD."""
-    head = ["setting", "batch", "rate of SGD", "× norm", "= product", "rate of SNGM", "/ product"]
-    return markdown(
-        head,
-        [
-            [
-                sngm.setting,
-                f"{sngm.batch_size:,}",
-                f"{sgd.learning_rate:.2g}",
-                f"{sgd.typical_norm:.2g}",
-                f"{sgd.learning_rate * sgd.typical_norm:.2g}",
-                f"{sngm.learning_rate:.2g}",
-                f"{conversion(sngm, sgd):.1f}",
-            ]
-            for sngm, sgd in pairs(summaries)
-        ],
-    )
-
-
 def pairs(summaries: Sequence[Summary]) -> list[tuple[Summary, Summary]]:
     """Return SNGM and momentum SGD at every setting and batch size at which both were run."""
     groups = groups_of(summaries).values()

@@ -55,6 +55,16 @@ def best_exponent(losses: Mapping[int, float]) -> int:
     return min(losses, key=lambda k: (losses[k], k))
 
 
+def suggested_rate(losses: Mapping[int, float], start: float) -> float:
+    """Return the rate of the least loss, divided by the square root of 2.
+
+    Args:
+        losses: the loss of each exponent that was tried.
+        start: the learning rate of the exponent 0.
+    """
+    return rate_of(best_exponent(losses) - 1, start)
+
+
 def _bracket(losses: Mapping[int, float]) -> list[int]:
     """Return the untried exponents among the best rate and those a factor of 2 above and below."""
     best = _best_of_bracket(losses)

@@ -156,7 +156,8 @@ def _search(
         progress.expect(search.expected_rates(_last(losses)))
         rate = search.rate_of(exponent, start)
         ends = EndLosses(progress.updates, trials.steps(1), trials.reset_metrics, progress.advance)
-        trials.train(rate, data, callbacks=[ends], class_weight=class_weight)
+        steps = trials.steps(progress.updates)
+        trials.train(rate, data, steps_per_epoch=steps, callbacks=[ends], class_weight=class_weight)
         if not trials.has_stepped():
             raise ValueError(
                 "`model` must be trained by the optimizer that it is compiled with. "
@@ -185,7 +186,7 @@ def _suggestion(
             f"{rates[-1]:.3g}. Pass a `start` that is far from these."
         )
     return LearningRateSuggestion(
-        learning_rate=search.rate_of(best - 1, start),
+        learning_rate=search.suggested_rate(last, start),
         start=start,
         losses={search.rate_of(k, start): last[k] for k in sorted(last)},
         updates=updates,

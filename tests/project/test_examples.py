@@ -57,6 +57,18 @@ def test_the_main_job_from_the_command_line(tmp_path):
         assert 0 <= run["test_accuracy"] <= 1
 
 
+def test_suggested_rates_beside_tuned_ones(tmp_path):
+    """With `--suggest` all seeds of a method train at the rate that was suggested for it."""
+    command = (SCRIPT, "--quick", "--suggest", "--seeds", 2, "--output", tmp_path)
+    printed = run_python(*command)
+    runs = saved_runs(tmp_path / "compare.json")
+    rates = [run["learning_rate"] for run in runs]
+    assert rates[::2] == rates[1::2]
+    assert "suggested, 0.5 tuned" in printed
+    assert printed.count(" tuned") == 4
+    assert f"learning rate {rates[0]:.3g} suggested" in printed
+
+
 def test_quick_runs_of_methods_differ_only_in_the_optimizer(tmp_path):
     """Runs with the same seed and batches start at the same gradient, whatever the method."""
     arguments = ["--quick", "--epochs", "1", "--batch-size", "400", "--small-batch-size", "400"]

@@ -32,7 +32,25 @@ OF_KERAS = {
     "_untrack_variable": "On JAX a recorder stays in the state of the optimizer for ever.",
     "_trainable_variables": "The variables the optimizer was built with are not found.",
 }
+OF_MODEL = {
+    "_compile_loss": "After a suggestion the next `fit` reads its first batch once less.",
+    "_compile_metrics": "After a suggestion the next `fit` reads its first batch once less.",
+    "_flatten_layers": "A suggestion does not know the layers inside of others.",
+    "_symbolic_build": "A suggestion cannot build a model from data.",
+    "jax_state_sync": "On JAX a suggestion cannot reset metrics in the middle of an epoch.",
+    "steps_per_execution": "A suggestion cannot take steps one by one.",
+    "train_function": "A suggestion is trained at the learning rate of the last `fit`.",
+}
 IMPORTED = {
+    ("keras.src.backend.common.global_state", "get_global_attribute"): (
+        "A suggestion does not set back Keras' global generator of seeds."
+    ),
+    ("keras.src.backend.common.global_state", "set_global_attribute"): (
+        "A suggestion does not set back Keras' global generator of seeds."
+    ),
+    ("tensorflow.python.ops", "stateful_random_ops"): (
+        "A suggestion does not set back TensorFlow's global generator."
+    ),
     ("keras.src.backend.common.stateless_scope", "in_stateless_scope"): (
         "On PyTorch `stateless_apply` changes the variables."
     ),
@@ -95,6 +113,24 @@ def built_optimizer():
 @pytest.mark.parametrize("name, broken", OF_KERAS.items())
 def test_keras_still_has(name, broken):
     assert hasattr(built_optimizer(), name), broken
+
+
+@pytest.mark.parametrize("name, broken", OF_MODEL.items())
+def test_a_model_still_has(name, broken):
+    from keras.src.backend.jax.trainer import JAXTrainer
+
+    model = keras.Sequential([keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    assert hasattr(model, name) or hasattr(JAXTrainer, name), broken
+
+
+def test_the_context_still_has_its_generator_of_seeds():
+    from tensorflow.python.eager import context
+
+    tf.random.set_seed(0)
+    assert hasattr(context.context(), "_rng"), (
+        "A suggestion does not set back the seeds of operations without one."
+    )
 
 
 @pytest.mark.parametrize("module, name, broken", [(*k, v) for k, v in IMPORTED.items()])

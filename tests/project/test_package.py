@@ -33,7 +33,13 @@ BACKENDS = {f"keras_sngm.backend.{name}" for name in ("tensorflow", "jax", "torc
 # The modules of each part of the package may import those of the same part and of the parts that
 # are listed here. Imports between parts go one way, and no backend imports another.
 ARROWS = {
-    "keras_sngm": {"keras_sngm.monitoring", "keras_sngm.sngm", "keras_sngm.version"},
+    "keras_sngm": {
+        *(f"keras_sngm.{name}" for name in ("learning_rate", "monitoring", "sngm", "suggestion")),
+        "keras_sngm.version",
+    },
+    "keras_sngm.suggestion": {
+        *(f"keras_sngm.{name}" for name in ("backend", "learning_rate", "sngm")),
+    },
     "keras_sngm.sngm": {"keras_sngm.backend", "keras_sngm.update_rule", "keras_sngm.weight_decay"},
     "keras_sngm.monitoring": {"keras_sngm.backend", "keras_sngm.measurements"},
     "keras_sngm.backend": {*BACKENDS, "keras_sngm.measurements"},
@@ -41,8 +47,10 @@ ARROWS = {
     **{backend: {"keras_sngm.backend.common", *ARITHMETIC} for backend in BACKENDS},
     "keras_sngm.normalization": {"keras_sngm.update_rule"},
     "keras_sngm.noise_scale": {"keras_sngm.update_rule"},
-    **{f"keras_sngm.{name}": set() for name in ("update_rule", "measurements", "version")},
-    "keras_sngm.weight_decay": set(),
+    **{
+        f"keras_sngm.{name}": set()
+        for name in ("learning_rate", "measurements", "update_rule", "version", "weight_decay")
+    },
     # Pickles of earlier versions name these modules.
     "keras_sngm.callbacks": {"keras_sngm.monitoring"},
     "keras_sngm.outputs": {"keras_sngm.monitoring"},
@@ -62,6 +70,7 @@ PROGRAMS = {
     "examples/multi_worker_jax.py": ("jax",),
     "examples/study/__main__.py": ("tensorflow", "--task", "mnist1d"),
     "examples/study/report.py": (None,),
+    "examples/study/suggestions.py": ("tensorflow",),
 }
 
 

@@ -130,7 +130,11 @@ def test_seeds_of_tuning_are_not_those_that_are_reported():
 def test_every_study_compares_every_method(task):
     study = config.load(task)
     compared = {each.method for each in study.searches}
-    assert compared == set(methods.METHODS)
+    variations = set(methods.ABLATIONS)
+    if task == "ablations":
+        assert compared == {"SNGM", *variations}
+    else:
+        assert compared == set(methods.METHODS) - variations
     assert len({results.key_of(each) for each in study.searches}) == len(study.searches)
     quick = config.load(task, quick=True)
     assert {each.method for each in quick.searches} == compared
@@ -451,7 +455,6 @@ def test_a_report_of_a_study_that_has_only_begun(tmp_path):
     report = Report(tmp_path)
     assert "| LAMB |" in report.scores("mnist1d")
     assert "AdamW" not in report.scores("mnist1d")
-    assert report.conversions("mnist1d").count("\n") == 1
     report.draw(tmp_path)
     assert (tmp_path / "mnist1d_batch_sizes.png").exists()
     assert not (tmp_path / "text_scores.png").exists()
@@ -461,7 +464,6 @@ def test_conversions_relate_rates_by_the_norm():
     sngm, sgd = summaries_of(**{"SNGM": [0.5, 0.6, 0.7], "momentum SGD": [0.5, 0.6, 0.7]})
     assert sgd.typical_norm == 1.0
     assert tables.conversion(sngm, sgd) == pytest.approx(1.0)
-    assert tables.conversions([sngm, sgd]).endswith("| four | 4 | 1 | 1 | 1 | 1 | 1.0 |")
 
 
 def test_growth_of_the_best_rate_with_the_batch_size(tmp_path):

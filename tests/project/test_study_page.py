@@ -7,9 +7,10 @@ import pytest
 from processes import ROOT
 from study import config, pictures, results, search
 from study.page import Report
+from study.report import PAGES
 
 FOLDER = ROOT / "docs" / "study"
-TASKS = ["mnist1d", "images", "text", "clicks"]
+TASKS = ["mnist1d", "images", "text", "clicks", "ablations"]
 # The digits of these names are not results.
 NAMES = r"MNIST-1D|1-D|ResNet-\d+|CIFAR-10|MovieLens \dM|Keras 3|[βη√]\S*"
 
@@ -36,9 +37,10 @@ def test_every_run_of_every_search_is_there(task):
     assert len(set(keys)) == len(keys)
 
 
-def test_the_page_is_filled_in_from_the_runs(report):
-    template = (FOLDER / "study.md.jinja").read_text()
-    assert (ROOT / "docs" / "study.md").read_text() == report.fill(template, "study")
+@pytest.mark.parametrize("name", PAGES)
+def test_the_pages_are_filled_in_from_the_runs(report, name):
+    template = (FOLDER / f"{name}.jinja").read_text()
+    assert (ROOT / "docs" / name).read_text() == report.fill(template, "study")
 
 
 def test_the_table_of_the_readme_comes_from_the_runs(report):
@@ -47,7 +49,7 @@ def test_the_table_of_the_readme_comes_from_the_runs(report):
     assert table.strip() in (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["study.md.jinja", "readme.md.jinja"])
+@pytest.mark.parametrize("name", [*(f"{page}.jinja" for page in PAGES), "readme.md.jinja"])
 def test_no_number_is_written_by_hand(name):
     template = (FOLDER / name).read_text()
     text = re.sub(r"\{\{.*?\}\}|\{%.*?%\}", "", template, flags=re.DOTALL)

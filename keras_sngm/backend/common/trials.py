@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras.src.backend.common import global_state
+from keras.src.backend.common.global_state import get_global_attribute, set_global_attribute
 
 from keras_sngm.backend.common.watch import updating_optimizers
 
@@ -70,7 +70,7 @@ class Trials:
                 self._undo.callback(_set_attributes, compiled, dict(vars(compiled)))
         with self._scope():
             _build(self._model, batch)
-        variables = self._variables()
+        variables = self._all_variables()
         self._values = [(variable, self._saved(variable)) for variable in variables]
         self._undo.callback(self._restore, {id(variable) for variable in variables})
         for keeper in (self._model, self.optimizer, *self._others):
@@ -118,7 +118,7 @@ class Trials:
         """
         return list(values)
 
-    def _variables(self) -> list[keras.Variable]:
+    def _all_variables(self) -> list[keras.Variable]:
         """Return all variables of the model, its metrics and its optimizers, each once."""
         variables = [
             *self._model.variables,
@@ -161,14 +161,14 @@ class Trials:
     def _keras_random_state(self) -> Callable[[], None]:
         """Return a function that sets the seed of Keras' global generator to what it is now."""
         name = "global_seed_generator"
-        generator = global_state.get_global_attribute(name)
+        generator = get_global_attribute(name)
         value = None if generator is None else self._saved(generator.state)
 
         def set_back() -> None:
             """Set the seed, or remove a generator that did not exist."""
             if generator is not None:
                 self._load(generator.state, value)
-            global_state.set_global_attribute(name, generator)
+            set_global_attribute(name, generator)
 
         return set_back
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
-from tensorflow.python.eager import context
+from tensorflow.python.eager.context import context
 from tensorflow.python.ops import stateful_random_ops
 
 from keras_sngm.backend.common import trials
@@ -43,7 +43,7 @@ class BackendTrials(trials.Trials):
         They are those from which operations without a seed get theirs, and
         `tf.random.get_global_generator()` if there is one.
         """
-        seeds = getattr(context.context(), "_rng", None)
+        seeds = getattr(context(), "_rng", None)
         state = None if seeds is None else seeds.getstate()
         generator = stateful_random_ops.global_generator
         value = None if generator is None else generator.state.numpy()
