@@ -14,6 +14,7 @@ from typing import Any
 import keras
 
 from keras_sngm.backend import Attachment
+from keras_sngm.checks import check_count
 from keras_sngm.measurements import Plan
 from keras_sngm.monitoring.outputs import (
     claim_file,
@@ -167,12 +168,12 @@ class GradientNormLogger(keras.callbacks.Callback):
         append: bool = False,
     ) -> None:
         super().__init__()
-        _check_count("log_every", log_every)
+        check_count("log_every", log_every)
         check_per_variable(per_variable)
         _check_boolean("update_ratio", update_ratio)
         _check_boolean("append", append)
         if histogram_every is not None:
-            _check_count("histogram_every", histogram_every)
+            check_count("histogram_every", histogram_every)
             if log_dir is None:
                 raise ValueError(
                     "`histogram_every` needs `log_dir`, where histograms are written to. "
@@ -435,12 +436,6 @@ def _check_boolean(name: str, value: Any) -> None:
     """Raise a `ValueError` if an argument is not a boolean."""
     if not isinstance(value, bool):
         raise ValueError(f"`{name}` must be a boolean. Received: {name}={value}")
-
-
-def _check_count(name: str, value: Any) -> None:
-    """Raise a `ValueError` if an argument is not an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be an integer >= 1. Received: {name}={value}")
 
 
 def _latest_norm(recorders: list[Any]) -> Any:

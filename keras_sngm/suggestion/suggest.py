@@ -7,6 +7,7 @@ from typing import Any
 import keras
 
 from keras_sngm.backend import BackendTrials
+from keras_sngm.checks import check_count
 from keras_sngm.learning_rate import typical_learning_rate
 from keras_sngm.sngm import SNGM
 from keras_sngm.suggestion import search
@@ -114,7 +115,10 @@ def suggest_learning_rate(
     >>> suggestion.learning_rate in suggestion.losses
     False
     """
-    _check_counts(batch_size=batch_size, epochs=epochs, steps_per_epoch=steps_per_epoch)
+    check_count("epochs", epochs)
+    for name, value in {"batch_size": batch_size, "steps_per_epoch": steps_per_epoch}.items():
+        if value is not None:
+            check_count(name, value)
     if start is not None and not 0.0 < start < math.inf:
         raise ValueError(f"`start` must be a positive finite number. Received: start={start}")
     source = Source(x, y, sample_weight, batch_size, steps_per_epoch, shuffle, seed)
@@ -236,12 +240,3 @@ def _start_for(optimizer: keras.optimizers.Optimizer, updates_per_epoch: float) 
 def _first(data: Any) -> Any:
     """Return the first batch of a dataset."""
     return data[0] if isinstance(data, keras.utils.PyDataset) else next(iter(data))
-
-
-def _check_counts(**counts: Any) -> None:
-    """Raise a `ValueError` if an argument is neither `None` nor an integer of at least 1."""
-    for name, value in counts.items():
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, int) or value < 1
-        ):
-            raise ValueError(f"`{name}` must be an integer >= 1. Received: {name}={value}")

@@ -30,6 +30,7 @@ ARITHMETIC = {
     f"keras_sngm.{name}" for name in ("update_rule", "normalization", "noise_scale", "measurements")
 }
 BACKENDS = {f"keras_sngm.backend.{name}" for name in ("tensorflow", "jax", "torch")}
+INDEPENDENT = ("checks", "learning_rate", "measurements", "update_rule", "version", "weight_decay")
 # The modules of each part of the package may import those of the same part and of the parts that
 # are listed here. Imports between parts go one way, and no backend imports another.
 ARROWS = {
@@ -38,19 +39,18 @@ ARROWS = {
         "keras_sngm.version",
     },
     "keras_sngm.suggestion": {
-        *(f"keras_sngm.{name}" for name in ("backend", "learning_rate", "sngm")),
+        f"keras_sngm.{name}" for name in ("backend", "checks", "learning_rate", "sngm")
     },
     "keras_sngm.sngm": {"keras_sngm.backend", "keras_sngm.update_rule", "keras_sngm.weight_decay"},
-    "keras_sngm.monitoring": {"keras_sngm.backend", "keras_sngm.measurements"},
+    "keras_sngm.monitoring": {
+        f"keras_sngm.{name}" for name in ("backend", "checks", "measurements")
+    },
     "keras_sngm.backend": {*BACKENDS, "keras_sngm.measurements"},
     "keras_sngm.backend.common": ARITHMETIC,
     **{backend: {"keras_sngm.backend.common", *ARITHMETIC} for backend in BACKENDS},
     "keras_sngm.normalization": {"keras_sngm.update_rule"},
     "keras_sngm.noise_scale": {"keras_sngm.update_rule"},
-    **{
-        f"keras_sngm.{name}": set()
-        for name in ("learning_rate", "measurements", "update_rule", "version", "weight_decay")
-    },
+    **{f"keras_sngm.{name}": set() for name in INDEPENDENT},
     # Pickles of earlier versions name these modules.
     "keras_sngm.callbacks": {"keras_sngm.monitoring"},
     "keras_sngm.outputs": {"keras_sngm.monitoring"},
