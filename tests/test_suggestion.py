@@ -237,6 +237,69 @@ def test_a_trial_is_the_training_that_it_stands_for():
     assert suggestion.losses[rate] == pytest.approx(np.mean(losses[-5:]), rel=1e-4)
 
 
+class Stateful(keras.Model):
+    """A model whose state is where Keras does not list it, or in attributes of its layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = keras.layers.Dense(3)
+        self.head = keras.layers.Dense(1)
+        self.kept = {"calls": [keras.Variable(0.0, trainable=False)]}
+
+    def call(self, inputs):
+        (calls,) = self.kept["calls"]
+        calls.assign_add(1.0)
+        return self.head(self.dense(inputs)) * (1.0 + 0.1 / calls)
+
+
+def stateful():
+    model = Stateful()
+    model.compile(SNGM(), loss="mse")
+    return model
+
+
+def recurrent():
+    layers = [keras.layers.LSTM(3, stateful=True), keras.layers.Dense(1)]
+    model = keras.Sequential([keras.Input((3, 2), batch_size=BATCH), *layers])
+    model.compile(SNGM(), loss="mse")
+    return model
+
+
+def resumed():
+    """Return a model as `BackupAndRestore` leaves it."""
+    model = sequential_without_statistics(SNGM())
+    model._initial_epoch = 1
+    return model
+
+
+STATEFUL = {"variables in containers": (stateful, X), "resumed": (resumed, X)}
+# On PyTorch Keras cannot train recurrent layers that are stateful.
+if BACKEND != "torch":
+    STATEFUL["states of recurrent layers"] = (recurrent, X.reshape(-1, 3, 2))
+
+
+@pytest.mark.parametrize("kind", STATEFUL)
+def test_state_that_keras_does_not_list(kind):
+    make, x = STATEFUL[kind]
+    results = []
+    for ask in (False, True):
+        keras.utils.set_random_seed(3)
+        model = make()
+        if ask:
+            suggested(model, x, shuffle=False)
+        losses = model.fit(x, Y, BATCH, epochs=3, shuffle=False, verbose=0).history["loss"]
+        results.append([losses, random.random(), np.random.random()])
+    assert results[0] == results[1]
+
+
+class Holder:
+    """An object with random generators."""
+
+    def __init__(self):
+        self.python = random.Random(0)
+        self.seeds = keras.random.SeedGenerator(0)
+
+
 class Batches(keras.utils.PyDataset):
     """Dataset with the batches of `X` and `Y`, which draws from a random generator of its own."""
 
@@ -244,18 +307,23 @@ class Batches(keras.utils.PyDataset):
         super().__init__()
         self.generator = np.random.default_rng(0)
         self.legacy = np.random.RandomState(0)
-        self.python = random.Random(0)
+        self.held = {"by": [Holder()]}
 
     def __len__(self):
         return len(X) // BATCH
 
     def __getitem__(self, index):
-        self.generator.random(), self.legacy.random(), self.python.random(), random.random()
+        self.generator.random(), self.legacy.random_sample(), random.random()
+        self.held["by"][0].python.random()
+        keras.random.normal((), seed=self.held["by"][0].seeds)
         span = slice(index * BATCH, (index + 1) * BATCH)
         return X[span], Y[span]
 
     def drawn(self):
-        return [self.generator.random(), self.legacy.random_sample(), self.python.random()]
+        """Return what the generators draw next."""
+        (holder,) = self.held["by"]
+        numbers = [self.generator.random(), self.legacy.random_sample(), holder.python.random()]
+        return [*numbers, *keras.ops.convert_to_numpy(holder.seeds.state)]
 
 
 def tensorflow_dataset():
@@ -309,6 +377,43 @@ def test_inputs_of_all_structures_and_weights_of_samples():
     y = (Y > 0).astype("int32")
     by_class = [suggested(model, x, y, class_weight={0: 1.0, 1: w}).losses for w in (1.0, 3.0)]
     assert by_class[0] != by_class[1]
+
+
+def test_lists_and_inputs_that_are_left_out():
+    """Lists of inputs, targets and weights, some of them `None`, are as for `fit`."""
+    inputs = [keras.Input((3,)), keras.Input((3,))]
+    joined = keras.layers.Concatenate()(inputs)
+    model = keras.Model(inputs, [keras.layers.Dense(1)(joined), keras.layers.Dense(2)(joined)])
+    model.compile(SNGM(), loss=["mse", "mse"])
+    x, y = [X[:, :3], X[:, 3:]], [Y, X[:, :2]]
+    plain = suggested(model, x, y)
+    weights = [np.linspace(0.0, 1.0, len(X)), np.ones(len(X))]
+    assert suggested(model, x, y, sample_weight=weights).losses != plain.losses
+    model.compile(SNGM(), loss=["mse", None])
+    assert suggested(model, x, [Y, None]).losses != plain.losses
+
+
+def test_batches_in_memory_that_is_used_again():
+    class Reusing(Batches):
+        """Dataset that reads each batch into the same arrays."""
+
+        x, y = np.empty((BATCH, 6), "float32"), np.empty((BATCH, 1), "float32")
+
+        def __getitem__(self, index):
+            self.x[:], self.y[:] = super().__getitem__(index)
+            return self.x, self.y
+
+    keras.utils.set_random_seed(0)
+    model = sequential_without_statistics(SNGM())
+    expected = suggested(model, Batches(), None, batch_size=None)
+    assert suggested(model, Reusing(), None, batch_size=None) == expected
+
+
+def test_the_batch_size_of_a_given_number_of_steps():
+    """As in `fit`, arrays are divided into that number of batches."""
+    model = sequential_without_statistics(SNGM())
+    by_steps = suggested(model, batch_size=None, steps_per_epoch=len(X) // BATCH)
+    assert by_steps == suggested(model)
 
 
 def test_tables_of_pandas():
@@ -370,9 +475,10 @@ def test_the_search_ends_where_there_is_no_best_rate():
 
 def test_a_loss_that_is_not_finite_is_infinite():
     """Rates at which training fails count as worst, and are among the results."""
+    keras.utils.set_random_seed(0)
     model = sequential_without_statistics(keras.optimizers.SGD())
     model.compile(model.optimizer, loss=lambda y, p: keras.ops.exp((y - p) ** 2))
-    losses = suggested(model, start=0.5).losses
+    losses = suggested(model, start=0.1).losses
     assert math.inf in losses.values()
     assert math.isfinite(min(losses.values()))
     with pytest.raises(ValueError, match=r"not finite at any learning rate from 3.91e\+05 to"):
@@ -407,7 +513,7 @@ def test_no_doubts():
     model = sequential_without_statistics(SNGM())
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        suggestion = suggest_learning_rate(model, X, Y, len(X), 100, verbose=0)
+        suggestion = suggest_learning_rate(model, X, 9.0 * Y, len(X), 100, verbose=0)
     assert suggestion.doubts == []
     assert suggestion.updates == 100
     best = min(suggestion.losses, key=suggestion.losses.get)

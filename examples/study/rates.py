@@ -1,9 +1,11 @@
 """What the page on learning rates says: the formula, suggestions and what they cost."""
 
+import inspect
 import statistics
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
+import keras_sngm
 from keras_sngm.learning_rate import CONSTANT, EXPONENT
 from study import formula
 from study.formula import Law, Quality, Row
@@ -11,6 +13,9 @@ from study.methods import ABLATIONS
 from study.suggested import Suggested
 from study.summary import SNGM, Summary
 from study.tables import markdown
+
+CONSTANT_RATE = "SNGM, constant rate"
+"""The variation of SNGM that the package's default learning rate is for."""
 
 STALE = "batch norm of momentum 0.99"
 """End of the name of the setting whose batch statistics lag behind."""
@@ -35,6 +40,11 @@ class LearningRates:
     def law(self) -> Law:
         """Return the law of the package's formula."""
         return Law(CONSTANT, EXPONENT)
+
+    @property
+    def default(self) -> float:
+        """Return the package's default learning rate."""
+        return inspect.signature(keras_sngm.SNGM).parameters["learning_rate"].default
 
     @property
     def fitted(self) -> Law:
@@ -183,6 +193,14 @@ class LearningRates:
         """
         costs = [sngm.mean - other.mean for sngm, other in self._ablation_pairs(method)]
         return f"{min(costs):.1f} to {max(costs):.1f}"
+
+    def constant_cost(self, rate: float) -> float:
+        """Return what a constant rate costs beside the best constant rate.
+
+        It is in points of the validation score, the mean over all settings of the ablations.
+        """
+        constant = [one for one in self.ablations if one.method == CONSTANT_RATE]
+        return statistics.fmean(formula.row("", one, rate).cost for one in constant)
 
     def ratios_of(self, method: str) -> str:
         """Return the best rate of a variation divided by SNGM's, as a range.

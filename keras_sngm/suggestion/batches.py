@@ -8,7 +8,8 @@ The kinds of data that `fit` takes are in one file.
 import contextlib
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -16,13 +17,18 @@ import numpy as np
 
 DEFAULT_BATCH_SIZE = 32
 
+MOST_ELEMENTS = 100
+"""Number of elements of a container in which random generators of a dataset are looked for."""
+
 
 class ArrayBatches(keras.utils.PyDataset):
     """Dataset with the batches of arrays, in another order of samples in each epoch.
 
     Args:
         arrays: x, (x, y) or (x, y, weights of samples), each a nested structure of arrays.
-        batch_size: the number of samples in a batch; the last one of an epoch may have fewer.
+        batch_size: the number of samples in a batch, of which the last one of an epoch may have
+            fewer. `None` for as many as make `steps_per_epoch` batches, or else 32.
+        steps_per_epoch: the number of batches in an epoch, or `None`.
         shuffle: whether samples are in a random order.
         seed: decides the order.
 
@@ -34,14 +40,21 @@ class ArrayBatches(keras.utils.PyDataset):
         ValueError: if these are not arrays with the same number of samples.
     """
 
-    def __init__(self, arrays: Any, batch_size: int, shuffle: bool, seed: int) -> None:
+    def __init__(
+        self,
+        arrays: Any,
+        batch_size: int | None,
+        steps_per_epoch: int | None,
+        shuffle: bool,
+        seed: int,
+    ) -> None:
         super().__init__()
-        self._arrays = keras.tree.map_structure(_as_input, arrays)
+        self._arrays = _converted(_as_input, arrays)
         self._samples = _count_samples(self._arrays)
-        self._batch_size = batch_size
+        self._batch_size = batch_size or self._size_for(steps_per_epoch)
         self._shuffle = shuffle
         self._seed = seed
-        self.per_epoch = -(-self._samples // batch_size)
+        self.per_epoch = _quotient(self._samples, self._batch_size)
         self.steps = self.per_epoch
 
     def __len__(self) -> int:
@@ -54,7 +67,13 @@ class ArrayBatches(keras.utils.PyDataset):
         if self._shuffle:
             order = np.random.default_rng([self._seed, epoch]).permutation(self._samples)
         chosen = order[batch * self._batch_size : (batch + 1) * self._batch_size]
-        return keras.tree.map_structure(lambda array: array[chosen], self._arrays)
+        return _converted(lambda array: array[chosen], self._arrays)
+
+    def _size_for(self, steps_per_epoch: int | None) -> int:
+        """Return the batch size that `fit` takes where none is given."""
+        if steps_per_epoch is None:
+            return DEFAULT_BATCH_SIZE
+        return _quotient(self._samples, steps_per_epoch)
 
 
 class KeptBatches(keras.utils.PyDataset):
@@ -66,7 +85,8 @@ class KeptBatches(keras.utils.PyDataset):
 
     def __init__(self, batches: Iterable[Any]) -> None:
         super().__init__()
-        self._batches = [keras.tree.map_structure(_as_array, batch) for batch in batches]
+        # Data may be read into the same memory each time.
+        self._batches = [_converted(lambda value: _as_array(value).copy(), b) for b in batches]
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -115,7 +135,7 @@ class Source:
             )
         if not _is_dataset(x):
             arrays = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
-            self._arrays = ArrayBatches(arrays, batch_size or DEFAULT_BATCH_SIZE, shuffle, seed)
+            self._arrays = ArrayBatches(arrays, batch_size, steps_per_epoch, shuffle, seed)
         elif y is not None or sample_weight is not None:
             raise ValueError(
                 "`y` and `sample_weight` must be None where `x` is a dataset, which has them. "
@@ -169,7 +189,7 @@ class Source:
         if count is None:
             return list(range(steps))
         orders = []
-        for epoch in range(-(-steps // count)):
+        for epoch in range(_quotient(steps, count)):
             generator = np.random.default_rng([self._seed, epoch])
             orders += list(generator.permutation(count) if self._shuffle else range(count))
         return [int(i) for i in orders[:steps]]
@@ -179,19 +199,39 @@ class Source:
 def unchanged_generators(dataset: Any) -> Iterator[None]:
     """Return a context at whose end random generators of a dataset are in the state of before.
 
-    They are those that its attributes hold, and the attributes of its samplers.
+    They are all that can be reached by attributes and containers, such as those of its samplers.
 
     Args:
         dataset: any object.
     """
-    holders = [dataset, *(getattr(dataset, name, None) for name in ("sampler", "batch_sampler"))]
-    found = [value for one in holders for value in getattr(one, "__dict__", {}).values()]
-    restores = [restore for restore in map(_restore_of, found) if restore is not None]
+    restores = [restore for one in _reachable(dataset) if (restore := _restore_of(one)) is not None]
     try:
         yield
     finally:
         for restore in restores:
             restore()
+
+
+def _reachable(dataset: Any) -> Iterator[Any]:
+    """Yield all objects that are reached by attributes and containers, but no elements of arrays.
+
+    Args:
+        dataset: the object to begin with.
+    """
+    waiting, known = [dataset], {}
+    while waiting:
+        one = waiting.pop()
+        if id(one) in known or isinstance(one, (str, bytes, np.ndarray, type)):
+            continue
+        known[id(one)] = one
+        yield one
+        if isinstance(one, Mapping):
+            waiting += list(one.values())[:MOST_ELEMENTS]
+        elif isinstance(one, (list, tuple, set)):
+            # Long lists are samples.
+            waiting += list(one)[:MOST_ELEMENTS]
+        elif not isinstance(one, types.ModuleType):
+            waiting += getattr(one, "__dict__", {}).values()
 
 
 def _restore_of(generator: Any) -> Callable[[], None] | None:
@@ -211,7 +251,7 @@ def _restore_of(generator: Any) -> Callable[[], None] | None:
     if isinstance(generator, keras.random.SeedGenerator):
         seed = keras.ops.convert_to_numpy(generator.state)
         return lambda: generator.state.assign(seed)
-    if hasattr(generator, "get_state") and hasattr(generator, "set_state"):  # PyTorch's
+    if _is_instance(generator, "torch", "Generator"):
         of_torch = generator.get_state()
         return lambda: generator.set_state(of_torch)
     return None
@@ -261,6 +301,22 @@ def _endless(batches: Iterable[Any]) -> Iterator[Any]:
             return
 
 
+def _converted(convert: Callable[[Any], np.ndarray], structure: Any) -> Any:
+    """Return a nested structure with all leaves converted but `None`, and tuples for lists.
+
+    As Keras' `fit` has it: TensorFlow takes lists for arrays.
+    """
+    return keras.tree.map_structure(
+        lambda leaf: None if leaf is None else convert(leaf),
+        keras.tree.lists_to_tuples(structure),
+    )
+
+
+def _quotient(count: int, size: int) -> int:
+    """Return how many parts of a size it takes to hold `count`."""
+    return -(-count // size)
+
+
 def _as_input(value: Any) -> np.ndarray:
     """Return a NumPy array of an array, with floating-point numbers of the type that `fit` uses."""
     array = _as_array(value)
@@ -272,6 +328,8 @@ def _as_array(value: Any) -> np.ndarray:
     """Return a NumPy array of a tensor of any backend, an array or a table."""
     if hasattr(value, "detach"):
         value = value.detach().cpu()
+        if str(value.dtype) == "torch.bfloat16":  # NumPy has no such type.
+            value = value.float()
     if _is_instance(value, "pandas", "Series"):
         value = value.to_frame()
     return np.asarray(value)
@@ -283,7 +341,7 @@ def _count_samples(arrays: Any) -> int:
     Raises:
         ValueError: if there is none, or the arrays differ in it.
     """
-    shapes = [array.shape for array in keras.tree.flatten(arrays)]
+    shapes = [array.shape for array in keras.tree.flatten(arrays) if array is not None]
     lengths = {shape[0] if shape else 0 for shape in shapes}
     if len(lengths) != 1 or 0 in lengths:
         raise ValueError(

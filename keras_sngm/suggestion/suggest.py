@@ -47,10 +47,12 @@ def suggest_learning_rate(
     loss that is not finite counts as infinite. It is divided by the square root of two, as
     rates that are best for a short training are rather large for the whole one.
 
-    The model, its optimizer, its batch statistics and all random states are afterwards as they
-    were before, to the bit, also after an exception or an interruption. A model that was not built
-    is built. An optimizer with a learning-rate schedule keeps it. Use the suggestion with a rate
-    that decays to zero:
+    All variables and attributes of the model, of its layers and of its optimizers, and the global
+    random states, are afterwards as they were before, to the bit, also after an exception or an
+    interruption. (Keras variables in plain Python objects that are no layers, and lists that a
+    training step changes in place, are not known.) A model that was not built is built. An
+    optimizer with a learning-rate schedule keeps it. Use the suggestion with a rate that decays to
+    zero:
 
     ```python
     suggestion = suggest_learning_rate(model, x, y, batch_size=1000, epochs=60)
@@ -68,12 +70,12 @@ def suggest_learning_rate(
             updates all variables of the model.
         x: As for `fit`: arrays, a `tf.data.Dataset`, a `keras.utils.PyDataset` or a PyTorch
             `DataLoader`, but no generator, which can be read once only. The batches of a dataset
-            that are trained on are kept in the memory of the host. Random generators that a
-            `PyDataset` or a `DataLoader` has as attributes are set back after reading. A
-            `tf.data.Dataset` that reshuffles goes on to its next order, as TensorFlow cannot set
-            it back.
+            that are trained on are kept in the memory of the host. Random generators of a
+            `PyDataset` or a `DataLoader` that are reached by its attributes are set back after
+            reading. TensorFlow cannot set back those of a `tf.data.Dataset`: one that reshuffles
+            goes on to its next order.
         y: As for `fit`: arrays of targets, if `x` consists of arrays.
-        batch_size: As for `fit`. Int or `None`, which is 32.
+        batch_size: As for `fit`. Int or `None`, which is 32, unless `steps_per_epoch` is given.
         epochs: As for `fit`. Int, the length of the training that the rate is for.
         verbose: `"auto"`, 0 or 1. With 0 there is no progress bar. Defaults to `"auto"`, which is
             1.

@@ -2,12 +2,13 @@
 
 import contextlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 from keras.src.backend.common.global_state import get_global_attribute, set_global_attribute
+from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator
 
 from keras_sngm.backend.common.watch import updating_optimizers
 
@@ -19,13 +20,16 @@ class Trials:
     """Context in which a model is trained any number of times from the state it has now.
 
     At the end of the context, also after an exception, all is as it was before, to the bit:
-    weights, batch statistics and seeds of the model, its attributes, the state of the optimizer
-    and of others that the model has as attributes, their learning rates and the global random
-    states. Metrics that did not exist before are reset.
+    weights, batch statistics, seeds and other variables of the model, the attributes of model and
+    layers, the state of the optimizer and of others that these have as attributes, their learning
+    rates and the global random states. Metrics that did not exist before are reset.
     A model or an optimizer that was not built is built then. State is kept in the memory of the
     host meanwhile.
 
-    A backend supplies `_saved`, `_load`, `_random_state`, `_scope` and `reset_metrics`.
+    What plain Python objects hold that are no layers is not restored.
+
+    A backend supplies `_saved`, `_load` and `_random_state`, and may replace `_scope`,
+    `_native_state`, `_save_modes`, `_new_rate`, `reset_metrics` and `mean_over_processes`.
 
     Args:
         model: a compiled model, built or not.
@@ -34,21 +38,18 @@ class Trials:
         optimizer: the optimizer that updates the model's variables, without those that wrap it.
 
     Raises:
-        ValueError: if the model is not compiled with one Keras optimizer, or if it has others as
-            attributes and one of them all is not built.
+        ValueError: if the model is not compiled with one Keras optimizer.
     """
 
     def __init__(self, model: keras.Model) -> None:
         self._model = model
         self.optimizer = _only_optimizer(model)
-        self._others = _other_optimizers(model)
         self._undo = contextlib.ExitStack()
-        self._values: list[tuple[keras.Variable, Any]] = []
+        self._values: list[tuple[Any, Any]] = []
         self._set_random_state: Callable[[], None] = lambda: None
 
     def __enter__(self) -> "Trials":
-        self._set_random_state = self._all_random_states()
-        self._undo.callback(self._set_random_state)
+        self._undo.callback(self._all_random_states())
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -62,28 +63,36 @@ class Trials:
             updates: the number of updates of each training.
 
         Raises:
-            ValueError: if the model cannot be built from the data.
+            ValueError: if the model cannot be built from the data, or if it has another optimizer
+                that is not built.
         """
+        # What has been drawn to read data is undone, what is drawn to build stays.
+        self._undo.close()
         # Keras' `fit` reads a batch, and so draws an order of samples, to build these.
         for compiled in (self._model._compile_loss, self._model._compile_metrics):
             if compiled is not None and not compiled.built:
                 self._undo.callback(_set_attributes, compiled, dict(vars(compiled)))
-        with self._scope():
+        with self._scope(), _global_seed_generator():
             _build(self._model, batch)
-        variables = self._all_variables()
+        self._set_random_state = self._all_random_states()
+        self._undo.callback(self._set_random_state)
+        others = _other_optimizers(self._model, self.layers())
+        variables = self._all_variables(others)
         self._values = [(variable, self._saved(variable)) for variable in variables]
         self._undo.callback(self._restore, {id(variable) for variable in variables})
-        for keeper in (self._model, self.optimizer, *self._others):
+        for keeper in (self._model, *self.layers(), self.optimizer, *others):
             self._undo.callback(_set_attributes, keeper, dict(vars(keeper)))
+        self._save_modes()
         with self._scope():
-            self._rate = self.optimizer.add_variable((), dtype="float32", name="trial_rate")
-        self._undo.callback(self.optimizer._untrack_variable, self._rate)
+            self._rate = self._new_rate()
         self.optimizer._learning_rate = Decay(
             self._rate, int(self.optimizer._iterations.numpy()), self.steps(updates)
         )
         # The function that the model was trained with before reads another learning rate.
         self._model.train_function = None
         self._model.steps_per_execution = 1
+        # A model that was resumed would leave out the epochs that it had been trained for.
+        self._model._initial_epoch = None
 
     def layers(self) -> list[keras.layers.Layer]:
         """Return all layers inside of the model, those inside of other layers, too."""
@@ -118,15 +127,42 @@ class Trials:
         """
         return list(values)
 
-    def _all_variables(self) -> list[keras.Variable]:
-        """Return all variables of the model, its metrics and its optimizers, each once."""
+    def _all_variables(self, others: Sequence[Any]) -> list[Any]:
+        """Return all variables of the model, its metrics and its optimizers, each once.
+
+        Some are not among those that Keras lists, such as the states of recurrent layers.
+
+        Args:
+            others: the optimizers besides the one that the model is compiled with.
+        """
+        held = list(_held_by([self._model, *self.layers()]))
+        keepers = [
+            *(one for one in held if isinstance(one, keras.Metric)),
+            *(self._model.optimizer, *others),
+        ]
         variables = [
             *self._model.variables,
             *self._model.metrics_variables,
-            *self._model.optimizer.variables,
-            *(variable for optimizer in self._others for variable in optimizer.variables),
+            *(one for one in held if isinstance(one, keras.Variable)),
+            *(variable for keeper in keepers for variable in keeper.variables),
+            *self._native_state(held),
         ]
         return list({id(variable): variable for variable in variables}.values())
+
+    def _native_state(self, held: Sequence[Any]) -> list[Any]:
+        """Return the state of the model that is in variables of the backend, not of Keras.
+
+        Args:
+            held: what the attributes of the model and its layers hold.
+        """
+        return []
+
+    def _save_modes(self) -> None:
+        """Have modes that the backend keeps for layers set back in the end. Here there are none."""
+
+    def _new_rate(self) -> keras.Variable:
+        """Return a new variable for the learning rate of the first update."""
+        return keras.Variable(0.0, dtype="float32", trainable=False, name="trial_rate")
 
     def _restore(self, saved: set[int]) -> None:
         """Restore all saved values; reset metrics that have other variables.
@@ -160,15 +196,14 @@ class Trials:
 
     def _keras_random_state(self) -> Callable[[], None]:
         """Return a function that sets the seed of Keras' global generator to what it is now."""
-        name = "global_seed_generator"
-        generator = get_global_attribute(name)
+        generator = get_global_attribute(GLOBAL_SEED_GENERATOR)
         value = None if generator is None else self._saved(generator.state)
 
         def set_back() -> None:
             """Set the seed, or remove a generator that did not exist."""
             if generator is not None:
                 self._load(generator.state, value)
-            set_global_attribute(name, generator)
+            set_global_attribute(GLOBAL_SEED_GENERATOR, generator)
 
         return set_back
 
@@ -237,26 +272,71 @@ def _only_optimizer(model: keras.Model) -> Any:
     return optimizers[0]
 
 
-def _other_optimizers(model: keras.Model) -> list[Any]:
-    """Return the optimizers that a model has as attributes besides the one it is compiled with.
+def _other_optimizers(
+    model: keras.Model, layers: Sequence[keras.layers.Layer]
+) -> list[keras.optimizers.Optimizer]:
+    """Return the optimizers that a model and its layers hold, besides the one of the model.
+
+    Args:
+        model: a compiled model.
+        layers: all layers inside of it.
 
     Raises:
         ValueError: if there are any, and one of all is not built, so that it has no state to save.
     """
-    others = {
-        name: value
-        for name, value in vars(model).items()
-        if isinstance(value, keras.optimizers.Optimizer) and value is not model.optimizer
-    }
+    found = [
+        one for one in _held_by([model, *layers]) if isinstance(one, keras.optimizers.Optimizer)
+    ]
+    inside = [model.optimizer]
+    while getattr(inside[-1], "inner_optimizer", None) is not None:
+        inside.append(inside[-1].inner_optimizer)
+    others = [one for one in found if all(one is not other for other in inside)]
     # Which variables each of several optimizers updates is known to the training step alone.
-    for name, optimizer in {"optimizer": model.optimizer, **others}.items() if others else ():
+    for optimizer in [model.optimizer, *others] if others else ():
         if not optimizer.built:
             raise ValueError(
                 "A model with several optimizers must have built them: call "
-                f"`model.{name}.build(variables)` with the variables that it updates. "
-                f"Received: model.{name}={optimizer}, not built"
+                "`optimizer.build(variables)` with the variables that each updates. "
+                f"Received: {optimizer.name}={optimizer}, not built"
             )
-    return list(others.values())
+    return others
+
+
+def _held_by(holders: Sequence[Any]) -> Iterator[Any]:
+    """Yield all values of the attributes of some objects, those inside of containers, too."""
+    waiting = [value for holder in holders for value in vars(holder).values()]
+    known: set[int] = set()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in known:
+            continue
+        known.add(id(value))
+        if isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, (list, tuple, set)):
+            waiting += value
+        else:
+            yield value
+
+
+@contextlib.contextmanager
+def _global_seed_generator() -> Iterator[None]:
+    """Return a context in which Keras' global generator of seeds exists, if it may be needed.
+
+    If Keras created it while a model is built without values, it would have none. It is removed
+    unless it was used.
+    """
+    if get_global_attribute(GLOBAL_SEED_GENERATOR) is not None:
+        yield
+        return
+    before = random.getstate()
+    generator = global_seed_generator()
+    after, seed = random.getstate(), generator.state.numpy()
+    yield
+    if np.array_equal(seed, generator.state.numpy()):
+        set_global_attribute(GLOBAL_SEED_GENERATOR, None)
+        if random.getstate() == after:
+            random.setstate(before)
 
 
 def _build(model: keras.Model, batch: Any) -> None:

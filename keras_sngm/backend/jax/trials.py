@@ -37,6 +37,15 @@ class BackendTrials(trials.Trials):
         """Return a function that does nothing: JAX has no global random state."""
         return lambda: None
 
+    def _new_rate(self) -> keras.Variable:
+        """Return a new variable for the learning rate, for now among those of the optimizer.
+
+        Anything else that is not the state of the model would be a constant of the training step.
+        """
+        rate = self.optimizer.add_variable((), dtype="float32", name="trial_rate")
+        self._undo.callback(self.optimizer._untrack_variable, rate)
+        return rate
+
     def reset_metrics(self) -> None:
         """Reset the metrics of the model in the middle of a training."""
         # Keras keeps their values elsewhere while it trains, and reads them again after this.
