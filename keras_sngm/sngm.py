@@ -61,7 +61,9 @@ class SNGM(BackendOptimizer):
         learning_rate: A float, a `keras.optimizers.schedules.LearningRateSchedule`
             instance, or a callable that takes no arguments and returns the
             actual value to use. It is applied after the momentum, so that a
-            schedule acts on the whole step. Defaults to `0.1`.
+            schedule acts on the whole step. `keras_sngm.typical_learning_rate` has a
+            formula for the first rate of a schedule that decays to zero, which SNGM is best
+            used with. Defaults to `0.2`, a rate for training without a schedule.
         momentum: Float in the range [0, 1). With `0.0` no momentum is kept.
             Defaults to `0.9`.
         nesterov: Boolean. Whether to apply Nesterov momentum. Defaults to
@@ -171,7 +173,7 @@ class SNGM(BackendOptimizer):
 
     def __init__(
         self,
-        learning_rate: float | keras.optimizers.schedules.LearningRateSchedule | Callable = 0.1,
+        learning_rate: float | keras.optimizers.schedules.LearningRateSchedule | Callable = 0.2,
         momentum: float = 0.9,
         nesterov: bool = False,
         weight_decay: float | None = None,

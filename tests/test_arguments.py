@@ -86,10 +86,10 @@ def test_unknown_keywords_are_refused():
 def test_defaults():
     keras.utils.clear_session()  # The session counts the names of optimizers.
     optimizer = SNGM()
-    assert float(optimizer.learning_rate) == pytest.approx(0.1)
+    assert float(optimizer.learning_rate) == pytest.approx(0.2)
     assert optimizer.get_config() == {
         "name": "sngm",
-        "learning_rate": pytest.approx(0.1),
+        "learning_rate": pytest.approx(0.2),
         "momentum": 0.9,
         "nesterov": False,
         "weight_decay": None,

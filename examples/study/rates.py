@@ -192,7 +192,9 @@ class LearningRates:
             method: one of `ABLATIONS`.
         """
         costs = [sngm.mean - other.mean for sngm, other in self._ablation_pairs(method)]
-        return f"{min(costs):.1f} to {max(costs):.1f}"
+        # The sum with zero is not negative where the cost is rounded to zero.
+        least, greatest = (round(cost, 1) + 0.0 for cost in (min(costs), max(costs)))
+        return f"{least:.1f} to {greatest:.1f}"
 
     def constant_cost(self, rate: float) -> float:
         """Return what a constant rate costs beside the best constant rate.

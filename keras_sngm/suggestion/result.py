@@ -9,8 +9,8 @@ class LearningRateSuggestion:
     """Suggested learning rate, with all rates that were tried.
 
     Attributes:
-        learning_rate: Float, the suggestion: that of the least loss divided by the square root
-            of 2.
+        learning_rate: Float, the suggestion: the rate of the least loss, or that divided by the
+            square root of 2.
         start: Float, the rate that was tried first.
         losses: Dictionary from each rate that was tried, in ascending order, to the mean training
             loss of its last five updates; infinite where training failed.

@@ -3,6 +3,7 @@
 A rate is named by its exponent: the k of `start * 2 ** (k / 2)`.
 """
 
+import math
 from collections.abc import Mapping
 
 MOST_RATES = 10
@@ -56,13 +57,18 @@ def best_exponent(losses: Mapping[int, float]) -> int:
 
 
 def suggested_rate(losses: Mapping[int, float], start: float) -> float:
-    """Return the rate of the least loss, divided by the square root of 2.
+    """Return the rate of the least loss, or that divided by the square root of 2.
+
+    Rates that are best for a short training are rather large for the whole one. The rate is kept if
+    the next higher rate is better than the next lower one, as the best one is then the higher.
 
     Args:
         losses: the loss of each exponent that was tried.
         start: the learning rate of the exponent 0.
     """
-    return rate_of(best_exponent(losses) - 1, start)
+    best = best_exponent(losses)
+    lower, higher = (losses.get(k, math.inf) for k in (best - 1, best + 1))
+    return rate_of(best if higher < lower else best - 1, start)
 
 
 def _bracket(losses: Mapping[int, float]) -> list[int]:

@@ -44,8 +44,9 @@ def suggest_learning_rate(
     rate is `start`. Rates a factor of two apart follow until the best one has a worse one on
     either side, then its neighbours a factor of the square root of two away; ten at most. The
     best rate is that of the lowest training loss, averaged over the last five updates, where a
-    loss that is not finite counts as infinite. It is divided by the square root of two, as
-    rates that are best for a short training are rather large for the whole one.
+    loss that is not finite counts as infinite. As rates that are best for a short training are
+    rather large for the whole one, it is divided by the square root of two, unless the next higher
+    rate is better than the next lower one.
 
     All variables and attributes of the model, of its layers and of its optimizers, and the global
     random states, are afterwards as they were before, to the bit, also after an exception or an

@@ -48,6 +48,12 @@ IMPORTED = {
     ("keras.src.backend.common.global_state", "set_global_attribute"): (
         "A suggestion does not set back Keras' global generator of seeds."
     ),
+    ("keras.src.random.seed_generator", "GLOBAL_SEED_GENERATOR"): (
+        "A suggestion does not set back Keras' global generator of seeds."
+    ),
+    ("keras.src.random.seed_generator", "global_seed_generator"): (
+        "On TensorFlow a model that draws its first weights from it cannot be built."
+    ),
     ("tensorflow.python.ops", "stateful_random_ops"): (
         "A suggestion does not set back TensorFlow's global generator."
     ),

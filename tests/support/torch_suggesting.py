@@ -4,6 +4,7 @@ python torch_suggesting.py
 """
 
 import json
+import sys
 import tempfile
 import warnings
 
@@ -52,7 +53,9 @@ def suggest(rank: int, processes: int, store: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         found = suggest_learning_rate(model, x, np.tanh(x[:, :1]), 8, 3, verbose=0)
-    print(json.dumps([found.learning_rate, list(found.losses.items())]), flush=True)
+    # One call, so that the lines of both processes stay whole.
+    sys.stdout.write(json.dumps([found.learning_rate, list(found.losses.items())]) + "\n")
+    sys.stdout.flush()
     torch.distributed.destroy_process_group()
 
 

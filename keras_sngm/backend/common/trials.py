@@ -2,15 +2,14 @@
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import numpy as np
-from keras.src.backend.common.global_state import get_global_attribute, set_global_attribute
-from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator
 
-from keras_sngm.backend.common.watch import updating_optimizers
+from keras_sngm.backend.common import seeds
+from keras_sngm.backend.common.model_parts import build, held_by, only_optimizer, other_optimizers
 
 DECAY_POWER = 1.1
 """Power of the polynomial by which the learning rate decays to zero."""
@@ -43,7 +42,7 @@ class Trials:
 
     def __init__(self, model: keras.Model) -> None:
         self._model = model
-        self.optimizer = _only_optimizer(model)
+        self.optimizer = only_optimizer(model)
         self._undo = contextlib.ExitStack()
         self._values: list[tuple[Any, Any]] = []
         self._set_random_state: Callable[[], None] = lambda: None
@@ -68,21 +67,21 @@ class Trials:
         """
         # What has been drawn to read data is undone, what is drawn to build stays.
         self._undo.close()
+        self._save_modes()
         # Keras' `fit` reads a batch, and so draws an order of samples, to build these.
         for compiled in (self._model._compile_loss, self._model._compile_metrics):
             if compiled is not None and not compiled.built:
                 self._undo.callback(_set_attributes, compiled, dict(vars(compiled)))
-        with self._scope(), _global_seed_generator():
-            _build(self._model, batch)
+        with self._scope(), seeds.existing_generator():
+            build(self._model, batch)
         self._set_random_state = self._all_random_states()
         self._undo.callback(self._set_random_state)
-        others = _other_optimizers(self._model, self.layers())
+        others = other_optimizers(self._model, self.layers())
         variables = self._all_variables(others)
         self._values = [(variable, self._saved(variable)) for variable in variables]
         self._undo.callback(self._restore, {id(variable) for variable in variables})
         for keeper in (self._model, *self.layers(), self.optimizer, *others):
             self._undo.callback(_set_attributes, keeper, dict(vars(keeper)))
-        self._save_modes()
         with self._scope():
             self._rate = self._new_rate()
         self.optimizer._learning_rate = Decay(
@@ -135,7 +134,7 @@ class Trials:
         Args:
             others: the optimizers besides the one that the model is compiled with.
         """
-        held = list(_held_by([self._model, *self.layers()]))
+        held = list(held_by([self._model, *self.layers()]))
         keepers = [
             *(one for one in held if isinstance(one, keras.Metric)),
             *(self._model.optimizer, *others),
@@ -196,14 +195,14 @@ class Trials:
 
     def _keras_random_state(self) -> Callable[[], None]:
         """Return a function that sets the seed of Keras' global generator to what it is now."""
-        generator = get_global_attribute(GLOBAL_SEED_GENERATOR)
+        generator = seeds.generator()
         value = None if generator is None else self._saved(generator.state)
 
         def set_back() -> None:
             """Set the seed, or remove a generator that did not exist."""
             if generator is not None:
                 self._load(generator.state, value)
-            set_global_attribute(GLOBAL_SEED_GENERATOR, generator)
+            seeds.set_generator(generator)
 
         return set_back
 
@@ -249,118 +248,6 @@ class Decay(keras.optimizers.schedules.LearningRateSchedule):
     def get_config(self) -> dict[str, Any]:
         """Raise an error: a learning rate of a trial is part of no saved model."""
         raise NotImplementedError("A model cannot be saved in the middle of a trial.")
-
-
-def _only_optimizer(model: keras.Model) -> Any:
-    """Return the one optimizer that updates the variables of a model.
-
-    Raises:
-        ValueError: if the model has no Keras optimizer, or several.
-    """
-    optimizer = getattr(model, "optimizer", None)
-    if not isinstance(optimizer, keras.optimizers.Optimizer):
-        raise ValueError(
-            "`model` must be compiled with a Keras optimizer. "
-            f"Received: model.optimizer={optimizer}"
-        )
-    optimizers = [] if hasattr(optimizer, "optimizers") else updating_optimizers(optimizer)
-    if len(optimizers) != 1:
-        raise ValueError(
-            "`model` must be compiled with one optimizer for all variables. "
-            f"Received: model.optimizer={optimizer}"
-        )
-    return optimizers[0]
-
-
-def _other_optimizers(
-    model: keras.Model, layers: Sequence[keras.layers.Layer]
-) -> list[keras.optimizers.Optimizer]:
-    """Return the optimizers that a model and its layers hold, besides the one of the model.
-
-    Args:
-        model: a compiled model.
-        layers: all layers inside of it.
-
-    Raises:
-        ValueError: if there are any, and one of all is not built, so that it has no state to save.
-    """
-    found = [
-        one for one in _held_by([model, *layers]) if isinstance(one, keras.optimizers.Optimizer)
-    ]
-    inside = [model.optimizer]
-    while getattr(inside[-1], "inner_optimizer", None) is not None:
-        inside.append(inside[-1].inner_optimizer)
-    others = [one for one in found if all(one is not other for other in inside)]
-    # Which variables each of several optimizers updates is known to the training step alone.
-    for optimizer in [model.optimizer, *others] if others else ():
-        if not optimizer.built:
-            raise ValueError(
-                "A model with several optimizers must have built them: call "
-                "`optimizer.build(variables)` with the variables that each updates. "
-                f"Received: {optimizer.name}={optimizer}, not built"
-            )
-    return others
-
-
-def _held_by(holders: Sequence[Any]) -> Iterator[Any]:
-    """Yield all values of the attributes of some objects, those inside of containers, too."""
-    waiting = [value for holder in holders for value in vars(holder).values()]
-    known: set[int] = set()
-    while waiting:
-        value = waiting.pop()
-        if id(value) in known:
-            continue
-        known.add(id(value))
-        if isinstance(value, Mapping):
-            waiting += value.values()
-        elif isinstance(value, (list, tuple, set)):
-            waiting += value
-        else:
-            yield value
-
-
-@contextlib.contextmanager
-def _global_seed_generator() -> Iterator[None]:
-    """Return a context in which Keras' global generator of seeds exists, if it may be needed.
-
-    If Keras created it while a model is built without values, it would have none. It is removed
-    unless it was used.
-    """
-    if get_global_attribute(GLOBAL_SEED_GENERATOR) is not None:
-        yield
-        return
-    before = random.getstate()
-    generator = global_seed_generator()
-    after, seed = random.getstate(), generator.state.numpy()
-    yield
-    if np.array_equal(seed, generator.state.numpy()):
-        set_global_attribute(GLOBAL_SEED_GENERATOR, None)
-        if random.getstate() == after:
-            random.setstate(before)
-
-
-def _build(model: keras.Model, batch: Any) -> None:
-    """Build a model and its optimizer, unless that is done.
-
-    Args:
-        model: a compiled model.
-        batch: a batch of training data.
-
-    Raises:
-        ValueError: if a layer cannot be built.
-    """
-    if not all(layer.built for layer in model._flatten_layers()):
-        try:
-            model._symbolic_build(data_batch=batch)
-        except Exception as error:
-            # A model with a training step of its own may have no `call` to be built by.
-            if not all(layer.built for layer in model._flatten_layers(include_self=False)):
-                raise ValueError(
-                    "`model` must be built, or must be of a kind that Keras can build from data. "
-                    f"Call it on a batch first. Received: model={model}"
-                ) from error
-    if not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
 
 
 def _set_attributes(keeper: Any, attributes: dict[str, Any]) -> None:
