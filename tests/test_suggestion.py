@@ -554,6 +554,14 @@ class WithoutLoss(keras.Model):
         return {"other": result["loss"]}
 
 
+class WithoutStep(WithoutLoss):
+    """A model whose training step does not call the optimizer."""
+
+    def train_step(self, *arguments):
+        loss = keras.ops.mean(self.dense.kernel.value) if BACKEND != "jax" else 1.0
+        return ({"loss": loss}, arguments[0]) if BACKEND == "jax" else {"loss": loss}
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -580,6 +588,10 @@ def test_models_that_cannot_be_trained_are_refused():
     model = WithoutLoss()
     model.compile(SNGM(), loss="mse")
     with pytest.raises(ValueError, match="must return a value named 'loss'"):
+        suggested(model)
+    model = WithoutStep()
+    model.compile(SNGM(), loss="mse")
+    with pytest.raises(ValueError, match="must be trained by the optimizer that it is compiled"):
         suggested(model)
     if hasattr(keras.optimizers, "MultiOptimizer"):
         with pytest.raises(ValueError, match="one optimizer for all variables"):

@@ -287,8 +287,11 @@ def _is_instance(x: Any, package: str, *names: str) -> bool:
 
 def _kept_dataset(dataset: Any, steps: int) -> Any:
     """Return a `tf.data.Dataset` with the first batches of another, which are kept in memory."""
-    kept = list(dataset.repeat().take(steps))
-    return dataset.from_generator(lambda: iter(kept), output_signature=dataset.element_spec)
+    kept = dataset.repeat().take(steps).cache()
+    # The first one to read it fills the cache, and must read to the end.
+    for _ in kept:
+        pass
+    return kept
 
 
 def _endless(batches: Iterable[Any]) -> Iterator[Any]:

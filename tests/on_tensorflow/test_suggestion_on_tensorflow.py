@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from foreign_models import X, Y, build_optimizers, gan, sequential
 from keras_sngm import SNGM, suggest_learning_rate
+from keras_sngm.suggestion.batches import Source
 
 
 def suggested(model):
@@ -84,6 +85,17 @@ def test_variables_of_tensorflow_are_set_back():
     before = counting.calls.numpy()
     suggested(model)
     assert counting.calls.numpy() == before
+
+
+def test_batches_of_a_dataset_that_reshuffles_are_kept():
+    """All trials read the same batches, of one epoch after the other."""
+    shuffled = tf.data.Dataset.from_tensor_slices((X, Y)).shuffle(len(X)).batch(8)
+    steps = 10
+    kept = Source(shuffled, None, None, None, None, True, 0).dataset(steps)
+    first, second = ([x for x, _ in kept.as_numpy_iterator()] for _ in range(2))
+    assert len(first) == steps
+    np.testing.assert_array_equal(first, second)
+    assert not np.array_equal(first[0], first[6])
 
 
 def test_datasets_of_all_kinds():

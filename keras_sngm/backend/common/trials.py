@@ -84,9 +84,8 @@ class Trials:
             self._undo.callback(_set_attributes, keeper, dict(vars(keeper)))
         with self._scope():
             self._rate = self._new_rate()
-        self.optimizer._learning_rate = Decay(
-            self._rate, int(self.optimizer._iterations.numpy()), self.steps(updates)
-        )
+        self._first_step = self._steps_taken()
+        self.optimizer._learning_rate = Decay(self._rate, self._first_step, self.steps(updates))
         # The function that the model was trained with before reads another learning rate.
         self._model.train_function = None
         self._model.steps_per_execution = 1
@@ -116,8 +115,11 @@ class Trials:
 
     def has_stepped(self) -> bool:
         """Return whether the last training has called the optimizer."""
-        saved = next(value for v, value in self._values if v is self.optimizer._iterations)
-        return not np.array_equal(saved, self._saved(self.optimizer._iterations))
+        return self._steps_taken() > self._first_step
+
+    def _steps_taken(self) -> int:
+        """Return how often the optimizer was called."""
+        return int(self.optimizer._iterations.numpy())
 
     def mean_over_processes(self, values: Sequence[float]) -> list[float]:
         """Return each value averaged over the processes that train one model together.

@@ -18,20 +18,29 @@ class BackendTrials(trials.Trials):
     """
 
     def _saved(self, variable: keras.Variable) -> Any:
-        """Return the sharding of a variable's array, its shape and its shards on this host."""
+        """Return the sharding of a variable's array, its shape and its parts on this host.
+
+        They are a dictionary from the indices of each part, written as text, to its data.
+        """
         array = variable.value
-        shards = [(shard.device, np.array(shard.data)) for shard in array.addressable_shards]
-        return array.sharding, array.shape, shards
+        if array.is_fully_replicated:
+            # In several processes Keras makes arrays whose shards JAX cannot list.
+            everything = tuple(slice(None) for _ in array.shape)
+            parts = {str(everything): np.array(array)}
+        else:
+            parts = {str(shard.index): np.array(shard.data) for shard in array.addressable_shards}
+        return array.sharding, array.shape, parts
 
     def _load(self, variable: keras.Variable, value: Any) -> None:
         """Set a variable to a new array from what `_saved` has returned.
 
         A training may be interrupted while Keras keeps the array of the variable elsewhere.
         """
-        sharding, shape, shards = value
+        sharding, shape, parts = value
         # JAX may take the memory of an array that it is given, and training overwrites it.
-        arrays = [jax.device_put(data.copy(), device) for device, data in shards]
-        variable._value = jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+        variable._value = jax.make_array_from_callback(
+            shape, sharding, lambda index: parts[str(index)].copy()
+        )
 
     def _random_state(self) -> Callable[[], None]:
         """Return a function that does nothing: JAX has no global random state."""
