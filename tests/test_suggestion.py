@@ -23,7 +23,7 @@ from keras_sngm import SNGM, LearningRateSuggestion, suggest_learning_rate, typi
 from keras_sngm.suggestion import probe, search
 from keras_sngm.suggestion.suggest import EndLosses
 from problems import BACKEND
-from selection import quick_only
+from selection import quick_only, whole
 
 BATCH, EPOCHS = 8, 3
 ARGUMENTS = {"batch_size": BATCH, "epochs": EPOCHS, "verbose": 0}
@@ -201,7 +201,7 @@ def sequential_without_statistics(optimizer):
     return model
 
 
-def test_the_rate_decays_to_zero_over_all_updates(monkeypatch):
+def test_the_rate_decays_to_zero_over_all_updates():
     """Trials use the polynomial decay of the study, from any number of earlier steps."""
     from keras_sngm.backend.common.trials import Decay
 
@@ -327,12 +327,14 @@ class Batches(keras.utils.PyDataset):
 
 
 def tensorflow_dataset():
-    tf = pytest.importorskip("tensorflow")
+    import tensorflow as tf
+
     return tf.data.Dataset.from_tensor_slices((X, Y)).batch(BATCH)
 
 
 def torch_loader():
-    torch = pytest.importorskip("torch")
+    import torch
+
     pairs = torch.utils.data.TensorDataset(torch.from_numpy(X), torch.from_numpy(Y))
     return torch.utils.data.DataLoader(pairs, BATCH)
 
@@ -416,8 +418,10 @@ def test_the_batch_size_of_a_given_number_of_steps():
     assert by_steps == suggested(model)
 
 
+@whole
 def test_tables_of_pandas():
-    pandas = pytest.importorskip("pandas")
+    import pandas
+
     keras.utils.set_random_seed(0)
     model = noisy(SNGM())
     table = suggested(model, pandas.DataFrame(X), pandas.Series(Y[:, 0]))
@@ -606,8 +610,10 @@ def test_the_progress_bar_tells_what_is_left(capsys):
     assert "loss:" in shown
 
 
+@whole
 def test_plot():
-    plt = pytest.importorskip("matplotlib.pyplot")
+    import matplotlib.pyplot as plt
+
     suggestion = LearningRateSuggestion(0.1, 0.2, {0.1: 1.0, 0.2: 0.5, 0.4: math.inf}, 100, [])
     axes = suggestion.plot()
     assert axes.get_xscale() == "log"
